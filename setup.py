@@ -1,0 +1,39 @@
+"""The package `tftransfer`: what it needs, and its command. Build and tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "tftransfer/__init__.py").read_text(), re.MULTILINE)[1]
+
+setup(
+    name="tftransfer",
+    version=VERSION,
+    description="Transfer learning for Keras 3 and TensorFlow: fine-tune, measure, serve",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["tftransfer", "tftransfer.*"]),
+    package_data={"tftransfer": ["assets/*", "py.typed"]},
+    install_requires=[
+        "tensorflow>=2.21,<2.22",
+        "keras>=3.15,<3.16",
+        "tensorflow-datasets>=4.9.8",
+        "numpy>=2.0",
+        "scikit-learn>=1.6",
+        "scipy>=1.14",
+        "h5py>=3.12",
+        "Pillow>=11",
+        "matplotlib>=3.10",
+        "rich>=13.9",
+        "psutil>=6",
+    ],
+    extras_require={
+        "gpu": ["tensorflow[and-cuda]>=2.21,<2.22"],
+        "dev": ["hypothesis>=6.100", "mypy>=1.13", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.8"],
+    },
+    entry_points={"console_scripts": ["tftransfer=tftransfer.cli:main"]},
+)

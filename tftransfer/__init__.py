@@ -1,0 +1,45 @@
+"""Transfer learning for Keras 3 and TensorFlow: fine-tune a pretrained network, know what it is worth, serve it.
+
+The surface is loaded lazily: `import tftransfer` costs no TensorFlow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_MODULES = (
+    "backbones",
+    "builders",
+    "bundles",
+    "checks",
+    "data",
+    "report",
+    "serving",
+    "strategies",
+    "tasks",
+)
+_FUNCTIONS = {
+    "InputError": "errors",
+    "devices": "distribution",
+    "fine_tune": "training",
+    "load_model": "bundles",
+    "predict": "training",
+    "set_trainable": "trainable",
+}
+
+__all__ = sorted([*_MODULES, *_FUNCTIONS])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"tftransfer.{name}")
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"tftransfer.{_FUNCTIONS[name]}"), name)
+    raise AttributeError(f"module 'tftransfer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,143 @@
+"""The callbacks of a phase: keep the best weights, log the learning rate, show progress, adapt the user's own."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+
+Logs = dict[str, float] | None
+
+
+class KeepBest(keras.callbacks.Callback):
+    """Restore the weights with the lowest monitored value when training ends, and stop when it no longer falls.
+
+    Unlike `keras.callbacks.EarlyStopping` it counts the weights that training began with, if they are shown to
+    `consider` first; ties keep the earlier weights.
+
+    Args:
+        model: The model that will be trained.
+        monitor: Name in the logs, such as `"val_loss"`; lower is better.
+        patience: Epochs without a better value before training stops; 0 for never. Defaults to 0.
+    """
+
+    def __init__(self, model: keras.Model, monitor: str, patience: int = 0) -> None:
+        super().__init__()
+        self.set_model(model)
+        self.monitor = monitor
+        self.patience = patience
+        self.best = math.inf
+        self.best_epoch = 0
+        self.epochs = 0
+        self._weights: list[np.ndarray] = []
+
+    def consider(self, epoch: int, logs: dict[str, float]) -> None:
+        """Keep the model's weights if their value is the best so far; values that are not numbers never are."""
+        value = float(logs.get(self.monitor, logs.get(self.monitor.removeprefix("val_"), math.inf)))
+        if value < self.best or not self._weights:
+            self.best = value if math.isfinite(value) else math.inf
+            self.best_epoch = epoch
+            self._weights = self.model.get_weights()
+
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        self.epochs += 1
+        self.consider(self.epochs, logs or {})
+        if self.patience and self.epochs - self.best_epoch >= self.patience:
+            self.model.stop_training = True
+
+    def on_train_end(self, logs: Logs = None) -> None:
+        self.model.set_weights(self._weights)
+
+
+class LearningRateLog(keras.callbacks.Callback):
+    """Put the learning rate that the epoch ended with into the logs, for later callbacks and the history."""
+
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        if logs is not None:
+            logs["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+
+
+class Progress(keras.callbacks.Callback):
+    """Show a bar while an epoch runs and leave one line behind when it ends.
+
+    Args:
+        name: What the phase is called.
+        last_epoch: Number of the phase's last epoch, counted over all phases.
+        console: Where to print. Defaults to standard output.
+    """
+
+    def __init__(self, name: str, last_epoch: int, console: Console | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self.last_epoch = last_epoch
+        self.console = console or Console()
+        self._began = 0.0
+        self._bar: Bar | None = None
+
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        self._began = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task(self._title(epoch), total=self.params.get("steps"))
+        self._bar.start()
+
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=batch + 1)
+
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        if self._bar:
+            self._bar.stop()
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in (logs or {}).items())
+        self.console.print(f"{self._title(epoch)}  {numbers}  ({time.monotonic() - self._began:.1f} s)", highlight=False)
+
+    def _title(self, epoch: int) -> str:
+        return f"{self.name}: epoch {epoch + 1} of {self.last_epoch}"
+
+
+class HeedStop(keras.callbacks.Callback):
+    """Stop training when a user's callback sets `stop_training` on the whole model, which is the one it sees."""
+
+    def __init__(self, whole: keras.Model) -> None:
+        super().__init__()
+        self.whole = whole
+        whole.stop_training = False
+
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
+        if self.whole.stop_training:
+            self.model.stop_training = True
+
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        self.on_train_batch_end(epoch)
+
+
+def callback_list(
+    own: Sequence[keras.callbacks.Callback],
+    users: Sequence[keras.callbacks.Callback],
+    trained: keras.Model,
+    whole: keras.Model,
+    params: dict[str, int],
+) -> keras.callbacks.CallbackList:
+    """Put callbacks together so that the toolkit's see the part that trains and the user's the whole model.
+
+    Args:
+        own: The toolkit's callbacks; they run first.
+        users: The user's callbacks.
+        trained: The model on which `fit` is called.
+        whole: The model that the user gave.
+        params: `epochs` and `steps`, as Keras hands them to callbacks.
+
+    Returns:
+        What `fit` takes as `callbacks`, with Keras' own history added.
+    """
+    together = keras.callbacks.CallbackList(
+        [*own, *users, HeedStop(whole)], add_history=True, model=trained, verbose=0, **params
+    )
+    for callback in users:
+        callback.set_model(whole)
+    return together

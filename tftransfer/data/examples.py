@@ -1,0 +1,86 @@
+"""What the rest of the toolkit sees of a data set: pictures with random access, and their targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures that can be read in any order, inside a TensorFlow graph.
+
+    Args:
+        names: One name per picture: the file relative to the source, or such as `"train[12]"`.
+        load: Takes a scalar int64 tensor, the picture's index, and returns uint8 `(height, width, 3)`.
+        image_size: `(height, width)` of what `load` returns.
+    """
+
+    names: tuple[str, ...]
+    load: Callable[[tf.Tensor], tf.Tensor]
+    image_size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One split of a data set.
+
+    Args:
+        pictures: The inputs.
+        targets: `(n,)` int32 class numbers, `(n, classes)` float32 zeros and ones, or `(n, outputs)` float32.
+        weights: `(n,)` float32, the weight of each example in the loss.
+    """
+
+    pictures: Pictures
+    targets: np.ndarray
+    weights: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the pictures, in order."""
+        return self.pictures.names
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A file that was found but cannot be used, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set that is ready for training: three splits at the model's image size.
+
+    Args:
+        name: What the report calls it.
+        labels: The names of the classes (or of the numbers, for regression), in the order of the outputs.
+        train, validation, test: The splits.
+        quarantined: Files that were set aside; used + quarantined = found.
+        found: How many examples the source lists.
+        splits: How each split came to be, for the manifest.
+        fingerprint: SHA-256 over names, contents, targets and splits.
+        seconds: What reading and decoding took.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    train: Examples
+    validation: Examples
+    test: Examples
+    quarantined: tuple[Quarantined, ...] = ()
+    found: int = 0
+    splits: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    seconds: float = 0.0

@@ -1,0 +1,163 @@
+"""Devices: look at what is there and choose the `tf.distribute` strategy and the precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tftransfer.errors import InputError
+
+DEVICE_CHOICES = ("auto", "cpu", "gpu")
+PRECISIONS = ("auto", "float32", "mixed_float16", "mixed_bfloat16")
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What `devices` chose.
+
+    Args:
+        strategy: The `tf.distribute` strategy in whose scope the model is built.
+        precision: The Keras dtype policy.
+        reason: One line that says what was chosen and why.
+    """
+
+    strategy: tf.distribute.Strategy
+    precision: str
+    reason: str
+
+    @property
+    def replicas(self) -> int:
+        """How many devices share each batch."""
+        return self.strategy.num_replicas_in_sync
+
+
+@contextlib.contextmanager
+def devices(choice: str = "auto", precision: str = "auto") -> Iterator[Devices]:
+    """Choose devices and precision for the models that are built inside the `with` block.
+
+    Args:
+        choice: `"auto"` (GPUs if there are any, else the processor), `"cpu"`, `"gpu"`, or a number of devices of
+            the best kind there is (`"2"`). Defaults to `"auto"`.
+        precision: `"auto"` (by the GPU's compute capability; float32 on a processor), `"float32"`,
+            `"mixed_float16"` or `"mixed_bfloat16"`. Heads compute in float32 in every case. Defaults to `"auto"`.
+
+    Yields:
+        The `Devices` that were chosen. The batch size stays the global one: replicas share it.
+
+    Raises:
+        InputError: If the choice is not known or there are not that many devices.
+
+    Example:
+        >>> with devices("cpu") as chosen:
+        ...     chosen.precision
+        'float32'
+    """
+    strategy, why = _strategy(str(choice))
+    policy, because = _precision(precision, strategy)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        with strategy.scope():
+            yield Devices(strategy, policy, f"{why}; {policy} ({because})")
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def strategy_of(model: keras.Model) -> tf.distribute.Strategy:
+    """Return the strategy in whose scope a model was built.
+
+    Raises:
+        InputError: If the model was built in one scope and this is called in another.
+    """
+    built_in = model.distribute_strategy
+    current = tf.distribute.get_strategy()
+    if tf.distribute.has_strategy() and current is not built_in:
+        raise InputError(
+            f"the model was built under {type(built_in).__name__} but is trained under {type(current).__name__}; "
+            "build it inside the same `with tft.devices(...)` block"
+        )
+    return built_in
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Return what this machine offers: processors and GPUs by name, with compute capability where known."""
+    gpus = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices("GPU")]
+    return {
+        "logical_cpus": len(tf.config.list_logical_devices("CPU")),
+        "gpus": [details.get("device_name", "GPU") for details in gpus],
+        "compute_capability": [list(details.get("compute_capability", ())) for details in gpus],
+        "tpus": len(tf.config.list_physical_devices("TPU")),
+    }
+
+
+def _strategy(choice: str) -> tuple[tf.distribute.Strategy, str]:
+    if choice not in DEVICE_CHOICES and not (choice.isdigit() and int(choice) > 0):
+        raise InputError(f"`devices` must be auto, cpu, gpu or a number from 1. Received: devices={choice!r}")
+    if choice == "auto" and tf.config.list_physical_devices("TPU"):
+        return _tpu_strategy()
+    _let_gpu_memory_grow()
+    gpus, cpus = (tf.config.list_logical_devices(kind) for kind in ("GPU", "CPU"))
+    if choice == "gpu" and not gpus:
+        raise InputError("`devices` is gpu, but TensorFlow sees none on this machine; see `tftransfer doctor`")
+    pool = cpus if choice == "cpu" or not gpus else gpus
+    # Logical processors beyond the first exist only where somebody asked for them by number, as tests do.
+    count = int(choice) if choice.isdigit() else (len(gpus) if pool is gpus else 1)
+    if count > len(pool):
+        kind = pool[0].device_type
+        raise InputError(f"`devices` asks for {count}, but there are {len(pool)} of kind {kind}. Received: {choice!r}")
+    return _strategy_on([device.name for device in pool[:count]], choice)
+
+
+def _strategy_on(names: list[str], choice: str) -> tuple[tf.distribute.Strategy, str]:
+    kind = "GPU" if "GPU" in names[0] else "processor"
+    origin = "as asked" if choice != "auto" else "the best there is"
+    if len(names) > 1:
+        return tf.distribute.MirroredStrategy(names), f"{len(names)} x {kind} mirrored ({origin})"
+    if kind == "processor":
+        # The default strategy rather than OneDeviceStrategy: the same on one processor, with less overhead.
+        return tf.distribute.get_strategy(), f"one {kind} ({origin})"
+    return tf.distribute.OneDeviceStrategy(names[0]), f"one {kind} ({origin})"
+
+
+def _tpu_strategy() -> tuple[tf.distribute.Strategy, str]:
+    """Connect to a TPU. Recognised but untested: no TPU was at hand when this was written."""
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect()
+    return tf.distribute.TPUStrategy(resolver), "TPU (recognised, untested)"
+
+
+def _let_gpu_memory_grow() -> None:
+    """Keep TensorFlow from taking all GPU memory at once; too late, and harmless, once a GPU is in use."""
+    for gpu in tf.config.list_physical_devices("GPU"):
+        with contextlib.suppress(RuntimeError):
+            tf.config.experimental.set_memory_growth(gpu, True)
+
+
+def _precision(precision: str, strategy: tf.distribute.Strategy) -> tuple[str, str]:
+    if precision not in PRECISIONS:
+        raise InputError(f"`precision` must be one of {', '.join(PRECISIONS)}. Received: precision={precision!r}")
+    if precision != "auto":
+        return precision, "as asked"
+    worker_devices = strategy.extended.worker_devices
+    if any("TPU" in name for name in worker_devices):
+        return "mixed_bfloat16", "a TPU"
+    if not any("GPU" in name for name in worker_devices):
+        return "float32", "no GPU"
+    return _by_compute_capability(describe_hardware()["compute_capability"])
+
+
+def _by_compute_capability(capabilities: list[list[int]]) -> tuple[str, str]:
+    """Choose by the weakest GPU: bfloat16 from Ampere (8.0), float16 from Volta (7.0), else float32.
+
+    Source: NVIDIA, CUDA C++ Programming Guide, arithmetic support by compute capability.
+    """
+    weakest = min((tuple(capability) for capability in capabilities), default=())
+    if weakest >= (8, 0):
+        return "mixed_bfloat16", f"compute capability {weakest[0]}.{weakest[1]}"
+    if weakest >= (7, 0):
+        return "mixed_float16", f"compute capability {weakest[0]}.{weakest[1]}"
+    return "float32", "GPU without fast half precision"

@@ -1,0 +1,31 @@
+"""The one exception that the command line turns into exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Say in one line what was wrong with what the user gave, what was expected and what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Name the known words that are closest to a misspelt one.
+
+    Args:
+        name: The word that was given.
+        known: The words that exist.
+
+    Returns:
+        A clause such as `" Did you mean 'ResNet50' or 'ResNet50V2'?"`, or an empty string.
+
+    Example:
+        >>> nearest("ResNet5", ["VGG16", "ResNet50"])
+        " Did you mean 'ResNet50'?"
+    """
+    by_lower_case = {word.lower(): word for word in known}
+    close = difflib.get_close_matches(name.lower(), by_lower_case, n=3, cutoff=0.6)
+    if not close:
+        return ""
+    return f" Did you mean {' or '.join(repr(by_lower_case[word]) for word in close)}?"

@@ -1,0 +1,137 @@
+"""The frozen prefix: cut a network below the lowest layer that trains, and run what is below as constants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import keras
+import tensorflow as tf
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+from tftransfer.errors import InputError
+
+_STOCHASTIC = (
+    keras.layers.Dropout,
+    keras.layers.SpatialDropout1D,
+    keras.layers.SpatialDropout2D,
+    keras.layers.SpatialDropout3D,
+    keras.layers.AlphaDropout,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A network in two parts that share its layers.
+
+    Args:
+        frozen: From the network's input to the tensors that cross the cut; None if everything trains.
+        trained: From those tensors to the network's output. It shares layers with the whole network, so the whole
+            network is trained when this part is.
+    """
+
+    frozen: keras.Model | None
+    trained: keras.Model
+
+    @property
+    def frozen_share(self) -> float:
+        """Share of the network's parameters that lie below the cut, in [0, 1]."""
+        if self.frozen is None:
+            return 0.0
+        below = self.frozen.count_params()
+        return below / max(below + self.trained.count_params(), 1)
+
+
+def cut(model: keras.Model) -> Cut:
+    """Cut a functional network at the lowest point below which nothing trains.
+
+    Dropout that only the trained part follows (such as the head's) belongs to the trained part and stays active;
+    dropout and stochastic depth below the cut are off, as they should be in a frozen network.
+
+    Args:
+        model: A functional model whose `trainable` flags are set.
+
+    Returns:
+        The two parts. The cut is a list of tensors: some networks (NASNet) cross it with several.
+
+    Raises:
+        InputError: If nothing trains.
+
+    Example:
+        >>> from tftransfer import builders, trainable
+        >>> model = builders.image_classifier("MobileNet-0.25", 3, image_size=32, weights=None)
+        >>> _ = trainable.set_trainable(model, "head")
+        >>> [layer.name for layer in cut(model).trained.layers][1:]
+        ['head_dropout', 'logits']
+    """
+    above = _operations_above(model)
+    if not above:
+        raise InputError("nothing trains: every variable of the network is frozen; choose another `selector`")
+    crossing = _crossing_tensors(model, above)
+    inputs = {id(tensor) for tensor in model.inputs}
+    if all(id(tensor) in inputs for tensor in crossing):
+        return Cut(None, keras.Model(model.inputs, model.outputs))
+    return Cut(keras.Model(model.inputs, crossing), keras.Model(crossing, model.outputs))
+
+
+def as_constant_function(network: keras.Model) -> Callable[[tf.Tensor], list[tf.Tensor]]:
+    """Turn a network in inference mode into a graph of constants, in which BatchNorm folds into convolutions.
+
+    Args:
+        network: A functional model with one input.
+
+    Returns:
+        A function from a batch of inputs (any numeric type) to the list of outputs. It is about one and a half times
+        as fast as the same network with variables, because Grappler can fold constants only.
+    """
+    source = network.inputs[0]
+    signature = tf.TensorSpec(source.shape, source.dtype)
+
+    @tf.function(input_signature=[signature])
+    def infer(batch: tf.Tensor) -> list[tf.Tensor]:
+        return [tf.convert_to_tensor(output) for output in tf.nest.flatten(network(batch, training=False))]
+
+    frozen = convert_variables_to_constants_v2(infer.get_concrete_function())
+    return lambda batch: list(frozen(tf.cast(batch, signature.dtype)))
+
+
+def _operations_above(model: keras.Model) -> set[int]:
+    """Return the ids of the operations that train, and of all that come after one of them."""
+    frozen_below = _operations_with_frozen_weights_after(model)
+    above: set[int] = set()
+    for node in _nodes_in_order(model):
+        operation = node.operation
+        active = isinstance(operation, _STOCHASTIC) and id(operation) not in frozen_below
+        follows = any(id(parent.operation) in above for parent in node.parent_nodes)
+        if active or follows or getattr(operation, "trainable_variables", None):
+            above.add(id(operation))
+    return above
+
+
+def _operations_with_frozen_weights_after(model: keras.Model) -> set[int]:
+    """Return the ids of the operations after which, somewhere, a layer comes whose weights are all frozen."""
+    before_frozen: set[int] = set()
+    for node in reversed(_nodes_in_order(model)):
+        operation = node.operation
+        variables = getattr(operation, "variables", [])
+        if id(operation) in before_frozen or (variables and not operation.trainable_variables):
+            before_frozen.update(id(parent.operation) for parent in node.parent_nodes)
+    return before_frozen
+
+
+def _nodes_in_order(model: keras.Model) -> list:
+    """Return the nodes of a functional model from its inputs to its outputs."""
+    return [node for depth in sorted(model._nodes_by_depth, reverse=True) for node in model._nodes_by_depth[depth]]
+
+
+def _crossing_tensors(model: keras.Model, above: set[int]) -> list[keras.KerasTensor]:
+    """Return the tensors that the upper part takes from below, each once, in order."""
+    crossing: dict[int, keras.KerasTensor] = {}
+    for node in _nodes_in_order(model):
+        if id(node.operation) in above:
+            for tensor in node.input_tensors:
+                if id(tensor._keras_history.operation) not in above:
+                    crossing.setdefault(id(tensor), tensor)
+    return list(crossing.values())

@@ -1,0 +1,87 @@
+"""Regression: one or several numbers per example."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tftransfer.errors import InputError
+from tftransfer.tasks.single_label import check_labels
+
+
+@dataclass(frozen=True)
+class Regression:
+    """One number per name in `labels`, in the units of the data.
+
+    Args:
+        labels: The names of the numbers, in the order of the network's outputs. Defaults to `("value",)`.
+        name: What `report.json` calls the task. Defaults to `"image_regression"`.
+
+    Example:
+        >>> Regression(labels=("width", "height")).encode(["1.5|2"]).tolist()
+        [[1.5, 2.0]]
+    """
+
+    labels: tuple[str, ...] = ("value",)
+    name: str = "image_regression"
+
+    def __post_init__(self) -> None:
+        check_labels(self.labels, at_least=1)
+
+    @property
+    def kind(self) -> str:
+        return "regression"
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.labels)
+
+    def encode(self, raw: Sequence[str]) -> np.ndarray:
+        """Return `(n, numbers)` float32 from numbers separated by `|`."""
+        return np.array([self._numbers(text) for text in raw], np.float32).reshape(-1, self.num_outputs)
+
+    def _numbers(self, text: str) -> list[float]:
+        try:
+            numbers = [float(part) for part in text.split("|")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != self.num_outputs or not all(map(math.isfinite, numbers)):
+            raise InputError(
+                f"a label must hold {self.num_outputs} finite numbers separated by `|`. Received: {text!r}"
+            )
+        return numbers
+
+    def example_weights(self, targets: np.ndarray) -> np.ndarray:
+        """Return ones."""
+        return np.ones(len(targets), np.float32)
+
+    def loss(self, from_logits: bool) -> keras.losses.Loss:
+        """Return the mean squared error."""
+        return keras.losses.MeanSquaredError()
+
+    def metrics(self, from_logits: bool) -> list[keras.metrics.Metric]:
+        """Return the mean absolute error."""
+        return [keras.metrics.MeanAbsoluteError(name="mean_absolute_error")]
+
+    def probabilities(self, outputs: tf.Tensor, from_logits: bool) -> tf.Tensor:
+        """Return the numbers themselves, `(batch, numbers)` float32."""
+        return tf.cast(outputs, tf.float32)
+
+    def answers(self, outputs: tf.Tensor, from_logits: bool) -> dict[str, tf.Tensor]:
+        """Return `values` `(batch, numbers)` in manifest order."""
+        return {"values": self.probabilities(outputs, from_logits)}
+
+    def measure(self, targets: np.ndarray, probabilities: np.ndarray) -> dict[str, float | None]:
+        """Return the mean absolute and root mean squared error over all numbers, and R squared."""
+        error = probabilities - targets
+        spread = float(((targets - targets.mean(axis=0)) ** 2).sum())
+        return {
+            "mean_absolute_error": float(np.abs(error).mean()),
+            "root_mean_squared_error": float(np.sqrt((error**2).mean())),
+            "r_squared": 1 - float((error**2).sum()) / spread if spread else None,
+        }

@@ -1,0 +1,235 @@
+"""What trains: selectors that set `trainable` on layers and variables, and a table that shows the result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import keras
+
+from tftransfer import backbones
+from tftransfer.errors import InputError, nearest
+
+HEAD = "head"
+FIXED_SELECTORS = ("none", "head", "all", "attention", "norm", "bias")
+
+_NORMALISATION = (
+    keras.layers.BatchNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.GroupNormalization,
+    keras.layers.UnitNormalization,
+    keras.layers.RMSNormalization,
+)
+_ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention, keras.layers.Attention)
+# Squeeze-and-excitation is the attention of convolutional networks; keras.applications names its layers so.
+_ATTENTION_NAME = re.compile(r"attention|squeeze_excite|(^|_)se_|_attn|query|key_dense|value_dense")
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """One depth group (or the head): how much of it trains, and whether its BatchNorm statistics can move."""
+
+    group: str
+    layers: int
+    parameters: int
+    trainable: int
+    batch_norm: str
+
+
+def set_trainable(model: keras.Model, selector: str = "head", *, train_batch_norm: bool = False) -> tuple[AuditRow, ...]:
+    """Choose what trains. Compile afterwards: Keras ignores changes made after `compile`.
+
+    Args:
+        model: A functional model, from a builder or the user's own.
+        selector: One of
+            `"none"`; `"head"`; `"all"`;
+            `"last:N"`, the head and the N topmost depth groups;
+            `"from:LAYER"`, that layer and all that come after it;
+            `"LAYER_A:LAYER_B"`, the layers from A to B;
+            `"attention"`, `"norm"`, `"bias"`, the variables of that kind;
+            `"re:PATTERN"`, the variables whose path the regular expression matches.
+            The head trains in every case but `"none"`. Defaults to `"head"`.
+        train_batch_norm: Whether BatchNorm layers that train also move their statistics. Defaults to False: they
+            run on the stored statistics, also inside `fit`, and only their scale and offset may train.
+
+    Returns:
+        The audit table: a row per depth group from stem to top, the head last.
+
+    Raises:
+        InputError: If the selector is not known or matches nothing in the model.
+
+    Example:
+        >>> from tftransfer import builders
+        >>> model = builders.image_classifier("MobileNet-0.25", 3, image_size=32, weights=None)
+        >>> set_trainable(model, "last:1")[-1].group
+        'head'
+    """
+    groups = all_groups(model)
+    wanted = _wanted(model, selector, groups)
+    model.trainable = True  # reaches every layer and variable; the loop below then closes what must not train
+    for layer in weight_layers(model):
+        _open_layer(layer, wanted, train_batch_norm)
+    return audit(model, groups)
+
+
+def all_groups(model: keras.Model) -> tuple[backbones.Group, ...]:
+    """Return the depth groups from stem to top with the head as the last group.
+
+    For a network that no builder made, the head is its last layer with weights.
+    """
+    groups = list(backbones.depth_groups(model))
+    grouped = {name for group in groups for name in group.layers}
+    rest = tuple(layer.name for layer in model.layers if layer.weights and layer.name not in grouped)
+    if not rest and groups:
+        rest = groups.pop().layers
+    return (*groups, backbones.Group(HEAD, rest))
+
+
+def weight_layers(model: keras.Model) -> list[keras.Layer]:
+    """Return the innermost layers that hold weights, in order, through nested models."""
+    return [layer for layer in model._flatten_layers(include_self=False) if layer._trainable_variables or
+            layer._non_trainable_variables]
+
+
+def audit(model: keras.Model, groups: tuple[backbones.Group, ...] | None = None) -> tuple[AuditRow, ...]:
+    """Return the audit table of a model as it stands."""
+    return tuple(_audit_row(model, group) for group in groups or all_groups(model))
+
+
+def rate_multipliers(model: keras.Model, layer_decay: float) -> dict[str, float]:
+    """Return each trainable variable's factor on the learning rate: `layer_decay` per group below the head.
+
+    Args:
+        model: A model whose `trainable` flags are set.
+        layer_decay: Factor per depth group, in (0, 1]; the head has the factor 1.
+
+    Returns:
+        From `variable.path` to the factor.
+    """
+    groups = all_groups(model)
+    return {
+        variable.path: layer_decay ** (len(groups) - 1 - depth)
+        for depth, group in enumerate(groups)
+        for name in group.layers
+        for variable in model.get_layer(name).trainable_variables
+    }
+
+
+def _audit_row(model: keras.Model, group: backbones.Group) -> AuditRow:
+    layers = [model.get_layer(name) for name in group.layers]
+    count = sum(layer.count_params() for layer in layers)
+    open_count = sum(int(v.value.shape.num_elements()) for layer in layers for v in layer.trainable_variables)
+    norms = [inner for layer in layers for inner in _leaves(layer) if _is_batch_norm(inner)]
+    moving = sum(norm.trainable for norm in norms)
+    state = "" if not norms else f"{moving} of {len(norms)} move" if moving else "frozen"
+    return AuditRow(group.name, len(layers), count, open_count, state)
+
+
+def _leaves(layer: keras.Layer) -> list[keras.Layer]:
+    return list(layer._flatten_layers(include_self=True))
+
+
+def _is_batch_norm(layer: keras.Layer) -> bool:
+    return isinstance(layer, keras.layers.BatchNormalization)
+
+
+def _open_layer(layer: keras.Layer, wanted: Callable[[keras.Layer, keras.Variable], bool], move: bool) -> None:
+    chosen = [variable for variable in layer._trainable_variables if wanted(layer, variable)]
+    # A BatchNorm layer whose own `trainable` is False runs in inference mode, whatever `fit` says (keras#20285);
+    # its scale and offset can train all the same.
+    layer.trainable = bool(chosen) and (move or not _is_batch_norm(layer))
+    for variable in layer._trainable_variables:
+        variable.trainable = any(variable is kept for kept in chosen)
+
+
+def _wanted(
+    model: keras.Model, selector: str, groups: tuple[backbones.Group, ...]
+) -> Callable[[keras.Layer, keras.Variable], bool]:
+    """Return a function of layer and variable that tells whether the variable trains."""
+    if selector == "none":
+        return lambda layer, variable: False
+    head = _inner(model, groups[-1].layers)
+    matches = _matcher(model, selector, groups)
+    _refuse_empty(model, selector, matches, head)
+    return lambda layer, variable: id(layer) in head or matches(layer, variable)
+
+
+def _inner(model: keras.Model, names: tuple[str, ...]) -> set[int]:
+    return {id(inner) for name in names for inner in _leaves(model.get_layer(name))}
+
+
+def _matcher(
+    model: keras.Model, selector: str, groups: tuple[backbones.Group, ...]
+) -> Callable[[keras.Layer, keras.Variable], bool]:
+    if selector == "head":
+        return lambda layer, variable: False
+    if selector == "all":
+        return lambda layer, variable: True
+    if selector == "attention":
+        return lambda layer, variable: isinstance(layer, _ATTENTION) or bool(_ATTENTION_NAME.search(variable.path))
+    if selector == "norm":
+        return lambda layer, variable: isinstance(layer, _NORMALISATION)
+    if selector == "bias":
+        return lambda layer, variable: variable.name in ("bias", "beta")
+    if selector.startswith("re:"):
+        pattern = _pattern(selector)
+        return lambda layer, variable: bool(pattern.search(variable.path))
+    chosen = _inner(model, _layer_names(model, selector, groups))
+    return lambda layer, variable: id(layer) in chosen
+
+
+def _pattern(selector: str) -> re.Pattern[str]:
+    try:
+        return re.compile(selector[len("re:") :])
+    except re.error as error:
+        raise InputError(f"`selector` holds no valid regular expression: {error}. Received: {selector!r}") from None
+
+
+def _layer_names(model: keras.Model, selector: str, groups: tuple[backbones.Group, ...]) -> tuple[str, ...]:
+    first, colon, second = selector.partition(":")
+    if not colon:
+        known = (*FIXED_SELECTORS, "last:N", "from:LAYER", "LAYER_A:LAYER_B", "re:PATTERN")
+        raise InputError(
+            f"`selector` must be one of {', '.join(known)}.{nearest(selector, FIXED_SELECTORS)} Received: {selector!r}"
+        )
+    if first == "last":
+        return _last_groups(second, groups[:-1])
+    names = [layer.name for layer in model.layers]
+    start = _position(second if first == "from" else first, names, groups)
+    stop = len(names) - 1 if first == "from" else _position(second, names, groups)
+    if stop < start:
+        raise InputError(f"`selector` must go from stem to top: {second!r} comes before {first!r}. Received: {selector!r}")
+    return tuple(names[start : stop + 1])
+
+
+def _last_groups(count: str, groups: tuple[backbones.Group, ...]) -> tuple[str, ...]:
+    if not count.isdigit() or not 1 <= int(count) <= len(groups):
+        raise InputError(
+            f"`selector` last:N takes a whole number from 1 to {len(groups)}, the depth groups of this network. "
+            f"Received: 'last:{count}'"
+        )
+    return tuple(name for group in groups[-int(count) :] for name in group.layers)
+
+
+def _position(name: str, names: list[str], groups: tuple[backbones.Group, ...]) -> int:
+    """Return the place of a layer, or of the first layer of a depth group, in the network."""
+    by_group = {group.name: group.layers[0] for group in groups if group.layers}
+    layer = by_group.get(name, name)
+    if layer not in names:
+        raise InputError(
+            f"`selector` names no layer or group of this network: {name!r}.{nearest(name, [*names, *by_group])} "
+            f"Groups: {', '.join(by_group)}"
+        )
+    return names.index(layer)
+
+
+def _refuse_empty(
+    model: keras.Model, selector: str, matches: Callable[[keras.Layer, keras.Variable], bool], head: set[int]
+) -> None:
+    if selector == "head":
+        return
+    for layer in weight_layers(model):
+        if id(layer) not in head and any(matches(layer, variable) for variable in layer._trainable_variables):
+            return
+    raise InputError(f"`selector` matches nothing below the head of this network. Received: {selector!r}")
