@@ -30,6 +30,7 @@ setup(
         "matplotlib>=3.10",
         "rich>=13.9",
         "psutil>=6",
+        "tensorboard>=2.20",
     ],
     extras_require={
         "gpu": ["tensorflow[and-cuda]>=2.21,<2.22"],

@@ -17,6 +17,7 @@ _MODULES = (
     "checks",
     "data",
     "report",
+    "runs",
     "serving",
     "strategies",
     "tasks",

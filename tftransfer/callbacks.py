@@ -15,38 +15,35 @@ Logs = dict[str, float] | None
 
 
 class KeepBest(keras.callbacks.Callback):
-    """Restore the weights with the lowest monitored value when training ends, and stop when it no longer falls.
+    """Restore the weights with the lowest validation loss when training ends, and stop when it no longer falls.
 
     Unlike `keras.callbacks.EarlyStopping` it counts the weights that training began with, if they are shown to
     `consider` first; ties keep the earlier weights.
 
     Args:
         model: The model that will be trained.
-        monitor: Name in the logs, such as `"val_loss"`; lower is better.
         patience: Epochs without a better value before training stops; 0 for never. Defaults to 0.
     """
 
-    def __init__(self, model: keras.Model, monitor: str, patience: int = 0) -> None:
+    def __init__(self, model: keras.Model, patience: int = 0) -> None:
         super().__init__()
         self.set_model(model)
-        self.monitor = monitor
         self.patience = patience
         self.best = math.inf
         self.best_epoch = 0
         self.epochs = 0
         self._weights: list[np.ndarray] = []
 
-    def consider(self, epoch: int, logs: dict[str, float]) -> None:
-        """Keep the model's weights if their value is the best so far; values that are not numbers never are."""
-        value = float(logs.get(self.monitor, logs.get(self.monitor.removeprefix("val_"), math.inf)))
-        if value < self.best or not self._weights:
-            self.best = value if math.isfinite(value) else math.inf
+    def consider(self, epoch: int, loss: float) -> None:
+        """Keep the model's weights if their validation loss is the best so far; one that is no number never is."""
+        if loss < self.best or not self._weights:
+            self.best = loss if math.isfinite(loss) else math.inf
             self.best_epoch = epoch
             self._weights = self.model.get_weights()
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         self.epochs += 1
-        self.consider(self.epochs, logs or {})
+        self.consider(self.epochs, (logs or {}).get("val_loss", math.inf))
         if self.patience and self.epochs - self.best_epoch >= self.patience:
             self.model.stop_training = True
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from tftransfer.errors import InputError
+from tftransfer.trainable import trained_variables
 
 _STOCHASTIC = (
     keras.layers.Dropout,
@@ -70,10 +71,10 @@ def cut(model: keras.Model) -> Cut:
     if not above:
         raise InputError("nothing trains: every variable of the network is frozen; choose another `selector`")
     crossing = _crossing_tensors(model, above)
-    inputs = {id(tensor) for tensor in model.inputs}
-    if all(id(tensor) in inputs for tensor in crossing):
-        return Cut(None, keras.Model(model.inputs, model.outputs))
-    return Cut(keras.Model(model.inputs, crossing), keras.Model(crossing, model.outputs))
+    frozen = _network(model.inputs, crossing) if crossing else None
+    if frozen is None or not any(_could_train(layer) for layer in frozen.layers):
+        return Cut(None, _network(model.inputs, model.outputs))  # below the cut is nothing but preprocessing
+    return Cut(frozen, _network(crossing, model.outputs))
 
 
 def as_constant_function(network: keras.Model) -> Callable[[tf.Tensor], list[tf.Tensor]]:
@@ -105,7 +106,7 @@ def _operations_above(model: keras.Model) -> set[int]:
         operation = node.operation
         active = isinstance(operation, _STOCHASTIC) and id(operation) not in frozen_below
         follows = any(id(parent.operation) in above for parent in node.parent_nodes)
-        if active or follows or getattr(operation, "trainable_variables", None):
+        if active or follows or _trains(operation):
             above.add(id(operation))
     return above
 
@@ -115,10 +116,23 @@ def _operations_with_frozen_weights_after(model: keras.Model) -> set[int]:
     before_frozen: set[int] = set()
     for node in reversed(_nodes_in_order(model)):
         operation = node.operation
-        variables = getattr(operation, "variables", [])
-        if id(operation) in before_frozen or (variables and not operation.trainable_variables):
+        frozen = bool(getattr(operation, "weights", [])) and not _trains(operation)
+        if id(operation) in before_frozen or frozen:
             before_frozen.update(id(parent.operation) for parent in node.parent_nodes)
     return before_frozen
+
+
+def _network(inputs: list[keras.KerasTensor], outputs: list[keras.KerasTensor]) -> keras.Model:
+    """Return the part of a graph between tensors; a single one is not wrapped in a list."""
+    return keras.Model(*(tensors[0] if len(tensors) == 1 else tensors for tensors in (inputs, outputs)))
+
+
+def _could_train(layer: keras.Layer) -> bool:
+    return any(inner._trainable_variables for inner in layer._flatten_layers())
+
+
+def _trains(operation: keras.Operation) -> bool:
+    return isinstance(operation, keras.Layer) and bool(trained_variables(operation))
 
 
 def _nodes_in_order(model: keras.Model) -> list:

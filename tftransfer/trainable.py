@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +93,15 @@ def weight_layers(model: keras.Model) -> list[keras.Layer]:
             layer._non_trainable_variables]
 
 
+def trained_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """Return the variables of a layer that train.
+
+    Keras' own `trainable_variables` is empty for a layer whose `trainable` is False, also where its scale and offset
+    train, as those of a frozen BatchNorm layer do.
+    """
+    return [variable for variable in layer.weights if variable.trainable]
+
+
 def audit(model: keras.Model, groups: tuple[backbones.Group, ...] | None = None) -> tuple[AuditRow, ...]:
     """Return the audit table of a model as it stands."""
     return tuple(_audit_row(model, group) for group in groups or all_groups(model))
@@ -112,14 +122,14 @@ def rate_multipliers(model: keras.Model, layer_decay: float) -> dict[str, float]
         variable.path: layer_decay ** (len(groups) - 1 - depth)
         for depth, group in enumerate(groups)
         for name in group.layers
-        for variable in model.get_layer(name).trainable_variables
+        for variable in trained_variables(model.get_layer(name))
     }
 
 
 def _audit_row(model: keras.Model, group: backbones.Group) -> AuditRow:
     layers = [model.get_layer(name) for name in group.layers]
     count = sum(layer.count_params() for layer in layers)
-    open_count = sum(int(v.value.shape.num_elements()) for layer in layers for v in layer.trainable_variables)
+    open_count = sum(math.prod(variable.shape) for layer in layers for variable in trained_variables(layer))
     norms = [inner for layer in layers for inner in _leaves(layer) if _is_batch_norm(inner)]
     moving = sum(norm.trainable for norm in norms)
     state = "" if not norms else f"{moving} of {len(norms)} move" if moving else "frozen"

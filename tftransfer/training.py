@@ -36,6 +36,7 @@ class PhaseRecord:
         frozen_share: Share of the parameters that ran as constants, in [0, 1].
         epochs: Epochs that were run.
         best_epoch: The epoch of the phase whose weights were kept; 0 if those it began with were better.
+        extract_seconds: What running the frozen part took, some of it while the rest trained.
         seconds: What the phase took.
     """
 
@@ -44,6 +45,7 @@ class PhaseRecord:
     frozen_share: float
     epochs: int
     best_epoch: int
+    extract_seconds: float
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -54,6 +56,7 @@ class PhaseRecord:
             "epochs_planned": self.phase.epochs,
             "best_epoch": self.best_epoch,
             "frozen_share": self.frozen_share,
+            "extract_seconds": self.extract_seconds,
             "seconds": self.seconds,
         }
 
@@ -158,6 +161,24 @@ class _Run:
         return min(per_epoch, self.max_steps), 1
 
 
+class Stopwatch:
+    """Add up the seconds that calls of a function take."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Return the function with its calls timed."""
+
+        def call(argument: Any) -> Any:
+            began = time.monotonic()
+            result = function(argument)
+            self.seconds += time.monotonic() - began
+            return result
+
+        return call
+
+
 class _Trainee(keras.Model):
     """The part of a network that trains, while it trains; never saved or returned.
 
@@ -190,11 +211,13 @@ def _run_phase(run: _Run, phase: Phase, number: int, first_epoch: int) -> tuple[
     steps_per_epoch, epochs = run.steps(phase)
     last_epoch = first_epoch + epochs
     trainee = _compiled(run, phase, parts.trained, steps_per_epoch * epochs)
-    training, validation = _inputs(run, phase, number, parts)
-    keep = KeepBest(trainee, run.task.monitor, phase.patience)
-    keep.consider(0, trainee.evaluate(validation, return_dict=True, verbose=0))
+    extraction = Stopwatch()
+    training, validation = _inputs(run, phase, number, parts, extraction)
+    keep = KeepBest(trainee, phase.patience)
+    keep.consider(0, trainee.evaluate(validation, return_dict=True, verbose=0)["loss"])
     logs = trainee.fit(
         training,
+        shuffle=False,  # the batches come in the order that the seed decides
         steps_per_epoch=steps_per_epoch,
         initial_epoch=first_epoch,
         epochs=last_epoch,
@@ -202,12 +225,21 @@ def _run_phase(run: _Run, phase: Phase, number: int, first_epoch: int) -> tuple[
         callbacks=_callbacks(run, phase, keep, trainee, last_epoch, steps_per_epoch),
         verbose=0,
     ).history
-    seconds = time.monotonic() - began
-    record = PhaseRecord(phase, audit, parts.frozen_share, len(logs["loss"]), keep.best_epoch, seconds)
+    record = PhaseRecord(
+        phase,
+        audit,
+        parts.frozen_share,
+        epochs=len(logs["loss"]),
+        best_epoch=keep.best_epoch,
+        extract_seconds=extraction.seconds,
+        seconds=time.monotonic() - began,
+    )
     return logs, record
 
 
-def _inputs(run: _Run, phase: Phase, number: int, parts: prefix.Cut) -> tuple[tf.data.Dataset, tf.data.Dataset]:
+def _inputs(
+    run: _Run, phase: Phase, number: int, parts: prefix.Cut, extraction: Stopwatch
+) -> tuple[tf.data.Dataset, tf.data.Dataset]:
     """Return what goes into the trained part: the training batches of the whole phase, and the validation batches."""
     steps_per_epoch, epochs = run.steps(phase)
     training = order.batches(
@@ -222,7 +254,7 @@ def _inputs(run: _Run, phase: Phase, number: int, parts: prefix.Cut) -> tuple[tf
     validation = order.in_order(run.data.validation, even_batch(len(run.data.validation), run.batch_size, replicas))
     if parts.frozen is None:
         return training, validation
-    infer = prefix.as_constant_function(parts.frozen)
+    infer = extraction.timed(prefix.as_constant_function(parts.frozen))
     return _through(infer, parts.frozen, training), _through(infer, parts.frozen, validation)
 
 
@@ -259,7 +291,7 @@ def even_batch(count: int, batch_size: int, replicas: int) -> int:
 def _compiled(run: _Run, phase: Phase, part: keras.Model, steps: int) -> keras.Model:
     from_logits = builders.outputs_are_logits(run.model)
     with distribution.strategy_of(run.model).scope():
-        trainee = _Trainee(part.inputs, part.outputs)
+        trainee = _Trainee(_unpacked(part.inputs), _unpacked(part.outputs), name="trainee")
         trainee.dtype_policy = run.model.dtype_policy  # Keras scales the loss of float16 models by this
         trainee.compile(
             optimizer=_optimizer(run.model, phase, steps),

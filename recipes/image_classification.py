@@ -1,0 +1,69 @@
+"""Image classification: from pictures to a report and a served model.
+
+    python recipes/image_classification.py                   # handwritten digits, nothing to download
+    python recipes/image_classification.py --data PHOTOS     # PHOTOS/CLASS/*.jpg, ImageNet weights
+
+The task follows from the labels: one class per picture, or several separated by `|` in a table; `--task regression`
+learns numbers. Writes a folder with model.keras, report.html, report.json, serving/1 (a verified SavedModel) and more.
+Expected on the digits: test accuracy 0.98 or more, in under two minutes of training on two cores.
+"""
+
+import tftransfer as tft
+from tftransfer import cli
+
+NAME = "image_classification"
+
+
+def main() -> int:
+    parser = cli.recipe_parser(NAME, __doc__)
+    parser.add_argument("--task", default="auto", help="auto, single_label, multi_label, regression (default: auto)")
+    parser.add_argument("--hidden", type=int, nargs="*", default=(), help="sizes of hidden layers in the head")
+    parser.add_argument("--dropout", type=float, default=0.2, help="share dropped in the head (default: %(default)s)")
+    parser.add_argument("--label-smoothing", type=float, default=0.0, help="in [0, 1) (default: %(default)s)")
+    parser.add_argument("--balance", action="store_true", help="give every class the same total weight")
+    options = cli.parse(parser)
+
+    run = tft.runs.prepare(NAME, options)
+    if run.finished:
+        return tft.runs.show_finished(run)
+    strategy = tft.strategies.parse(options.strategy, options.epochs, options.learning_rate)
+    network = tft.runs.choose_network(options)
+    data, task = tft.data.load(
+        options.data,
+        image_size=network.image_size,
+        task_kind=options.task,
+        seed=options.seed,
+        label_smoothing=options.label_smoothing,
+        balance=options.balance,
+        limit=64 if options.smoke else None,
+    )
+    with tft.devices(options.devices, options.precision) as devices:
+        model = tft.builders.image_classifier(
+            network.backbone,
+            task.num_outputs,
+            image_size=network.image_size,
+            weights=network.weights,
+            hidden=options.hidden,
+            dropout=options.dropout,
+        )
+        model = tft.builders.in_units_of(model, data.train.targets) if task.kind == "regression" else model
+    if options.dry_run:
+        return tft.runs.show_plan(run, model, data, strategy, devices)
+
+    tft.runs.begin(run, data, devices)
+    history = tft.fine_tune(
+        model,
+        task,
+        data,
+        strategy,
+        output=run.folder,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        max_steps=2 if options.smoke else None,
+        quiet=options.quiet,
+    )
+    return tft.runs.finish(run, model, task, data, history, network)
+
+
+if __name__ == "__main__":
+    cli.run_recipe(main)

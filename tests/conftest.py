@@ -1,0 +1,126 @@
+"""What tests share: quiet TensorFlow, shards of the slow tests, small data and small networks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tftransfer import cli
+
+cli.import_tensorflow()
+
+import keras  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+from tftransfer import tasks  # noqa: E402
+from tftransfer.data.examples import Data, Examples, Pictures  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shard", default="1/1", help="run the I-th of N shards of the selected tests, I/N")
+
+
+def pytest_collection_modifyitems(config, items):
+    index, count = map(int, config.getoption("--shard").split("/"))
+    items[:] = [item for number, item in enumerate(items) if number % count == index - 1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Give every test the same random start, whatever ran before it."""
+    keras.utils.set_random_seed(0)
+    yield
+    keras.backend.clear_session()
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def assets(repository) -> Path:
+    """Real weights and pictures, where somebody has put them; tests that need them are skipped elsewhere."""
+    folder = Path(os.environ.get("TFTRANSFER_ASSETS", repository.parent / "shared" / "assets"))
+    if not folder.is_dir():
+        pytest.skip("needs real weights and data: set TFTRANSFER_ASSETS to their folder")
+    return folder
+
+
+def _examples(pictures: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> Examples:
+    held = tf.constant(pictures)
+    names = tuple(f"picture {number}" for number in range(len(pictures)))
+    source = Pictures(names, lambda index: tf.gather(held, index), tuple(pictures.shape[1:3]))
+    return Examples(source, targets, np.ones(len(targets), np.float32) if weights is None else weights)
+
+
+@pytest.fixture(scope="session")
+def make_examples():
+    """Return a function from pictures and targets in memory to `Examples`."""
+    return _examples
+
+
+def _coloured(count: int, image_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures whose class is their brightest channel, with noise: easy, but not without looking."""
+    generator = np.random.default_rng(seed)
+    targets = np.arange(count, dtype=np.int32) % 3
+    pictures = generator.integers(0, 120, (count, image_size, image_size, 3), np.uint8)
+    pictures[np.arange(count), :, :, targets] += 100
+    return pictures, targets
+
+
+@pytest.fixture(scope="session")
+def small_data() -> Data:
+    """24 training, 12 validation and 12 test pictures of 32 pixels in three classes."""
+    splits = [_examples(*_coloured(count, 32, seed)) for seed, count in enumerate((24, 12, 12))]
+    return Data("colours", ("red", "green", "blue"), *splits, found=48)
+
+
+@pytest.fixture(scope="session")
+def small_task() -> tasks.SingleLabel:
+    """The task of `small_data`."""
+    return tasks.SingleLabel(("red", "green", "blue"))
+
+
+def _estimate_batch_norm(model: keras.Model, seed: int = 0) -> keras.Model:
+    """Re-estimate BatchNorm on random pictures: random weights in inference mode give features near zero."""
+    norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    kept = [(layer.momentum, layer.trainable) for layer in norms]
+    for layer in norms:
+        layer.momentum, layer.trainable = 0.0, True
+    pictures = np.random.default_rng(seed).uniform(0, 255, (16, *model.input_shape[1:])).astype(np.float32)
+    for _ in range(2):
+        model(pictures, training=True)
+    for layer, (momentum, trainable) in zip(norms, kept, strict=True):
+        layer.momentum, layer.trainable = momentum, trainable
+    return model
+
+
+@pytest.fixture(scope="session")
+def estimate_batch_norm():
+    """Return the function that re-estimates a model's BatchNorm statistics."""
+    return _estimate_batch_norm
+
+
+def _small_network(num_classes: int = 3, dropout: float = 0.0) -> keras.Model:
+    layers = keras.layers
+    inputs = keras.Input((32, 32, 3), name="image")
+    x = layers.Rescaling(1 / 127.5, offset=-1.0, name="scale")(inputs)
+    for number in (1, 2, 3):
+        x = layers.Conv2D(8, 3, strides=2, padding="same", use_bias=False, name=f"conv_{number}")(x)
+        x = layers.BatchNormalization(name=f"norm_{number}")(x)
+        x = layers.ReLU(name=f"relu_{number}")(x)
+    x = layers.GlobalAveragePooling2D(name="head_pool")(x)
+    if dropout:
+        x = layers.Dropout(dropout, name="head_dropout")(x)
+    return _estimate_batch_norm(keras.Model(inputs, layers.Dense(num_classes, name="logits")(x)))
+
+
+@pytest.fixture
+def small_network():
+    """Return a function that builds a small convolutional network with BatchNorm and a builder's head names."""
+    return _small_network

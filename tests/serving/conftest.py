@@ -1,0 +1,113 @@
+"""A small network, a task for it, and its SavedModel."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tftransfer import serving, tasks
+from tftransfer.report import Check
+from tftransfer.serving import loaders, verification
+
+SIZE = (16, 24)
+LABELS = ("red", "green", "blue")
+
+
+def small_network(num_outputs=3, seed=0):
+    """Two convolutions whose answers differ clearly from picture to picture."""
+    keras.utils.set_random_seed(seed)
+    image = keras.Input((*SIZE, 3), name="image")
+    x = keras.layers.Rescaling(1 / 127.5, offset=-1.0)(image)
+    x = keras.layers.Conv2D(8, 3, strides=2, activation="relu", name="first")(x)
+    x = keras.layers.BatchNormalization(name="norm")(x)
+    x = keras.layers.Conv2D(8, 3, strides=2, activation="relu", name="second")(x)
+    x = keras.layers.GlobalAveragePooling2D(name="head_pool")(x)
+    x = keras.layers.Dropout(0.5, name="head_dropout")(x)
+    x = keras.layers.Dense(num_outputs, dtype="float32", name="logits")(x)
+    model = keras.Model(image, x)
+    # Larger weights in the last layer: answers that are nearly uniform would hide differences.
+    kernel, bias = model.get_layer("logits").get_weights()
+    model.get_layer("logits").set_weights([kernel * 8, bias])
+    return model
+
+
+@pytest.fixture(scope="session")
+def network():
+    return small_network
+
+
+@pytest.fixture(scope="session")
+def task():
+    return tasks.SingleLabel(LABELS)
+
+
+@pytest.fixture(scope="session")
+def model():
+    return small_network()
+
+
+@pytest.fixture(scope="session")
+def exported(model, task, tmp_path_factory):
+    """A SavedModel that nobody may change."""
+    directory = tmp_path_factory.mktemp("exported") / "1"
+    serving.export_savedmodel(model, task, directory)
+    return directory
+
+
+@pytest.fixture
+def write_savedmodel(tmp_path):
+    """Return a function that writes a SavedModel of one's own making, faulty or not."""
+
+    def write(tensor, serving_default, batch=None):
+        archive = keras.export.ExportArchive()
+        encoded = tf.TensorSpec((batch,), tf.string, name="image_bytes")
+        pictures = tf.TensorSpec((batch, *SIZE, 3), tf.float32, name="image")
+        archive.add_endpoint("serving_default", serving_default, input_signature=[encoded])
+        archive.add_endpoint("tensor", tensor, input_signature=[pictures])
+        archive.write_out(os.fspath(tmp_path / "faulty"), verbose=False)
+        return tmp_path / "faulty"
+
+    return write
+
+
+@pytest.fixture
+def without_c_library(monkeypatch):
+    """Leave the C library out: it takes two seconds, and the tests that are about it do without this."""
+    passed = Check("C library equals graph session", True)
+    monkeypatch.setattr(loaders, "c_library", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(verification, "_check_c_library", lambda *_: passed)
+
+
+@pytest.fixture
+def run_python():
+    """Return a function that runs a program in a process of its own and reads the JSON on its last line."""
+
+    def run(program, *arguments):
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Encoded pictures of other sizes than the network's, each mostly of one colour."""
+    generator = np.random.default_rng(7)
+    encoded = []
+    for number, (height, width) in enumerate(((40, 30), (16, 24), (9, 50), (61, 61), (25, 80))):
+        pixels = generator.integers(0, 120, (height, width, 3), np.uint8)
+        pixels[..., number % 3] += 120
+        encode = tf.io.encode_png if number % 2 else tf.io.encode_jpeg
+        encoded.append(encode(pixels).numpy())
+    return encoded

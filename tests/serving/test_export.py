@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tftransfer import InputError, serving, tasks
+from tftransfer.data.images import decode_picture
+from tftransfer.serving import loaders, structure
+
+TASKS = (
+    tasks.SingleLabel(("red", "green", "blue")),
+    tasks.MultiLabel(("red", "green", "blue")),
+    tasks.Regression(("width", "height", "depth")),
+)
+
+
+def answer(directory, signature, values):
+    saved_model = structure.read(directory)
+    with loaders.graph_session(directory, structure.signatures(saved_model)) as session:
+        return session(loaders.Request(signature, values))
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
+def test_every_task_serves_what_keras_answers(task, model, pictures, tmp_path):
+    serving.export_savedmodel(model, task, tmp_path / "1")
+    verification = serving.verify(tmp_path / "1", pictures, model=model, task=task, repeats=3)
+    assert verification.passed, verification.lines()
+    assert all(check.metrics.get("maximum difference", 0) == 0 for check in verification.checks)
+    assert all(check.passed for check in verification.checks)
+
+
+def test_answers_are_those_of_the_decoder_the_model_and_softmax(exported, model, task, pictures):
+    pixels = np.stack([decode_picture(tf.constant(one), (16, 24)).numpy() for one in pictures])
+    probabilities = tf.nn.softmax(model.predict(pixels.astype(np.float32), verbose=0)).numpy()
+    answers = answer(exported, "serving_default", loaders.as_texts(pictures))
+    np.testing.assert_allclose(answers["probabilities"], probabilities, atol=1e-6)
+    np.testing.assert_allclose(answers["probability"], probabilities.max(axis=1), atol=1e-6)
+    assert answers["label"].tolist() == [task.labels[row.argmax()].encode() for row in probabilities]
+    assert len(set(answers["label"].tolist())) > 1, "one label for all pictures shows nothing"
+
+
+def test_contract_of_names_and_types(exported):
+    definitions = structure.read(exported).meta_graphs[0].signature_def
+    for name, given in (("serving_default", "image_bytes"), ("tensor", "image")):
+        assert list(definitions[name].inputs) == [given]
+        assert sorted(definitions[name].outputs) == ["label", "probabilities", "probability"]
+    assert structure.image_size(structure.read(exported)) == (16, 24)
+
+
+def test_an_empty_batch_is_answered(exported):
+    answers = answer(exported, "serving_default", loaders.as_texts([]))
+    assert {name: values.shape for name, values in answers.items()} == {
+        "label": (0,),
+        "probability": (0,),
+        "probabilities": (0, 3),
+    }
+
+
+def test_no_path_of_this_machine_is_inside(exported, repository):
+    content = (exported / "saved_model.pb").read_bytes() + (
+        exported / "variables" / "variables.index"
+    ).read_bytes()
+    assert b"image_bytes" in content
+    assert not any(str(path).encode() in content for path in (repository, exported.parent))
+
+
+def test_probabilities_from_an_activation_pass_unchanged(model, task, pictures, tmp_path):
+    soft = keras.Model(model.input, keras.layers.Softmax()(model.output))
+    serving.export_savedmodel(soft, task, tmp_path / "soft")
+    serving.export_savedmodel(model, task, tmp_path / "logits")
+    both = [
+        answer(tmp_path / name, "serving_default", loaders.as_texts(pictures)) for name in ("soft", "logits")
+    ]
+    np.testing.assert_allclose(both[0]["probabilities"], both[1]["probabilities"], atol=1e-6)
+
+
+def test_from_logits_can_be_said(model, task, pictures, tmp_path):
+    serving.export_savedmodel(model, task, tmp_path / "1", from_logits=False)
+    numbers = answer(tmp_path / "1", "serving_default", loaders.as_texts(pictures))["probabilities"]
+    assert not np.allclose(numbers.sum(axis=1), 1), (
+        "softmax was applied although the outputs were declared final"
+    )
+
+
+@pytest.mark.usefixtures("without_c_library")
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_answers_in_float32(policy, network, task, pictures, tmp_path):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = network()
+    finally:
+        keras.config.set_dtype_policy(before)
+    serving.export_savedmodel(model, task, tmp_path / "1")
+    verification = serving.verify(
+        tmp_path / "1", pictures, model=model, task=task, repeats=3, batch_sizes=(0, 1)
+    )
+    assert verification.passed, verification.lines()
+
+
+@pytest.mark.usefixtures("without_c_library")
+def test_active_augmentation_layers_are_off(network, task, pictures, tmp_path):
+    """`model.export` keeps them on (FIELD_NOTES, SavedModels for TF Serving)."""
+    inner = network()
+    image = keras.Input((16, 24, 3))
+    model = keras.Model(image, inner(keras.layers.RandomContrast(0.9, value_range=(0, 255))(image)))
+    serving.export_savedmodel(model, task, tmp_path / "1")
+    verification = serving.verify(tmp_path / "1", pictures, model=inner, task=task, repeats=5)
+    assert verification.passed, verification.lines()
+
+
+MIRRORED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import keras, tensorflow as tf
+from tftransfer import serving, tasks
+processors = [tf.config.LogicalDeviceConfiguration()] * 2
+tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], processors)
+from conftest import small_network
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+task = tasks.SingleLabel(("red", "green", "blue"))
+with strategy.scope():
+    model = small_network()
+    kind = type(model.weights[0].value).__name__
+    version, verification = serving.publish(model, task, Path(sys.argv[1]) / "inside", repeats=3)
+serving.export_savedmodel(model, task, Path(sys.argv[1]) / "outside")
+import json
+print(json.dumps([kind, verification.passed, verification.lines()]))
+"""
+
+
+@pytest.mark.usefixtures("without_c_library")
+def test_a_network_built_under_mirrored_strategy_exports(run_python, tmp_path, model, task):
+    kind, passed, lines = run_python(MIRRORED, tmp_path, __file__.rsplit("/", 1)[0])
+    assert kind.startswith("Mirrored")
+    assert passed, lines
+    # The same seed gave the same network here: what was mirrored answers as this one.
+    verification = serving.verify(tmp_path / "outside", model=model, task=task, repeats=2)
+    assert verification.passed, verification.lines()
+
+
+def test_bad_input_is_refused(model, task, network, tmp_path):
+    with pytest.raises(InputError, match="2 numbers"):
+        serving.export_savedmodel(model, tasks.SingleLabel(("a", "b")), tmp_path / "1")
+    image = keras.Input((None, None, 3))
+    anything = keras.Model(image, keras.layers.Dense(3)(keras.layers.GlobalAveragePooling2D()(image)))
+    with pytest.raises(InputError, match="image_size"):
+        serving.export_savedmodel(anything, task, tmp_path / "1")
+    assert not (tmp_path / "1").exists()

@@ -1,0 +1,271 @@
+"""Each way in which an export can be wrong, and the check that sees it."""
+
+from __future__ import annotations
+
+import shutil
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tftransfer import InputError, serving, tasks
+from tftransfer.serving import comparison, export
+from tftransfer.serving.comparison import Difference
+
+SIZE = (16, 24)
+
+
+@pytest.fixture
+def answers(model, task):
+    """From pixels to the task's answers, as a right export has it."""
+    return export.answers_of(model, task)
+
+
+@pytest.fixture
+def verify(model, task, pictures, without_c_library):
+    """Return a function that verifies a folder against the network with few repeats and names what failed."""
+
+    def failed(directory, **changes):
+        given = {"model": model, "task": task, "repeats": 3, "batch_sizes": (1, 2), **changes}
+        return serving.verify(directory, pictures, **given).failed
+
+    return failed
+
+
+def decoded(image_bytes):
+    return tf.cast(export.decode_batch(image_bytes, SIZE), tf.float32)
+
+
+def test_a_right_export_passes_every_check(exported, model, task, pictures):
+    verification = serving.verify(exported, pictures, model=model, task=task, repeats=3)
+    assert [check.passed for check in verification.checks] == [True] * 8
+    assert len(verification.rows()) == len(verification.lines()) == 8
+    assert verification.lines()[0].startswith("passed: SavedModel structure")
+
+
+def test_without_samples_model_and_task_it_still_decides(exported):
+    verification = serving.verify(exported, repeats=2)
+    assert verification.passed
+    assert [check.name for check in verification.checks if check.passed is None] == [
+        "graph session equals Keras"
+    ]
+
+
+def test_a_right_export_made_by_hand_passes(write_savedmodel, answers, verify):
+    """The faulty ones below differ from this one in one thing each."""
+    assert verify(write_savedmodel(answers, lambda image_bytes: answers(decoded(image_bytes)))) == ()
+
+
+def test_active_augmentation_fails(write_savedmodel, answers, verify):
+    def serving_default(image_bytes):
+        return answers(decoded(image_bytes) * tf.random.uniform((), 0.3, 1.0))
+
+    assert "repeated requests" in verify(write_savedmodel(answers, serving_default))
+
+
+def test_dropout_left_on_fails(write_savedmodel, model, task, verify):
+    def tensor(image):
+        return task.answers(model(image, training=True), True)
+
+    assert "repeated requests" in verify(
+        write_savedmodel(tensor, lambda image_bytes: tensor(decoded(image_bytes)))
+    )
+
+
+@pytest.mark.parametrize("with_task", [True, False])
+def test_unnamed_output_fails(with_task, model, task, tmp_path):
+    model.export(tmp_path / "stock", verbose=False)
+    verification = serving.verify(tmp_path / "stock", task=task if with_task else None, repeats=2)
+    assert verification.failed == ("SavedModel structure",)
+
+
+def test_outputs_numbered_by_keras_fail(write_savedmodel, model, verify):
+    def tensor(image):
+        return model(image, training=False)
+
+    directory = write_savedmodel(tensor, lambda image_bytes: tensor(decoded(image_bytes)))
+    for task in ({}, {"task": None}):
+        assert verify(directory, **task) == ("SavedModel structure",)
+    problems = serving.verify(directory, repeats=2).checks[0].metrics["problems"]
+    assert any("output_0" in problem for problem in problems)
+
+
+def test_fixed_batch_fails(write_savedmodel, answers, verify):
+    directory = write_savedmodel(answers, lambda image_bytes: answers(decoded(image_bytes)), batch=1)
+    assert verify(directory) == ("SavedModel structure",)
+
+
+def test_half_precision_answers_fail(write_savedmodel, answers, verify):
+    def tensor(image):
+        return {
+            name: tf.cast(v, tf.float16) if v.dtype == tf.float32 else v for name, v in answers(image).items()
+        }
+
+    directory = write_savedmodel(tensor, lambda image_bytes: tensor(decoded(image_bytes)))
+    assert verify(directory) == ("SavedModel structure",)
+    assert verify(directory, task=None) == ("SavedModel structure",)
+
+
+@pytest.mark.parametrize("file", ["variables.index", "variables.data-00000-of-00001"])
+def test_missing_variables_file_fails(file, exported, verify, tmp_path):
+    shutil.copytree(exported, tmp_path / "1")
+    (tmp_path / "1" / "variables" / file).unlink()
+    assert verify(tmp_path / "1") == ("graph session",)
+
+
+def test_wrong_label_order_fails(model, verify, tmp_path):
+    serving.export_savedmodel(model, tasks.SingleLabel(("green", "red", "blue")), tmp_path / "1")
+    assert set(verify(tmp_path / "1")) == {"labels in the graph", "graph session equals Keras"}
+
+
+@pytest.mark.usefixtures("without_c_library")
+def test_wrong_order_of_labels_that_no_picture_shows_fails(model, task, pictures, tmp_path):
+    """The samples alone cannot see it: here they are one picture, of a class that keeps its place."""
+    place = int(model.predict(export.decode_batch(tf.constant(pictures[:1]), SIZE), verbose=0)[0].argmax())
+    others = [label for label in task.labels if label != task.labels[place]][::-1]
+    labels = tuple(task.labels[place] if number == place else others.pop(0) for number in range(3))
+    serving.export_savedmodel(model, tasks.SingleLabel(labels), tmp_path / "1")
+    verification = serving.verify(tmp_path / "1", pictures[:1], model=model, task=task, repeats=2)
+    assert verification.failed == ("labels in the graph",)
+
+
+def test_changed_weights_fail(exported, network, verify):
+    changed = network()
+    kernel, bias = changed.get_layer("logits").get_weights()
+    changed.get_layer("logits").set_weights([kernel, bias + np.array([0.001, 0, 0])])
+    assert verify(exported, model=changed) == ("graph session equals Keras",)
+
+
+def test_a_network_of_another_size_fails(exported, verify):
+    image = keras.Input((8, 8, 3))
+    other = keras.Model(image, keras.layers.Dense(3)(keras.layers.GlobalAveragePooling2D()(image)))
+    assert verify(exported, model=other) == ("graph session equals Keras",)
+
+
+@pytest.mark.parametrize("given", [{}, {"model": None}], ids=["with Keras", "alone"])
+def test_other_resize_than_in_training_fails(given, write_savedmodel, answers, verify):
+    def nearest(contents):
+        pixels = tf.ensure_shape(tf.io.decode_image(contents, 3, expand_animations=False), (None, None, 3))
+        return tf.image.resize(pixels, SIZE, "nearest")
+
+    def serving_default(image_bytes):
+        pixels = tf.map_fn(nearest, image_bytes, fn_output_signature=tf.TensorSpec((*SIZE, 3), tf.uint8))
+        return answers(tf.cast(pixels, tf.float32))
+
+    assert "decoded as in training" in verify(write_savedmodel(answers, serving_default), **given)
+
+
+def test_answers_that_depend_on_the_batch_fail(write_savedmodel, answers, verify):
+    def tensor(image):
+        return answers(image * (0.5 + 0.5 / tf.cast(tf.shape(image)[0], tf.float32)))
+
+    directory = write_savedmodel(tensor, lambda image_bytes: tensor(decoded(image_bytes)))
+    assert "batches equal single pictures" in verify(directory)
+
+
+def test_a_batch_size_that_cannot_be_answered_fails(write_savedmodel, answers, verify):
+    """An empty batch is more than TensorFlow's convolutions can take; `export_savedmodel` sees to it."""
+    directory = write_savedmodel(answers, lambda image_bytes: answers(decoded(image_bytes)))
+    assert verify(directory, batch_sizes=(0, 1)) == ("batches equal single pictures",)
+
+
+def test_broken_pictures_that_are_answered_fail(write_savedmodel, answers, task):
+    black = tf.io.encode_png(tf.zeros((8, 8, 3), tf.uint8)).numpy()
+
+    def serving_default(image_bytes):
+        return answers(decoded(tf.where(tf.strings.length(image_bytes) > 40, image_bytes, black)))
+
+    faulty = write_savedmodel(answers, serving_default)
+    verification = serving.verify(faulty, task=task, repeats=2, batch_sizes=(1,))
+    assert set(verification.failed) == {"broken pictures are refused", "C library equals graph session"}
+
+
+def test_numbers_that_are_not_finite_fail(network, task, verify, tmp_path):
+    broken = network()
+    broken.get_layer("logits").set_weights([np.full((8, 3), np.nan), np.zeros(3)])
+    serving.export_savedmodel(broken, task, tmp_path / "1")
+    assert "graph session equals Keras" in verify(tmp_path / "1", model=broken)
+
+
+def test_folder_without_savedmodel_is_bad_input(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        serving.verify(tmp_path)
+    (tmp_path / "saved_model.pb").write_bytes(b"\xff\xff\xff")
+    with pytest.raises(InputError, match="damaged"):
+        serving.verify(tmp_path)
+
+
+@pytest.mark.parametrize("given", [{"repeats": 1}, {"batch_sizes": ()}, {"batch_sizes": (-1,)}])
+def test_arguments_out_of_range_are_bad_input(given, exported):
+    with pytest.raises(InputError, match=next(iter(given))):
+        serving.verify(exported, **given)
+
+
+def test_with_check_adds_one():
+    verification = serving.Verification(()).with_check("files", True)
+    assert verification.passed
+    assert verification.with_check("more", False, {"changed": ["a", "b"]}).lines() == [
+        "passed: files",
+        "FAILED: more (changed a; b)",
+    ]
+
+
+def single(*rows):
+    probabilities = np.array(rows, np.float32)
+    labels = np.array([b"a", b"b"], object)[probabilities.argmax(axis=1)]
+    return {"label": labels, "probability": probabilities.max(axis=1), "probabilities": probabilities}
+
+
+def test_difference_of_equal_answers_is_nothing():
+    assert comparison.difference(single((0.2, 0.8)), single((0.2, 0.8))) == Difference()
+
+
+def test_difference_by_hand():
+    found = comparison.difference(single((0.2, 0.8), (0.6, 0.4)), single((0.2, 0.8), (0.3, 0.7)))
+    assert found.texts == 1
+    assert found.maximum == pytest.approx(0.3, abs=1e-6)
+    assert not found.small
+
+
+def test_labels_may_differ_only_where_rounding_decides():
+    one, other = single((0.500001, 0.499999)), single((0.499999, 0.500001))
+    found = comparison.difference(one, other)
+    assert (found.texts, found.ties) == (0, 1)
+    assert found.small
+    swapped = {**one, "label": other["label"]}
+    assert comparison.difference(one, swapped).texts == 1, "the same probabilities must have the same label"
+
+
+def test_labels_at_the_threshold_are_ties():
+    def multi(score):
+        given = score >= 0.5
+        return {
+            "probabilities": np.array([[0.9, score]], np.float32),
+            "labels": np.array([[b"a", b"b" if given else b""]], object),
+            "scores": np.array([[0.9, score if given else 0]], np.float32),
+        }
+
+    assert comparison.difference(multi(0.500001), multi(0.499999), threshold=0.5).small
+    assert not comparison.difference(multi(0.6), multi(0.4), threshold=0.5).small
+
+
+def test_large_numbers_are_compared_relative_to_themselves():
+    one, other = ({"values": np.array([[value]], np.float32)} for value in (1e6, 1e6 + 1))
+    assert comparison.difference(one, other).small
+    assert not comparison.difference(one, {"values": np.array([[1.1e6]], np.float32)}).small
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"values": np.ones((2, 1), np.float32)},
+        {"values": np.ones((1, 1), np.float64)},
+        {"value": np.ones((1, 1), np.float32)},
+        {"values": np.full((1, 1), np.nan, np.float32)},
+    ],
+    ids=["shape", "type", "name", "not finite"],
+)
+def test_answers_that_cannot_be_compared_are_not_small(other):
+    assert not comparison.difference({"values": np.ones((1, 1), np.float32)}, other).small
+    assert not comparison.identical({"values": np.ones((1, 1), np.float32)}, other)

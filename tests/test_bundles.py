@@ -1,0 +1,119 @@
+import json
+
+import keras
+import numpy as np
+import pytest
+
+from tftransfer import bundles
+from tftransfer.errors import InputError
+from tftransfer.report import Number, Report
+
+CONFIGURATION = {"recipe": "image_classification", "seed": 0, "epochs": None}
+
+
+def _report() -> Report:
+    data = {"name": "colours", "train": 24, "validation": 12, "test": 12, "quarantined": []}
+    strategy = [{"name": "probe", "selector": "head", "epochs": 1}]
+    return Report("image_classification", "small", strategy, True, data, {"accuracy": Number(0.5, 0.2, 0.8, "wilson")})
+
+
+def _saved(folder, model, task):
+    bundles.begin(folder, CONFIGURATION)
+    bundles.save(folder, model, task, _report(), configuration=CONFIGURATION, provenance={"data": {}})
+
+
+def test_a_run_is_read_back(tmp_path, small_network, small_task):
+    model = small_network()
+    _saved(tmp_path, model, small_task)
+    bundle = bundles.load(tmp_path)
+    assert bundle.task == small_task
+    assert bundle.image_size == (32, 32)
+    pictures = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype(np.float32)
+    np.testing.assert_array_equal(bundle.model(pictures), model(pictures))
+
+
+def test_every_file_of_the_contract_is_written(tmp_path, small_network, small_task):
+    _saved(tmp_path, small_network(), small_task)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"model.keras", "manifest.json", "manifest.sha256", "report.json", "report.html", "MODEL_CARD.md"}
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_model_is_saved_uncompiled(tmp_path, small_network, small_task):
+    _saved(tmp_path, small_network(), small_task)
+    assert not keras.saving.load_model(tmp_path / "model.keras").compiled
+
+
+def test_a_changed_file_is_named(tmp_path, small_network, small_task):
+    _saved(tmp_path, small_network(), small_task)
+    (tmp_path / "report.json").write_text("{}")
+    assert bundles.changed_files(tmp_path, bundles.read_manifest(tmp_path)) == ["report.json"]
+
+
+def test_a_damaged_model_is_refused(tmp_path, small_network, small_task):
+    _saved(tmp_path, small_network(), small_task)
+    contents = bytearray((tmp_path / "model.keras").read_bytes())
+    contents[len(contents) // 2] ^= 1
+    (tmp_path / "model.keras").write_bytes(contents)
+    with pytest.raises(InputError, match=r"model\.keras"):
+        bundles.load(tmp_path)
+
+
+def test_a_folder_is_claimed_by_one_run(tmp_path, small_network, small_task):
+    folder = tmp_path / "run"
+    assert not bundles.claim(folder, CONFIGURATION)
+    assert not folder.exists()
+    bundles.begin(folder, CONFIGURATION)
+    assert not bundles.claim(folder, CONFIGURATION)
+    with pytest.raises(InputError, match="seed 0 there, 1 here"):
+        bundles.claim(folder, {**CONFIGURATION, "seed": 1})
+    _saved(folder, small_network(), small_task)
+    assert bundles.claim(folder, CONFIGURATION)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds no run"):
+        bundles.claim(tmp_path, CONFIGURATION)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        bundles.claim(tmp_path / "file" / "run", CONFIGURATION)
+
+
+def test_numbers_count_up(tmp_path):
+    assert bundles.next_folder(tmp_path, "run").name == "run-001"
+    (tmp_path / "run-007").mkdir()
+    (tmp_path / "run-old").mkdir()
+    assert bundles.next_folder(tmp_path, "run").name == "run-008"
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_folders_without_a_manifest_are_refused(tmp_path, content):
+    if content:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match=r"manifest\.json"):
+        bundles.load(tmp_path)
+
+
+def test_an_unfinished_run_is_refused(tmp_path):
+    bundles.begin(tmp_path, CONFIGURATION)
+    with pytest.raises(InputError, match="not finished"):
+        bundles.load(tmp_path)
+
+
+def test_the_manifest_is_sealed(tmp_path, small_network, small_task):
+    _saved(tmp_path, small_network(), small_task)
+    sealed = (tmp_path / "manifest.sha256").read_text().split()
+    assert sealed == [bundles.digest(tmp_path / "manifest.json"), "manifest.json"]
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"model.keras", "report.json", "report.html", "MODEL_CARD.md"}
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "model.keras").write_text("not a model")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        bundles.load_model(tmp_path / "model.keras")

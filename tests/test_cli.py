@@ -1,0 +1,102 @@
+import argparse
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tftransfer import cli
+from tftransfer.errors import InputError
+
+
+def _exit(parser_call) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        parser_call()
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["predict"], ["verify"], ["evaluate", "run"], ["--nonsense"], ["verify", "run", "--repeats", "many"]],
+)
+def test_wrong_arguments_are_one_line_and_exit_2(arguments, capsys):
+    assert _exit(lambda: cli.main(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "export", "verify"])
+def test_a_missing_run_is_one_line_and_exit_2(command, capsys, tmp_path):
+    arguments = [command, str(tmp_path / "nothing")]
+    arguments += {"predict": ["picture.png"], "evaluate": ["--data", "demo"]}.get(command, [])
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert "nothing" in error
+
+
+def test_no_command_prints_help(capsys):
+    assert cli.main([]) == 0
+    assert "doctor" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert _exit(lambda: cli.main(["--version"])) == 0
+    assert capsys.readouterr().out.startswith("tftransfer 0.")
+
+
+@pytest.mark.parametrize(("text", "size"), [("224", (224, 224)), ("96x128", (96, 128)), ("96X128", (96, 128))])
+def test_image_size(text, size):
+    assert cli.image_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "a", "1x2x3", "-5", "12x", "1.5"])
+def test_bad_image_sizes_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="N or HxW"):
+        cli.image_size(text)
+
+
+def test_bad_input_becomes_one_line(capsys):
+    def fail() -> int:
+        raise InputError("first\n   second")
+
+    assert cli.guarded(fail) == 2
+    assert capsys.readouterr().err.endswith(": first second\n")
+
+
+def test_an_interruption_is_75(capsys):
+    def interrupt() -> int:
+        raise KeyboardInterrupt
+
+    assert cli.guarded(interrupt) == 75
+    assert "begins this run again" in capsys.readouterr().err
+
+
+def test_programming_errors_are_not_hidden():
+    def fail() -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.guarded(fail)
+
+
+def test_importing_tensorflow_writes_nothing():
+    code = "from tftransfer import cli; cli.import_tensorflow(); import tensorflow as tf; tf.constant(1) + 1"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout == done.stderr == ""
+
+
+def test_recipe_options_take_no_abbreviations(capsys):
+    parser = cli.recipe_parser("image_classification", "A recipe.")
+    assert _exit(lambda: parser.parse_args(["--epoch", "3"])) == 2
+    assert "--epoch" in capsys.readouterr().err
+
+
+def test_recipes_share_the_options_of_the_contract():
+    parser = cli.recipe_parser("image_classification", "A recipe.")
+    options = {option for action in parser._actions for option in action.option_strings}
+    assert {
+        "--data", "--backbone", "--weights", "--image-size", "--strategy", "--epochs", "--batch-size",
+        "--learning-rate", "--seed", "--devices", "--precision", "--out", "--smoke", "--dry-run", "--quiet",
+    } <= options

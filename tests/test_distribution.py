@@ -1,0 +1,121 @@
+import json
+import subprocess
+import sys
+import textwrap
+
+import keras
+import pytest
+
+from tftransfer import distribution
+from tftransfer.errors import InputError
+
+
+def test_the_processor_is_chosen_where_there_is_no_gpu():
+    with distribution.devices("cpu") as chosen:
+        assert chosen.replicas == 1
+        assert chosen.precision == "float32"
+        assert "processor" in chosen.reason
+
+
+def test_precision_holds_inside_the_block_only():
+    before = keras.config.dtype_policy()
+    with distribution.devices("cpu", "mixed_bfloat16"):
+        assert keras.config.dtype_policy().name == "mixed_bfloat16"
+    assert keras.config.dtype_policy() is before
+
+
+def test_heads_compute_in_float32_in_mixed_precision():
+    from tftransfer import builders
+
+    with distribution.devices("cpu", "mixed_bfloat16"):
+        model = builders.image_classifier("MobileNet-0.25", 3, image_size=32, weights=None)
+    assert model.output.dtype == "float32"
+    assert model.get_layer("conv1").compute_dtype == "bfloat16"
+    assert model.get_layer("conv1").kernel.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [([[8, 0]], "mixed_bfloat16"), ([[9, 0], [7, 5]], "mixed_float16"), ([[6, 1]], "float32"), ([], "float32")],
+)
+def test_precision_follows_the_weakest_gpu(capabilities, precision):
+    assert distribution._by_compute_capability(capabilities)[0] == precision
+
+
+@pytest.mark.parametrize(("choice", "said"), [("gpus", "auto, cpu, gpu"), ("0", "from 1"), ("99", "asks for 99")])
+def test_bad_choices_are_refused(choice, said):
+    with pytest.raises(InputError, match=said), distribution.devices(choice):
+        pass
+
+
+def test_gpu_is_refused_where_there_is_none():
+    import tensorflow as tf
+
+    if tf.config.list_physical_devices("GPU"):
+        with distribution.devices("gpu") as chosen:
+            assert "GPU" in chosen.reason
+        return
+    with pytest.raises(InputError, match="TensorFlow sees none"), distribution.devices("gpu"):
+        pass
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(InputError, match="mixed_bfloat16"), distribution.devices("cpu", "float16"):
+        pass
+
+
+_TWO_DEVICES = """
+    import json, sys
+    from tftransfer import cli
+    cli.import_tensorflow()
+    import numpy as np, tensorflow as tf, keras
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    from tftransfer import builders, distribution, strategies, tasks, training
+    from tftransfer.data import Data, Examples, Pictures
+
+    def examples(count, seed):
+        generator = np.random.default_rng(seed)
+        targets = np.arange(count, dtype=np.int32) % 3
+        pictures = generator.integers(0, 120, (count, 32, 32, 3), np.uint8)
+        pictures[np.arange(count), :, :, targets] += 100
+        held = tf.constant(pictures)
+        source = Pictures(tuple(map(str, range(count))), lambda index: tf.gather(held, index), (32, 32))
+        return Examples(source, targets, np.ones(count, np.float32))
+
+    # 27 examples in batches of 8: the last batch of an epoch, 3, does not split evenly over two devices.
+    data = Data("colours", ("a", "b", "c"), examples(27, 0), examples(9, 1), examples(6, 2))
+    task = tasks.SingleLabel(data.labels)
+
+    def trained(devices):
+        keras.utils.set_random_seed(0)
+        with distribution.devices(devices) as chosen:
+            model = builders.image_classifier("MobileNet-0.25", 3, image_size=32, weights=None, dropout=0.0)
+        before = [w.numpy() for w in model.weights if "moving" in w.path]
+        phases = (strategies.Phase("probe", "head", 2, 0.01), strategies.Phase("tune", "all", 2, 1e-4))
+        history = training.fine_tune(model, task, data, phases, batch_size=8)
+        after = [w.numpy() for w in model.weights if "moving" in w.path]
+        frozen = all(np.array_equal(one, two) for one, two in zip(before, after))
+        return chosen, history, [w.numpy() for w in model.weights], frozen
+
+    one, history_one, weights_one, frozen_one = trained("1")
+    two, history_two, weights_two, frozen_two = trained("2")
+    apart = max(float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-12)) for a, b in zip(weights_one, weights_two))
+    moved = {name: max(abs(a - b) for a, b in zip(history_one[name], history_two[name])) for name in history_one}
+    print(json.dumps({"replicas": [one.replicas, two.replicas], "frozen": [frozen_one, frozen_two],
+                      "weights": apart, "history": moved}))
+"""
+
+
+def test_two_devices_train_as_one():
+    """A process of its own: logical devices can be set before TensorFlow is used only."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_TWO_DEVICES)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["replicas"] == [1, 2]
+    assert found["frozen"] == [True, True]
+    assert found["weights"] < 1e-5
+    assert found["history"]["loss"] < 1e-5
+    assert found["history"]["val_loss"] < 1e-5

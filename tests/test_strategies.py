@@ -1,0 +1,73 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tftransfer import strategies
+from tftransfer.errors import InputError
+
+
+@pytest.mark.parametrize("name", strategies.names())
+def test_every_strategy_is_a_tuple_of_phases(name):
+    phases = strategies.parse(name)
+    assert phases
+    assert all(isinstance(phase, strategies.Phase) for phase in phases)
+
+
+@given(st.sampled_from(strategies.names()), st.integers(2, 200))
+def test_epochs_are_shared_out_completely(name, total):
+    phases = strategies.parse(name, epochs=total)
+    assert sum(phase.epochs for phase in phases) == total
+    assert min(phase.epochs for phase in phases) >= 1
+
+
+def test_epochs_follow_the_phases_own_share():
+    assert [phase.epochs for phase in strategies.freeze_then_unfreeze(epochs=15)] == [5, 10]
+
+
+def test_learning_rate_is_the_last_phases_and_the_ratio_stays():
+    probe, tune = strategies.freeze_then_unfreeze(learning_rate=2e-4)
+    assert tune.learning_rate == pytest.approx(2e-4)
+    assert probe.learning_rate == pytest.approx(2e-3)
+
+
+def test_options_reach_the_strategy():
+    assert strategies.parse("partial:last=3")[0].selector == "last:3"
+    assert strategies.parse("full:layer_decay=0.8")[0].layer_decay == 0.8
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ful", "Did you mean 'full'"),
+        ("partial:lasst=3", "Did you mean 'last'"),
+        ("partial:last=two", "must be a number"),
+        ("partial:last=0", "whole number from 1"),
+        ("partial:last=1.5", "whole number from 1"),
+        ("linear_probe:last=3", "has no options"),
+        ("full:layer_decay=2", r"in \(0, 1\]"),
+    ],
+)
+def test_bad_strategies_are_refused(text, said):
+    with pytest.raises(InputError, match=said):
+        strategies.parse(text)
+
+
+@pytest.mark.parametrize("epochs", [0, 1, -3])
+def test_too_few_epochs_are_refused(epochs):
+    with pytest.raises(InputError, match="`epochs` must be a whole number from 2"):
+        strategies.parse("freeze_then_unfreeze", epochs=epochs)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1e-3, float("nan"), float("inf")])
+def test_bad_learning_rates_are_refused(rate):
+    with pytest.raises(InputError, match="learning_rate"):
+        strategies.parse("full", learning_rate=rate)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"warmup": 1.0}, {"weight_decay": -1.0}, {"schedule": "step"}, {"patience": -1}, {"epochs": 1.5}],
+)
+def test_bad_phases_are_refused(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        strategies.Phase("phase", **wrong)

@@ -1,0 +1,179 @@
+import csv
+
+import keras
+import numpy as np
+import pytest
+
+from tftransfer import strategies, training
+from tftransfer.errors import InputError
+from tftransfer.strategies import Phase
+
+
+def _statistics(model: keras.Model) -> list[np.ndarray]:
+    return [weight.numpy() for weight in model.weights if "moving" in weight.path]
+
+
+def _weights(model: keras.Model) -> list[np.ndarray]:
+    return [weight.numpy() for weight in model.weights if "seed_generator" not in weight.path]
+
+
+def test_head_only_training_leaves_the_rest_bit_equal(small_network, small_task, small_data):
+    model = small_network(dropout=0.3)
+    before = {weight.path: weight.numpy() for weight in model.weights}
+    training.fine_tune(model, small_task, small_data, (Phase("probe", "head", 2, 0.05),), batch_size=8)
+    changed = {path for path, value in before.items() if not np.array_equal(value, _value(model, path))}
+    assert {path for path in changed if "seed_generator" not in path} == {"logits/kernel", "logits/bias"}
+
+
+def _value(model: keras.Model, path: str) -> np.ndarray:
+    return next(weight.numpy() for weight in model.weights if weight.path == path)
+
+
+@pytest.mark.parametrize("selector", ["head", "last:1", "norm", "all"])
+def test_batch_norm_statistics_are_bit_equal_after_training(small_network, small_task, small_data, selector):
+    model = small_network()
+    before = _statistics(model)
+    training.fine_tune(model, small_task, small_data, (Phase("phase", selector, 2, 0.01),), batch_size=8)
+    for old, new in zip(before, _statistics(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_batch_norm_statistics_move_if_asked(small_network, small_task, small_data):
+    model = small_network()
+    before = _statistics(model)
+    phase = Phase("phase", "all", 1, 0.01, train_batch_norm=True)
+    training.fine_tune(model, small_task, small_data, (phase,), batch_size=8)
+    assert not any(np.array_equal(old, new) for old, new in zip(before, _statistics(model), strict=True))
+
+
+def test_history_holds_one_list_per_metric_over_all_phases(small_network, small_task, small_data, tmp_path):
+    strategy = strategies.freeze_then_unfreeze(epochs=5)
+    history = training.fine_tune(small_network(), small_task, small_data, strategy, output=tmp_path)
+    assert {"loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"} <= set(history)
+    assert {len(values) for values in history.values()} == {5}
+    assert [record.epochs for record in history.phases] == [2, 3]
+    rows = list(csv.DictReader((tmp_path / "history.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert [row["phase"] for row in rows] == ["probe", "probe", "fine-tune", "fine-tune", "fine-tune"]
+    assert list((tmp_path / "logs").rglob("events.*"))
+
+
+def test_overfits_a_batch(small_network, small_task, small_data):
+    model = small_network()
+    phase = Phase("all", "all", 40, 0.02, warmup=0)
+    history = training.fine_tune(model, small_task, small_data, (phase,), batch_size=24)
+    assert history["loss"][-1] < 0.1 * history["loss"][0]
+
+
+def test_a_frozen_network_cannot_overfit_in_the_same_way(small_network, small_task, small_data):
+    """The test above can fail: with a learning rate near zero the loss stays."""
+    phase = Phase("all", "all", 5, 1e-9, warmup=0)
+    history = training.fine_tune(small_network(), small_task, small_data, (phase,), batch_size=24)
+    assert history["loss"][-1] > 0.9 * history["loss"][0]
+
+
+def test_the_same_seed_gives_the_same_bits(small_network, small_task, small_data):
+    def trained(seed: int) -> list[np.ndarray]:
+        keras.utils.set_random_seed(7)
+        model = small_network(dropout=0.5)
+        strategy = (Phase("probe", "head", 1, 0.01), Phase("all", "all", 1, 0.01, augmentation="strong"))
+        training.fine_tune(model, small_task, small_data, strategy, batch_size=8, seed=seed)
+        return _weights(model)
+
+    first, second, other = trained(1), trained(1), trained(2)
+    for one, two in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert any(not np.array_equal(one, two) for one, two in zip(first, other, strict=True))
+
+
+def test_no_phase_ends_worse_on_validation_than_it_began(small_network, small_task, small_data):
+    model = small_network()
+    good = (Phase("probe", "head", 20, 0.05),)
+    training.fine_tune(model, small_task, small_data, good, batch_size=8)
+    before = _validation_loss(model, small_data)
+    ruinous = Phase("ruin", "all", 2, 5.0, warmup=0)
+    history = training.fine_tune(model, small_task, small_data, (ruinous,), batch_size=8)
+    assert history.phases[0].best_epoch == 0
+    assert min(history["val_loss"]) > before
+    assert _validation_loss(model, small_data) == pytest.approx(before)
+
+
+def _validation_loss(model: keras.Model, data) -> float:
+    pictures = np.stack([data.validation.pictures.load(i) for i in range(len(data.validation))])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return float(loss(data.validation.targets, model(pictures.astype(np.float32))))
+
+
+def test_patience_ends_a_phase_early(small_network, small_task, small_data):
+    phase = Phase("ruin", "all", 30, 5.0, warmup=0, patience=2)
+    history = training.fine_tune(small_network(), small_task, small_data, (phase,), batch_size=8)
+    assert len(history["loss"]) < 30
+
+
+def test_the_model_stays_plain_and_uncompiled(small_network, small_task, small_data):
+    model = small_network()
+    training.fine_tune(model, small_task, small_data, (Phase("all", "all", 1),), batch_size=8)
+    assert not model.compiled
+    assert type(model).__module__.startswith("keras.")
+
+
+def test_users_callbacks_see_the_whole_model_and_can_stop(small_network, small_task, small_data):
+    class Stop(keras.callbacks.Callback):
+        seen: list[keras.Model] = []
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.seen.append(self.model)
+            self.model.stop_training = True
+
+    model = small_network()
+    history = training.fine_tune(
+        model, small_task, small_data, (Phase("probe", "head", 5),), callbacks=[Stop()], batch_size=8
+    )
+    assert len(history["loss"]) == 1
+    assert all(seen is model for seen in Stop.seen)
+
+
+def test_logits_and_probabilities_train_alike(small_network, small_task, small_data):
+    logits = small_network()
+    softmax = keras.layers.Softmax(name="head_softmax")(logits.output)
+    probabilities = keras.models.clone_model(keras.Model(logits.input, softmax))
+    probabilities.set_weights(logits.get_weights())
+    phase = (Phase("all", "all", 1, 0.01),)
+    losses = [
+        training.fine_tune(model, small_task, small_data, phase, batch_size=8)["loss"][0]
+        for model in (logits, probabilities)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_predict_is_the_models_softmax_in_order(small_network, small_task, small_data):
+    model = small_network()
+    ours = training.predict(model, small_task, small_data.test, batch_size=5)
+    pictures = np.stack([small_data.test.pictures.load(i) for i in range(len(small_data.test))])
+    theirs = keras.ops.softmax(model(pictures.astype(np.float32)))
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    rate = training.learning_rate(Phase("phase", learning_rate=0.1, warmup=0.25), steps=8)
+    values = [float(rate(step)) for step in range(9)]
+    assert values[0] == 0
+    assert max(values) == pytest.approx(values[2]) == pytest.approx(0.1)
+    assert values[8] == pytest.approx(0, abs=1e-8)
+    constant = training.learning_rate(Phase("phase", learning_rate=0.1, warmup=0, schedule="constant"), steps=8)
+    assert {round(float(constant(step)), 6) for step in range(9)} == {0.1}
+
+
+@pytest.mark.parametrize(("count", "batch", "replicas", "size"), [(33, 32, 2, 31), (33, 32, 1, 32), (4, 32, 2, 4)])
+def test_validation_batches_leave_no_device_empty(count, batch, replicas, size):
+    assert training.even_batch(count, batch, replicas) == size
+
+
+def test_a_model_with_other_outputs_is_refused(small_network, small_task, small_data):
+    with pytest.raises(InputError, match="num_classes=3"):
+        training.fine_tune(small_network(num_classes=4), small_task, small_data, (Phase("probe"),))
+
+
+def test_bad_batch_sizes_are_refused(small_network, small_task, small_data):
+    with pytest.raises(InputError, match="batch_size"):
+        training.fine_tune(small_network(), small_task, small_data, (Phase("probe"),), batch_size=0)

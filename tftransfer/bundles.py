@@ -1,0 +1,274 @@
+"""A run's folder: which run it holds, what is written into it, and how it is read back."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from tftransfer import __version__, tasks
+from tftransfer.errors import InputError
+from tftransfer.report import Report
+
+MANIFEST = "manifest.json"
+MODEL = "model.keras"
+PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "tensorflow-datasets")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A finished run, read back: the model, what its outputs mean, and the manifest."""
+
+    folder: Path
+    model: keras.Model
+    task: tasks.Task
+    manifest: dict[str, Any]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """`(height, width)` of the model's input."""
+        height, width = self.model.input_shape[1:3]
+        return height, width
+
+
+def claim(folder: Path, configuration: Mapping[str, Any]) -> bool:
+    """Tell whether a folder already holds the finished run of a configuration, and refuse it if it holds another.
+
+    Nothing is written.
+
+    Args:
+        folder: The run's folder; it need not exist.
+        configuration: Everything that decides the run's result.
+
+    Returns:
+        True if this very run is finished there; False if it can begin (or begin again after an interruption).
+
+    Raises:
+        InputError: If the folder holds another run or other files, or cannot be written.
+    """
+    _check_writable(folder)
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / MANIFEST).is_file():
+        raise InputError(f"`out` {folder} is not empty and holds no run: choose a new folder")
+    manifest = read_manifest(folder)
+    before, now = manifest.get("configuration", {}), json.loads(json.dumps(configuration))
+    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if changed:
+        told = ", ".join(f"{name} {before.get(name)!r} there, {now.get(name)!r} here" for name in changed)
+        raise InputError(f"`out` {folder} holds another run ({told}): choose a new folder")
+    return bool(manifest.get("complete"))
+
+
+def begin(folder: Path, configuration: Mapping[str, Any]) -> None:
+    """Make a run's folder and note in its manifest which run it holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / MANIFEST, {"complete": False, "configuration": dict(configuration)})
+
+
+def next_folder(root: Path, name: str) -> Path:
+    """Return `root/NAME-NNN` with the next free number."""
+    numbers = [path.name.removeprefix(f"{name}-") for path in root.glob(f"{name}-*")]
+    return root / f"{name}-{max((int(number) for number in numbers if number.isdigit()), default=0) + 1:03d}"
+
+
+def save(
+    folder: Path,
+    model: keras.Model,
+    task: tasks.Task,
+    report: Report,
+    *,
+    configuration: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write model, report, card and manifest into a run's folder; the manifest last.
+
+    Args:
+        folder: The run's folder, with `history.csv`, `logs/` and `serving/` already in it.
+        model: The trained model; saved uncompiled.
+        task: What its outputs mean.
+        report: What was measured.
+        configuration: Everything that decided the result.
+        provenance: Decisions, data fingerprint and the weights that went in.
+    """
+    save_model(model, folder / MODEL)
+    write_json(folder / "report.json", report.to_json())
+    write_text(folder / "report.html", report.to_html())
+    write_text(folder / "MODEL_CARD.md", model_card(report, provenance))
+    manifest = {
+        "complete": report.complete,
+        "configuration": dict(configuration),
+        "task": tasks.to_json(task),
+        "labels": list(task.labels),
+        "image_size": list(model.input_shape[1:3]),
+        "strategy": report.strategy,
+        **provenance,
+        "versions": versions(),
+        "files": digests(folder),
+    }
+    _write_manifest(folder, manifest)
+
+
+def refresh(folder: Path, **changes: Any) -> None:
+    """Bring a run's manifest up to date with its files, after a new version was published.
+
+    Args:
+        folder: The run's folder.
+        changes: Entries of the manifest that change, such as `current`.
+    """
+    _write_manifest(folder, {**read_manifest(folder), **changes, "files": digests(folder)})
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    write_json(folder / MANIFEST, manifest)
+    write_text(folder / "manifest.sha256", f"{digest(folder / MANIFEST)}  {MANIFEST}\n")
+
+
+def load(folder: str | os.PathLike[str]) -> Bundle:
+    """Read a finished run back.
+
+    Args:
+        folder: The run's folder.
+
+    Raises:
+        InputError: If the folder holds no finished run, or a file differs from the manifest.
+    """
+    path = Path(folder)
+    manifest = read_manifest(path)
+    if not manifest.get("complete") and MODEL not in manifest.get("files", {}):
+        raise InputError(f"the run in {path} is not finished: run its recipe again with `--out {path}`")
+    changed = changed_files(path, manifest)
+    if MODEL in changed:
+        raise InputError(f"{path / MODEL} is not the file that the manifest names (other SHA-256, or missing)")
+    return Bundle(path, load_model(path / MODEL), tasks.from_json(manifest["task"]), manifest)
+
+
+def load_model(path: str | os.PathLike[str]) -> keras.Model:
+    """Load a `.keras` file with the toolkit's few classes registered.
+
+    Builders use built-in layers only, so `keras.saving.load_model` in a process without tftransfer does the same.
+
+    Raises:
+        InputError: If the file is missing or is no Keras model.
+    """
+    from tftransfer import optimizers  # noqa: F401  registers its class
+
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} cannot be loaded as a Keras model: {reason}") from None
+
+
+def save_model(model: keras.Model, path: Path) -> None:
+    """Save a model beside the target and move it there in one step, so that no good file is lost to a bad one."""
+    staged = path.with_name(f".{path.stem}.staged{path.suffix}")
+    model.save(staged)
+    os.replace(staged, path)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a run's manifest.
+
+    Raises:
+        InputError: If there is none, or it is not JSON.
+    """
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{folder} is not a run's folder: it has no {MANIFEST}") from None
+    except ValueError as error:
+        raise InputError(f"{folder / MANIFEST} is not valid JSON: {error}") from None
+
+
+def changed_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the files whose SHA-256 is not the manifest's, missing ones included."""
+    return [
+        name
+        for name, expected in manifest.get("files", {}).items()
+        if not (folder / name).is_file() or digest(folder / name) != expected
+    ]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a run but its manifest and its logs."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path: path.relative_to(folder).as_posix() for path in files}
+    return {
+        name: digest(path)
+        for path, name in names.items()
+        if not name.startswith(("manifest.", "logs/", "checkpoints/", "."))
+    }
+
+
+def digest(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, this toolkit and the packages that decide results."""
+    found = {"python": platform.python_version(), "tftransfer": __version__}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def model_card(report: Report, provenance: Mapping[str, Any]) -> str:
+    """Return the model card: what the model is for, how good it is, and where it comes from."""
+    lines = [f"# {report.task} with {report.backbone}", "", "## Metrics on the test split", ""]
+    for name, number in report.metrics.items():
+        span = f" ({number.low:.4f} to {number.high:.4f}, {number.method})" if number.low is not None else ""
+        value = "undefined" if number.value is None else f"{number.value:.4f}"
+        lines.append(f"- {name}: {value}{span}")
+    data = report.data
+    lines += ["", "## Data", ""]
+    lines.append(f"{data['name']}: {data['train']} training, {data['validation']} validation, {data['test']} test examples,")
+    lines.append(f"{len(data['quarantined'])} files set aside. Fingerprint `{provenance.get('data', {}).get('fingerprint', '')}`.")
+    lines += ["", "## Training", "", f"Seed {report.seed}. Phases:", ""]
+    lines += [f"- {phase['name']}: {phase['selector']}, {phase['epochs']} epochs" for phase in report.strategy]
+    lines += ["", "## Checks", ""]
+    lines += [f"- {check.name}: {_verdict(check.passed)}" for check in report.checks] or ["- none"]
+    lines += ["", "## Limits", ""]
+    lines.append("Measured on one test split of this data only; pictures of another kind were not tried.")
+    return "\n".join([*lines, *report.notes, ""])
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON in one step: a reader sees the old file or the new one."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text in one step: a reader sees the old file or the new one."""
+    staged = path.with_name(f".{path.name}.staged")
+    staged.write_text(text, encoding="utf-8")
+    os.replace(staged, path)
+
+
+def _verdict(passed: bool | None) -> str:
+    return {True: "passed", False: "failed", None: "not judged"}[passed]
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written, without leaving anything behind."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"`out` {folder} cannot be a folder: {existing} is a file")
+    try:
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"`out` {folder} cannot be written: {error.strerror}") from None

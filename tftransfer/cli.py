@@ -1,0 +1,173 @@
+"""The command line: `tftransfer COMMAND`, and the options that the recipes share."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tftransfer import __version__
+from tftransfer.errors import InputError
+
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line without a usage block, and that takes no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("allow_abbrev", False)
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
+
+
+def recipe_parser(name: str, description: str, *, epochs_help: str = "the strategy's own") -> Parser:
+    """Return a parser with the options that recipes share; a recipe adds its own to it.
+
+    Args:
+        name: The recipe's name.
+        description: What `--help` says first.
+        epochs_help: What happens without `--epochs`.
+    """
+    parser = Parser(prog=f"recipes/{name}.py", description=description)
+    add = parser.add_argument
+    add("--data", default="demo", help="demo, tfds:NAME, a folder or a table (default: demo)")
+    add("--backbone", help="a row of `tftransfer backbones` (default: the demo's for demo data, else MobileNetV2)")
+    add("--weights", help="imagenet, demo, none or a file (default: demo for the demo's backbone, else imagenet)")
+    add("--image-size", type=image_size, metavar="N|HxW", help="pixels (default: the backbone's natural size)")
+    add("--strategy", default="freeze_then_unfreeze", help="NAME[:OPTION=VALUE,...] (default: %(default)s)")
+    add("--epochs", type=int, help=f"total over all phases (default: {epochs_help})")
+    add("--batch-size", type=int, default=32, help="examples per step over all devices (default: %(default)s)")
+    add("--learning-rate", type=float, help="peak of the last phase (default: the strategy's own)")
+    add("--seed", type=int, default=0, help="decides every random choice (default: %(default)s)")
+    add("--devices", default="auto", help="auto, cpu, gpu or a number of devices (default: %(default)s)")
+    add("--precision", default="auto", help="auto, float32, mixed_float16, mixed_bfloat16 (default: %(default)s)")
+    add("--out", type=Path, help=f"the run's folder (default: saved_models/{name}-NNN, next free number)")
+    add("--smoke", action="store_true", help="at most 64 examples and two steps a phase; every file is written")
+    add("--dry-run", action="store_true", help="read the data, build the model, say what would be done, write nothing")
+    add("--quiet", action="store_true", help="print errors only")
+    return parser
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Read `N` or `HxW`, in pixels.
+
+    Example:
+        >>> image_size("224"), image_size("96x128")
+        ((224, 224), (96, 128))
+    """
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"expected N or HxW in pixels, such as 224 or 96x128. Received: {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
+def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse arguments and only then load TensorFlow, so that `--help` and wrong options answer at once."""
+    options = parser.parse_args(arguments)
+    import_tensorflow()
+    return options
+
+
+def run_recipe(main: Callable[[], int | None]) -> NoReturn:
+    """Run a recipe's main function and end the process with the exit code of the contract."""
+    sys.exit(guarded(main))
+
+
+def guarded(main: Callable[[], int | None]) -> int:
+    """Call a function, and turn bad input into one line and exit code 2, an interruption into 75."""
+    try:
+        return main() or DONE
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped; the same command with the same --out begins this run again", file=sys.stderr)
+        return STOPPED
+
+
+def import_tensorflow() -> None:
+    """Import TensorFlow without the notices that its libraries write to standard error while they load.
+
+    They come before any log level is heeded, so the file descriptor itself is turned away; if the import fails, what
+    was written is shown.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as caught, _stderr_to(caught.fileno()):
+        try:
+            import tensorflow as tf  # noqa: PLC0415
+
+            tf.config.list_physical_devices()  # looks for GPUs, with notices of its own, without using one
+        except BaseException:
+            caught.seek(0)
+            sys.stdout.write(caught.read().decode(errors="replace"))
+            raise
+
+
+@contextlib.contextmanager
+def _stderr_to(descriptor: int) -> Iterator[None]:
+    kept = os.dup(2)
+    os.dup2(descriptor, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `tftransfer COMMAND`; returns the exit code of the contract."""
+    options = _parser().parse_args(arguments)
+    if options.command is None:
+        _parser().print_help()
+        return DONE
+    return guarded(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    import_tensorflow()
+    from tftransfer import commands  # noqa: PLC0415  needs TensorFlow
+
+    function = {"backbones": commands.list_backbones}.get(options.command) or getattr(commands, options.command)
+    return function(options)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="tftransfer", description="Transfer learning for Keras 3 and TensorFlow.")
+    parser.add_argument("--version", action="version", version=f"tftransfer {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    _command(commands, "doctor", "versions, devices, memory, and what is missing")
+    _command(commands, "backbones", "the pretrained networks, their sizes and preprocessing")
+    predict = _command(commands, "predict", "labels for pictures, by a finished run")
+    predict.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    predict.add_argument("files", type=Path, nargs="+", metavar="FILE", help="pictures")
+    predict.add_argument("--csv", action="store_true", help="print comma-separated values instead of a table")
+    evaluate = _command(commands, "evaluate", "metrics of a finished run on other data")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    evaluate.add_argument("--data", required=True, help="demo, tfds:NAME, a folder or a table")
+    export = _command(commands, "export", "write, verify and publish the next SavedModel of a finished run")
+    export.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    verify = _command(commands, "verify", "compare what serves with what was trained")
+    verify.add_argument("path", type=Path, metavar="RUN|VERSION_DIR", help="a run's folder or one serving/N")
+    verify.add_argument("--repeats", type=int, default=50, help="identical requests (default: %(default)s)")
+    return parser
+
+
+def _command(commands: Any, name: str, summary: str) -> Parser:
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

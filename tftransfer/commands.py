@@ -1,0 +1,173 @@
+"""What `tftransfer COMMAND` does; one function per command, named like it, returning the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import tensorflow as tf
+from rich.console import Console
+
+from tftransfer import backbones, bundles, distribution, prefix, runs, serving, training
+from tftransfer.builders import outputs_are_logits
+from tftransfer.checks import performance
+from tftransfer.data import audit, images, load_for
+from tftransfer.errors import InputError
+from tftransfer.report import Table
+
+_OPTIONAL = {"tensorboard": "to look at logs/", "pytest": "to run the tests (extra dev)"}
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Report versions, devices, memory and what is missing; 1 if the embedded weights are damaged."""
+    memory = psutil.virtual_memory()
+    demo = backbones.demo_weights_intact()
+    found = {
+        "versions": bundles.versions(),
+        "devices": distribution.describe_hardware(),
+        "memory_gib": {"total": round(memory.total / 2**30, 1), "available": round(memory.available / 2**30, 1)},
+        "embedded_weights": "intact" if demo else "damaged: install tftransfer again",
+        "missing": {
+            name: purpose for name, purpose in _OPTIONAL.items() if importlib.util.find_spec(name) is None
+        },
+    }
+    rows = [(section, _line(content)) for section, content in found.items()]
+    _show(options, found, Table("tftransfer doctor", ("what", "found"), tuple(rows)))
+    return 0 if demo else 1
+
+
+def list_backbones(options: argparse.Namespace) -> int:
+    """List the rows of the backbone table."""
+    records = [backbones.backbone(name) for name in backbones.names()]
+    columns = ("backbone", "family", "natural size", "smallest size", "preprocessing")
+    rows = tuple((r.name, r.family, r.natural_size, r.smallest_size, r.preprocessing) for r in records)
+    content = [dict(zip(columns, row, strict=True)) for row in rows]
+    _show(options, content, Table(f"{len(rows)} backbones", columns, rows))
+    return 0
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Print an answer for each picture."""
+    bundle = bundles.load(options.run)
+    pictures = np.stack([_read_picture(file, bundle.image_size) for file in options.files])
+    outputs = prefix.as_constant_function(bundle.model)(tf.constant(pictures))[0]
+    answers = bundle.task.answers(outputs, outputs_are_logits(bundle.model))
+    rows = _answer_rows(options.files, {name: value.numpy() for name, value in answers.items()})
+    if options.csv:
+        writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return 0
+    _show(options, rows, Table("", tuple(rows[0]), tuple(tuple(row.values()) for row in rows)))
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Print the metrics of a run on a data set: on its test split if it has one, else on all of it."""
+    bundle = bundles.load(options.run)
+    examples = load_for(bundle.task, options.data, image_size=bundle.image_size)
+    probabilities = training.predict(bundle.model, bundle.task, examples)
+    metrics = performance.performance(bundle.task, examples, probabilities).metrics
+    content = {"examples": len(examples), "metrics": {name: asdict(number) for name, number in metrics.items()}}
+    rows = tuple((name, _number(m.value), _number(m.low), _number(m.high)) for name, m in metrics.items())
+    _show(options, content, Table(f"{len(examples)} examples", ("metric", "value", "low", "high"), rows))
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write the next SavedModel version of a run, verified before it is published."""
+    bundle = bundles.load(options.run)
+    version, verification = serving.publish(bundle.model, bundle.task, bundle.folder / "serving")
+    if version:
+        bundles.refresh(bundle.folder, current=version.name)
+    _show_verification(options, verification)
+    return 0 if version else 1
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Verify one SavedModel, or a run: its files, and its newest SavedModel against its Keras model."""
+    if (options.path / "saved_model.pb").is_file():
+        verification = serving.verify(options.path, repeats=options.repeats)
+    else:
+        verification = _verify_run(options.path, options.repeats)
+    _show_verification(options, verification)
+    return 0 if verification.passed else 1
+
+
+def _verify_run(folder: Path, repeats: int) -> serving.Verification:
+    bundle = bundles.load(folder)
+    changed = bundles.changed_files(folder, bundle.manifest)
+    newest = serving.newest_version(folder / "serving")
+    if newest is None:
+        raise InputError(f"{folder} holds no serving/N: run `tftransfer export {folder}` first")
+    verification = serving.verify(newest, model=bundle.model, task=bundle.task, repeats=repeats)
+    return verification.with_check("files equal the manifest", not changed, {"changed": changed})
+
+
+def _read_picture(file: Path, image_size: tuple[int, int]) -> np.ndarray:
+    try:
+        contents = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+    reason = audit.why_unusable(contents)
+    if reason:
+        raise InputError(f"{file} cannot be used: {reason}")
+    try:
+        return images.decode_picture(tf.constant(contents), image_size).numpy()
+    except tf.errors.InvalidArgumentError as error:
+        raise InputError(f"{file} cannot be decoded: {error.message.splitlines()[0]}") from None
+
+
+def _answer_rows(files: Sequence[Path], answers: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Return one dict per file: its label and probability, its labels, or its values."""
+    rows = []
+    for number, file in enumerate(files):
+        row: dict[str, Any] = {"file": str(file)}
+        if "labels" in answers:
+            given = [text.decode() for text in answers["labels"][number] if text]
+            row |= {"labels": "|".join(given)}
+        if "label" in answers:
+            probability = round(float(answers["probability"][number]), 4)
+            row |= {"label": answers["label"][number].decode(), "probability": probability}
+        if "values" in answers:
+            row |= {"values": "|".join(f"{value:.6g}" for value in answers["values"][number])}
+        rows.append(row)
+    return rows
+
+
+def _show_verification(options: argparse.Namespace, verification: serving.Verification) -> None:
+    content = {
+        "passed": verification.passed,
+        "checks": [
+            {"name": check.name, "passed": check.passed, "metrics": check.metrics} for check in verification.checks
+        ],
+    }
+    rows = tuple((c.name, "passed" if c.passed else "FAILED", _line(c.metrics)) for c in verification.checks)
+    title = "verified" if verification.passed else "NOT verified"
+    _show(options, content, Table(title, ("check", "result", "detail"), rows))
+
+
+def _show(options: argparse.Namespace, content: Any, table: Table) -> None:
+    if options.json:
+        print(json.dumps(content, indent=1, ensure_ascii=False))
+    elif not options.quiet:
+        runs.print_table(Console(), table)
+
+
+def _line(content: Any) -> str:
+    if isinstance(content, Mapping):
+        return ", ".join(f"{name} {value}" for name, value in content.items()) or "nothing"
+    return str(content)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,268 @@
+"""What every recipe does around its training: claim a folder, say what will happen, evaluate, write, publish."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+from rich.console import Console
+from rich.table import Table as ConsoleTable
+
+from tftransfer import backbones, bundles, prefix, serving, trainable, training
+from tftransfer.checks import calibration, performance, probe
+from tftransfer.data import Data
+from tftransfer.distribution import Devices
+from tftransfer.report import TRAINING, Findings, Report, Table
+from tftransfer.strategies import Strategy
+from tftransfer.tasks import Task
+
+# Options that do not decide a run's result; every other one is part of its configuration.
+_NOT_CONFIGURATION = ("out", "quiet", "dry_run")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of a recipe.
+
+    Args:
+        name: The recipe's name.
+        folder: Where the run is written.
+        configuration: Everything that decides the result.
+        finished: Whether the folder already holds this run, done.
+        console: Where progress goes.
+        began: When the call began, in seconds of the monotonic clock.
+    """
+
+    name: str
+    folder: Path
+    configuration: Mapping[str, Any]
+    finished: bool
+    console: Console
+    began: float
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing but errors is printed."""
+        return self.console.quiet
+
+
+def prepare(name: str, options: argparse.Namespace) -> Run:
+    """Decide on a run's folder and refuse one that holds something else; nothing is written yet.
+
+    Args:
+        name: The recipe's name.
+        options: Its parsed options, with `out` and `quiet`.
+
+    Raises:
+        InputError: If the folder holds another run or cannot be written.
+    """
+    given = {key: _plain(value) for key, value in vars(options).items() if key not in _NOT_CONFIGURATION}
+    configuration = {"recipe": name, **given}
+    folder = options.out or bundles.next_folder(Path("saved_models"), name)
+    finished = bundles.claim(folder, configuration)
+    return Run(name, folder, configuration, finished, Console(quiet=options.quiet), time.monotonic())
+
+
+@dataclass(frozen=True)
+class Network:
+    """Which pretrained network a run starts from: a backbone, its weights, and the pictures' `(height, width)`."""
+
+    backbone: str
+    weights: str | None
+    image_size: tuple[int, int]
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the weights are the embedded ones."""
+        return self.weights == "demo"
+
+
+def choose_network(options: argparse.Namespace) -> Network:
+    """Fill in what the options leave open: the embedded backbone for the demo data, else MobileNetV2 from ImageNet.
+
+    Raises:
+        InputError: If the backbone is not known.
+    """
+    demo = backbones.demo_card()
+    wants_demo = options.weights == "demo" or (options.weights is None and options.data == "demo")
+    name = options.backbone or (demo["backbone"] if wants_demo else "MobileNetV2")
+    weights = options.weights or ("demo" if wants_demo and name == demo["backbone"] else "imagenet")
+    natural = demo["image_size"] if weights == "demo" else backbones.backbone(name).natural_size
+    return Network(name, None if weights == "none" else weights, options.image_size or (natural, natural))
+
+
+def begin(run: Run, data: Data, devices: Devices) -> None:
+    """Say what was found and chosen, make the folder, and note which run it holds.
+
+    From here on the run has passed every check of its input; before, nothing is written.
+    """
+    announce(run, data, devices)
+    bundles.begin(run.folder, run.configuration)
+
+
+def show_finished(run: Run) -> int:
+    """Print the report of a run that is already done."""
+    report = Report.from_json(json.loads((run.folder / "report.json").read_text(encoding="utf-8")))
+    run.console.print(f"This run is finished: {run.folder}")
+    _print_metrics(run.console, report)
+    return 0
+
+
+def show_plan(run: Run, model: keras.Model, data: Data, strategy: Strategy, devices: Devices) -> int:
+    """Print what a run would do: data, devices, and per phase what trains."""
+    announce(run, data, devices)
+    for phase in strategy:
+        rows = trainable.set_trainable(model, phase.selector, train_batch_norm=phase.train_batch_norm)
+        share = prefix.cut(model).frozen_share
+        title = f"{phase.name}: {phase.epochs} epochs at {phase.learning_rate:g}, {share:.0%} runs as constants"
+        print_table(run.console, audit_table(title, rows))
+    run.console.print(f"Nothing was written; the run would go to {run.folder}")
+    return 0
+
+
+def announce(run: Run, data: Data, devices: Devices) -> None:
+    """Print what was found and chosen."""
+    console = run.console
+    console.print(f"Devices: {devices.reason}")
+    counts = f"{len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test"
+    console.print(f"Data: {data.name}, {len(data.labels)} labels, {counts}, {len(data.quarantined)} set aside")
+    for item in data.quarantined[:5]:
+        console.print(f"  set aside: {item.file}: {item.reason}", markup=False)
+    if len(data.quarantined) > 5:
+        console.print(f"  and {len(data.quarantined) - 5} more, all in the report")
+
+
+def finish(
+    run: Run, model: keras.Model, task: Task, data: Data, history: training.History, network: Network
+) -> int:
+    """Measure on the test split, publish the SavedModel, write the folder, and print the result.
+
+    Args:
+        run: From `prepare`.
+        model: The trained model.
+        task: What its outputs mean.
+        data: The data it was trained on.
+        history: What `fine_tune` returned.
+        network: The pretrained network that training began with.
+
+    Returns:
+        The exit code: 0, or 1 if the export did not pass verification.
+    """
+    findings = _measure(model, task, data, history)
+    if network.is_demo and data.name == "demo":
+        findings += probe.demo_comparison(data, network.image_size)
+    version, verification = serving.publish(model, task, run.folder / "serving", samples(data))
+    findings += Findings(checks=verification.checks)
+    report = _report(run, task, data, history, network, findings)
+    provenance = {
+        "backbone": network.backbone,
+        "weights": backbones.describe_weights(network.backbone, network.weights),
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "splits": data.splits, "found": data.found},
+        "current": version and version.name,
+    }
+    bundles.save(run.folder, model, task, report, configuration=run.configuration, provenance=provenance)
+    _print_result(run, report, version)
+    return 0 if verification.passed else 1
+
+
+def samples(data: Data, count: int = 8) -> list[bytes]:
+    """Return test pictures as PNG files at the model's size: real inputs for verification."""
+    import tensorflow as tf  # noqa: PLC0415
+
+    pictures = data.test.pictures
+    chosen = range(0, len(pictures), max(len(pictures) // count, 1))
+    return [tf.io.encode_png(pictures.load(tf.constant(i, tf.int64))).numpy() for i in list(chosen)[:count]]
+
+
+def audit_table(title: str, rows: tuple[trainable.AuditRow, ...]) -> Table:
+    """Return what trains as a table for the terminal and the report."""
+    columns = ("group", "layers", "parameters", "trainable", "BatchNorm statistics")
+    cells = tuple(
+        (row.group, row.layers, row.parameters, row.trainable, row.batch_norm or "none") for row in rows
+    )
+    return Table(title, columns, cells, section=TRAINING)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table of the report on the terminal."""
+    shown = ConsoleTable(title=table.title, title_justify="left")
+    for number, column in enumerate(table.columns):
+        shown.add_column(column, justify="left" if number == 0 else "right")
+    for row in table.rows:
+        shown.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+    console.print(shown)
+
+
+def _measure(model: keras.Model, task: Task, data: Data, history: training.History) -> Findings:
+    probabilities = training.predict(model, task, data.test)
+    curves = performance.learning_curves(history, [(r.phase.name, r.epochs) for r in history.phases])
+    return (
+        performance.performance(task, data.test, probabilities)
+        + Findings(pictures=(curves,))
+        + calibration.calibration(task, data.test.targets, probabilities)
+    )
+
+
+def _report(
+    run: Run, task: Task, data: Data, history: training.History, network: Network, findings: Findings
+) -> Report:
+    audits = tuple(audit_table(f"What trained: {r.phase.name}", r.audit) for r in history.phases)
+    return Report(
+        task=task.name,
+        backbone=network.backbone,
+        strategy=[record.to_json() for record in history.phases],
+        complete=True,
+        data=_describe_data(data),
+        metrics=findings.metrics,
+        seconds={
+            "decode": data.seconds,
+            "extract": sum(record.extract_seconds for record in history.phases),
+            "train": sum(record.seconds for record in history.phases),
+            "total": time.monotonic() - run.began,
+        },
+        checks=findings.checks,
+        versions=bundles.versions(),
+        seed=int(run.configuration["seed"]),
+        tables=audits + findings.tables,
+        pictures=findings.pictures,
+    )
+
+
+def _describe_data(data: Data) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "train": len(data.train),
+        "validation": len(data.validation),
+        "test": len(data.test),
+        "quarantined": [{"file": item.file, "reason": item.reason} for item in data.quarantined],
+        "found": data.found,
+        "splits": data.splits,
+        "labels": list(data.labels),
+    }
+
+
+def _print_result(run: Run, report: Report, version: Path | None) -> None:
+    _print_metrics(run.console, report)
+    failed = [check.name for check in report.checks if check.passed is False]
+    if failed:
+        run.console.print(f"Not passed: {', '.join(failed)}")
+    run.console.print(f"Report: {run.folder / 'report.html'}")
+    run.console.print(f"SavedModel: {version}, verified" if version else "SavedModel: not published, see the report")
+
+
+def _print_metrics(console: Console, report: Report) -> None:
+    console.print(f"{report.task} with {report.backbone}: {report.data['test']} test examples")
+    for name, number in report.metrics.items():
+        span = f"  [{number.low:.4f}, {number.high:.4f}]" if number.low is not None else ""
+        value = "undefined" if number.value is None else f"{number.value:.4f}"
+        console.print(f"  {name:<28} {value}{span}", highlight=False, markup=False)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

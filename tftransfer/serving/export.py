@@ -1,0 +1,137 @@
+"""Write a SavedModel that takes the bytes of pictures and answers with labels."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from tftransfer import builders
+from tftransfer.data.images import decode_picture
+from tftransfer.errors import InputError
+from tftransfer.tasks import Task
+
+# How many pictures of one request are decoded at the same time.
+_PARALLEL_PICTURES = 8
+
+
+def export_savedmodel(
+    model: keras.Model, task: Task, directory: str | os.PathLike[str], *, from_logits: bool | None = None
+) -> None:
+    """Write a network and its task as a SavedModel for TF Serving.
+
+    Decoding, orientation, resizing, preprocessing, softmax and label names are inside the graph, augmentation
+    and dropout are off. What is written is not verified; `publish` does both.
+
+    Args:
+        model: The trained network, from pixels in [0, 255], `(batch, height, width, 3)`, to numbers.
+        task: What its outputs mean; it names the outputs of the SavedModel.
+        directory: Where `saved_model.pb` and `variables/` go. It is made if need be.
+        from_logits: Whether the network gives logits. Defaults to what its last layer says.
+
+    Raises:
+        InputError: If the network takes pictures of no fixed size, or its outputs do not fit the task.
+
+    Signatures of the result, both with the outputs of `task.answers`:
+
+    - `serving_default`: `image_bytes`, `(batch,)` string, encoded pictures of any size;
+    - `tensor`: `image`, `(batch, height, width, 3)` float32 in [0, 255], at the network's size.
+    """
+    _check_outputs(model, task)
+    answer = answers_of(model, task, from_logits)
+    height, width = image_size(model)
+
+    def tensor(image: tf.Tensor) -> dict[str, tf.Tensor]:
+        # A session does not compare what it is fed with the declared shape: other sizes would be answered.
+        image = tf.ensure_shape(image, (None, height, width, 3))
+        # TensorFlow's fused convolutions fail on an empty batch ("Incompatible shapes: [0,64,64,3] vs. [8]"):
+        # one black picture stands in, and its answer is cut off again.
+        batch = tf.shape(image)[0]
+        filled = tf.pad(image, [[0, tf.maximum(1 - batch, 0)], [0, 0], [0, 0], [0, 0]])
+        return {name: values[:batch] for name, values in answer(filled).items()}
+
+    def serving_default(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        return tensor(tf.cast(decode_batch(image_bytes, (height, width)), tf.float32))
+
+    pictures = tf.TensorSpec((None, height, width, 3), tf.float32, name="image")
+    encoded = tf.TensorSpec((None,), tf.string, name="image_bytes")
+    archive = keras.export.ExportArchive()
+    archive.track(model)  # for lookup tables and other resources of a user's own layers
+    archive.add_endpoint("serving_default", serving_default, input_signature=[encoded])
+    archive.add_endpoint("tensor", tensor, input_signature=[pictures])
+    with quiet():
+        archive.write_out(os.fspath(Path(directory)), verbose=False)
+
+
+def answers_of(
+    model: keras.Model, task: Task, from_logits: bool | None = None
+) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
+    """Return the graph function from float32 `(batch, height, width, 3)` to the task's named answers."""
+    logits = builders.outputs_are_logits(model) if from_logits is None else from_logits
+    shape = (None, *image_size(model), 3)
+
+    def answer(image: tf.Tensor) -> dict[str, tf.Tensor]:
+        return task.answers(model(image, training=False), logits)
+
+    # One function for both signatures: the network is traced, and stored in the file, once.
+    return tf.function(answer, input_signature=[tf.TensorSpec(shape, tf.float32)], autograph=False)
+
+
+def decode_batch(image_bytes: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
+    """Decode a batch of encoded pictures as training does.
+
+    Args:
+        image_bytes: `(batch,)` string; the batch may be empty.
+        image_size: `(height, width)` in pixels.
+
+    Returns:
+        `(batch, height, width, 3)` uint8.
+    """
+    # Without a fixed signature `map_fn` cannot know the shape of an empty batch.
+    return tf.map_fn(
+        lambda contents: decode_picture(contents, image_size),
+        image_bytes,
+        fn_output_signature=tf.TensorSpec((*image_size, 3), tf.uint8),
+        parallel_iterations=_PARALLEL_PICTURES,
+    )
+
+
+def image_size(model: keras.Model) -> tuple[int, int]:
+    """Return `(height, width)` of the pictures a network takes.
+
+    Raises:
+        InputError: If the network has another kind of input, or one of no fixed size.
+    """
+    shape = model.input_shape
+    if not isinstance(shape, tuple) or len(shape) != 4 or shape[3] != 3 or None in shape[1:]:
+        raise InputError(
+            "`model` must take pictures of one size, (batch, height, width, 3): build it with an `image_size`. "
+            f"Received: model.input_shape={shape!r}"
+        )
+    return shape[1], shape[2]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence TensorFlow's notes on assets written and on graph sessions, which the C++ server still uses."""
+    logger = tf.get_logger()
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _check_outputs(model: keras.Model, task: Task) -> None:
+    shape = model.output_shape
+    if not isinstance(shape, tuple) or shape[-1] != task.num_outputs:
+        raise InputError(
+            f"`model` must give {task.num_outputs} numbers, one for each of {task.labels!r}. "
+            f"Received: model.output_shape={shape!r}"
+        )

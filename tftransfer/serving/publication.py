@@ -1,0 +1,141 @@
+"""Publish a SavedModel: written beside its place, verified, then moved there with one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import keras
+
+from tftransfer.errors import InputError
+from tftransfer.serving.export import export_savedmodel
+from tftransfer.serving.verification import Verification, verify
+from tftransfer.tasks import Task
+
+
+def publish(
+    model: keras.Model,
+    task: Task,
+    serving_dir: str | os.PathLike[str],
+    samples: Sequence[bytes] = (),
+    *,
+    from_logits: bool | None = None,
+    repeats: int = 50,
+) -> tuple[Path | None, Verification]:
+    """Export a network, verify the SavedModel and publish it as the next version.
+
+    Args:
+        model: The trained network.
+        task: What its outputs mean.
+        serving_dir: The folder that a model server watches. It is made if need be.
+        samples: Encoded pictures to verify with. Defaults to none: pictures are made up.
+        from_logits: Whether the network gives logits. Defaults to what its last layer says.
+        repeats: How often the same request is sent to each signature. Defaults to 50.
+
+    Returns:
+        The version's folder, or None if it did not pass and was not published; and what was checked.
+
+    Raises:
+        InputError: If the network does not suit the task, or the folder cannot be written.
+    """
+
+    def check(directory: Path) -> Verification:
+        return verify(directory, samples, model=model, task=task, from_logits=from_logits, repeats=repeats)
+
+    return publish_directory(
+        lambda directory: export_savedmodel(model, task, directory, from_logits=from_logits),
+        serving_dir,
+        check,
+    )
+
+
+def publish_directory(
+    build: Callable[[Path], object],
+    serving_dir: str | os.PathLike[str],
+    check: Callable[[Path], Verification],
+) -> tuple[Path | None, Verification]:
+    """Build a version beside its place, check it, and move it there if it passes.
+
+    A model server loads a version as soon as its folder appears, so it appears complete, by one rename. What
+    fails, in whatever way, is removed.
+
+    Args:
+        build: Writes the version into the empty folder that it is given.
+        serving_dir: The folder of versions.
+        check: Judges the folder that was built.
+
+    Returns:
+        The version's folder, or None if it did not pass; and the judgement.
+    """
+    parent = Path(serving_dir)
+    with _scratch_folder(parent) as scratch:
+        build(scratch)
+        verification = check(scratch)
+        if not verification.passed:
+            return None, verification
+        sync_tree(scratch)
+        target = next_version(parent)
+        os.rename(scratch, target)
+        for folder in (parent, parent.parent):
+            _sync(folder)
+        return target, verification
+
+
+def versions(serving_dir: str | os.PathLike[str]) -> list[int]:
+    """Return the numbers of the versions in a folder, lowest first."""
+    parent = Path(serving_dir)
+    folders = parent.iterdir() if parent.is_dir() else ()
+    return sorted(int(item.name) for item in folders if item.name.isdecimal() and item.is_dir())
+
+
+def newest_version(serving_dir: str | os.PathLike[str]) -> Path | None:
+    """Return the folder of the newest version, the one a model server serves; None if there is none."""
+    numbers = versions(serving_dir)
+    return Path(serving_dir) / str(numbers[-1]) if numbers else None
+
+
+def next_version(serving_dir: str | os.PathLike[str]) -> Path:
+    """Return the folder that the next version will have; the first is 1."""
+    return Path(serving_dir) / str(max(versions(serving_dir), default=0) + 1)
+
+
+def sync_tree(folder: Path) -> None:
+    """Write every file and folder below (and including) `folder` through to the disk."""
+    for path, _, files in os.walk(folder, topdown=False):
+        for file in files:
+            _sync(Path(path) / file)
+        _sync(Path(path))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _scratch_folder(parent: Path) -> Iterator[Path]:
+    """Make a hidden folder inside `parent`: on the same file system, and not a number, so no server loads it.
+
+    Whatever is still there at the end is removed, and so is every folder made for it that stayed empty.
+    """
+    scratch = parent / f".new-{secrets.token_hex(8)}"
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    try:
+        # Not `tempfile`: its folders can be read by their owner only, and a server may run as somebody else.
+        try:
+            scratch.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"{parent} cannot be written: {error.strerror}") from None
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
