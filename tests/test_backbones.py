@@ -12,24 +12,26 @@ import pytest
 from tftransfer import backbones
 from tftransfer.errors import InputError
 
-SMALL_ROWS = (
-    "MobileNet-0.25",
-    "MobileNetV2-0.35",
-    "MobileNetV3Small-0.75",
-    "VGG16",
-    "ResNet50",
-    "ResNet50V2",
-    "DenseNet121",
-    "InceptionV3",
-    "InceptionResNetV2",
-    "Xception",
-    "NASNetMobile",
-    "EfficientNetB0",
-    "EfficientNetV2B0",
-    "ConvNeXtTiny",
-)
+# One small row per family: its lowest group, one in the middle, the topmost, and how many: from the papers' block counts.
+SMALL_ROWS = {
+    "MobileNet-0.25": ("stem", "block_7", "block_13", 14),
+    "MobileNetV2-0.35": ("stem", "block_8", "top", 19),
+    "MobileNetV3Small-0.75": ("stem", "block_5", "top", 13),
+    "VGG16": ("stage_1", "stage_3", "stage_5", 5),
+    "ResNet50": ("stem", "conv4_block2", "conv5_block3", 17),
+    "ResNet50V2": ("stem", "conv4_block1", "top", 18),
+    "DenseNet121": ("stem", "dense_block_4", "top", 6),
+    "InceptionV3": ("stem", "mixed5", "mixed10", 12),
+    "InceptionResNetV2": ("stem", "block17_10", "top", 45),
+    "Xception": ("stem", "block8", "block14", 14),
+    "NASNetMobile": ("stem", "reduction_4", "cell_12", 17),
+    "EfficientNetB0": ("stem", "block5a", "top", 18),
+    "EfficientNetV2B0": ("stem", "block6a", "top", 23),
+    "ConvNeXtTiny": ("stem", "stage_2_block_4", "top", 20),
+}
 OTHER_ROWS = tuple(name for name in backbones.names() if name not in SMALL_ROWS)
 TOLERANCE = 1e-5  # of the norm
+END_TO_END = 1e-4  # a last bit of preprocessing grows tenfold in networks with re-estimated BatchNorm
 
 
 def _side(name):
@@ -51,19 +53,22 @@ def _preprocess_input(name, pictures):
     return module.preprocess_input(pictures.copy())
 
 
-def _stock(name, side):
+def _stock(name, model):
+    """Return Keras' own network with the weights of ours."""
     row = backbones.backbone(name)
     width = {"alpha": row.width} if row.width != 1.0 else {}
     function = getattr(keras.applications, row.function)
-    return function(include_top=False, weights=None, input_shape=(side, side, 3), **width)
+    stock = function(include_top=False, weights=None, input_shape=model.input_shape[1:], **width)
+    stock.set_weights(model.get_weights())
+    return stock
 
 
 @pytest.fixture(scope="module", params=SMALL_ROWS)
 def built(request, estimate_batch_norm):
-    """One small row per family with re-estimated BatchNorm: its name and the network."""
+    """One small row per family with re-estimated BatchNorm: its name, the network, and Keras' with its weights."""
     keras.utils.set_random_seed(0)
-    model = backbones.build(request.param, (_side(request.param),) * 2)
-    yield request.param, estimate_batch_norm(model)
+    model = estimate_batch_norm(backbones.build(request.param, (_side(request.param),) * 2))
+    yield request.param, model, _stock(request.param, model)
     del model
     gc.collect()
 
@@ -144,41 +149,91 @@ def _assert_preprocessing_equals_keras(name, model):
     assert _distance(inside(pictures), _preprocess_input(name, pictures)) < 1e-6
 
 
-def _assert_features_equal_keras(name, model):
-    side = model.input_shape[1]
-    stock = _stock(name, side)
-    stock.set_weights(model.get_weights())
-    pictures = _pictures(side)
+def _assert_features_equal_keras(name, model, stock):
+    pictures = _pictures(model.input_shape[1])
     features = np.asarray(model(pictures))
     assert np.abs(features).max() > 1e-3  # or a comparison would show nothing
-    assert _distance(features, stock(_preprocess_input(name, pictures))) < TOLERANCE
+    assert _distance(features, stock(_preprocess_input(name, pictures))) < END_TO_END
+    if backbones.backbone(name).preprocessing != "inside":
+        pictures = keras.Model(model.input, model.get_layer("preprocessing").output)(pictures)
+    assert _distance(features, stock(pictures)) < TOLERANCE
 
 
 def test_preprocessing_equals_the_familys(built):
-    _assert_preprocessing_equals_keras(*built)
+    _assert_preprocessing_equals_keras(*built[:2])
 
 
 def test_features_equal_the_stock_networks(built):
     _assert_features_equal_keras(*built)
 
 
-def test_the_network_is_flat_and_named_as_in_keras(built):
-    name, model = built
+def test_the_network_is_flat_and_has_the_layers_of_keras(built):
+    _, model, stock = built
     assert model.input.name == "image"
     assert model.input.dtype == "float32"
-    stock_layers = [type(layer).__name__ for layer in _stock(name, model.input_shape[1]).layers]
     own = [type(layer).__name__ for layer in model.layers if layer.name != "preprocessing"]
-    assert own == stock_layers
+    assert own == [type(layer).__name__ for layer in stock.layers]
+
+
+def _with_head(model):
+    pooled = keras.layers.GlobalAveragePooling2D(name="head_pool")(model.output)
+    hidden = keras.layers.Dense(3, name="head_hidden_1")(pooled)
+    return keras.Model(model.input, keras.layers.Dense(2, name="logits")(hidden))
+
+
+def _assert_groups_cover(model):
+    weighted = [layer.name for layer in model.layers if layer.weights and not backbones.is_head(layer.name)]
+    grouped = [name for group in backbones.depth_groups(model) for name in group.layers]
+    assert sorted(grouped) == sorted(weighted)
+
+
+def _assert_levels(model):
+    levels = backbones.feature_levels(model)
+    assert tuple(levels) == (4, 8, 16, 32)
+    sizes = [backbones.level_output(model, name).shape[1:3] for name in levels.values()]
+    side = model.input_shape[1]
+    assert side / 4 - 5 <= sizes[0][0] <= side / 4  # `valid` padding loses up to five rows
+    for (rows, columns), (next_rows, _) in zip(sizes, sizes[1:], strict=False):
+        assert rows == columns
+        assert (rows - 1) // 2 <= next_rows <= (rows + 1) // 2
+    assert backbones.level_output(model, levels[32]) is model.output
+
+
+def test_groups_cover_every_layer_with_weights_once(built):
+    _assert_groups_cover(built[1])
+
+
+def test_groups_are_the_networks_blocks(built):
+    name, model, _ = built
+    groups = [group.name for group in backbones.depth_groups(model)]
+    stem, middle, top, count = SMALL_ROWS[name]
+    assert (groups[0], groups[-1], len(groups)) == (stem, top, count)
+    assert middle in groups
+
+
+def test_groups_stand_in_the_order_of_the_layers(built):
+    model = built[1]
+    position = {layer.name: number for number, layer in enumerate(model.layers)}
+    lasts = [position[group.layers[-1]] for group in backbones.depth_groups(model)]
+    assert lasts == sorted(lasts)
+
+
+def test_a_head_changes_no_group(built):
+    model = built[1]
+    assert backbones.depth_groups(_with_head(model)) == backbones.depth_groups(model)
+
+
+def test_levels_have_their_strides(built):
+    _assert_levels(built[1])
 
 
 @pytest.mark.parametrize("name", ["MobileNet-0.25", "VGG16"])
 def test_wrong_preprocessing_would_be_noticed(name, estimate_batch_norm):
     model = estimate_batch_norm(backbones.build(name, (64, 64)))
-    stock = _stock(name, 64)
-    stock.set_weights(model.get_weights())
+    stock = _stock(name, model)
     pictures = _pictures(64)
     wrong = keras.applications.imagenet_utils.preprocess_input(pictures.copy(), mode="torch")
-    assert _distance(model(pictures), stock(wrong)) > 100 * TOLERANCE
+    assert _distance(model(pictures), stock(wrong)) > 100 * END_TO_END
 
 
 def test_whole_number_pixels_are_taken_as_floats_are():
@@ -231,10 +286,13 @@ def test_a_saved_backbone_loads_without_tftransfer(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHER_ROWS)
-def test_other_rows_equal_keras(name, estimate_batch_norm):
+def test_other_rows_keep_the_contract(name, estimate_batch_norm):
     model = estimate_batch_norm(backbones.build(name, (_side(name),) * 2))
     _assert_preprocessing_equals_keras(name, model)
-    _assert_features_equal_keras(name, model)
+    _assert_features_equal_keras(name, model, _stock(name, model))
+    _assert_groups_cover(model)
+    _assert_levels(model)
+    assert len(backbones.depth_groups(model)) >= 5
     del model
     keras.backend.clear_session()
     gc.collect()

@@ -59,7 +59,7 @@ class Table:
     Args:
         title: What the table shows.
         columns: The names of the columns; the first column holds the rows' names.
-        rows: One tuple per row: strings, whole numbers, floats, booleans, None, or a `Number` with its interval.
+        rows: One tuple per row: strings, whole numbers, floats, booleans, None or a `Number`.
         note: A sentence below the table. Defaults to none.
         section: The heading under which it stands, such as `CLASSES`. Defaults to `OTHER`.
         percent: Columns whose numbers are shown as percentages. Defaults to none.
@@ -77,7 +77,7 @@ class Table:
         for row in rows:
             if len(row) != len(self.columns):
                 raise ValueError(
-                    f"each row of table {self.title!r} must have {len(self.columns)} cells. Received: row={row!r}"
+                    f"rows of table {self.title!r} must have {len(self.columns)} cells. Received: row={row!r}"
                 )
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "columns", tuple(map(str, self.columns)))
@@ -149,8 +149,8 @@ class Report:
         backbone: The backbone's name.
         strategy: One dict per phase: `name`, `epochs` and whatever else describes it.
         complete: Whether training ran to its end; false after a time limit.
-        data: `name`, the counts `train`, `validation`, `test`, and `quarantined`, a list of `{"file", "reason"}`;
-            also `found` and `splits` (how each split came to be) where known.
+        data: `name`, the counts `train`, `validation`, `test`, and `quarantined`, a list of dicts with `file`
+            and `reason`; also `found` and `splits` (how each split came to be) where known.
         metrics: Measured on the test split.
         seconds: How long each part took: `decode`, `extract`, `train`, `total`, ....
         checks: Their outcomes.

@@ -144,7 +144,8 @@ def _header(report: Report, links: str) -> str:
         "Checks": _checks_in_words(report.checks),
     }
     return (
-        f'<header>\n<p class="kicker">{text(words(report.task))} · report</p>\n<h1>{text(_title(report))}</h1>\n'
+        f'<header>\n<p class="kicker">{text(words(report.task))} · report</p>\n'
+        f"<h1>{text(_title(report))}</h1>\n"
         f"{_headline(report)}{_definitions(facts)}{_notices(report)}"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n'
     )
@@ -197,8 +198,9 @@ def _checks_in_words(checks: tuple[Check, ...]) -> str:
 
 
 def _section_names(report: Report) -> list[str]:
-    """Return the known sections in their order, those that only a table or picture names before the checks."""
-    named = dict.fromkeys(item.section for item in (*report.tables, *report.pictures))
+    """Return the sections in their order, those that only a table or picture names before the checks."""
+    of_tables, of_pictures = ([item.section for item in items] for items in (report.tables, report.pictures))
+    named = dict.fromkeys([*of_tables, *of_pictures])
     unknown = [name for name in named if name not in _ORDER]
     return [*_RESULTS, *unknown, *_ORDER[len(_RESULTS) :]]
 
@@ -364,7 +366,8 @@ def _table_of(
     return (
         f'<div class="table"><p class="title">{text(title)}</p>'
         f'<div class="scroll{" tall" * tall}" tabindex="0" role="region" aria-label="{text(title)}">'
-        f'<table aria-label="{text(title)}"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<table aria-label="{text(title)}"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
         f"{below}</div>\n"
     )
 

@@ -89,7 +89,7 @@ def check_demo(name: str) -> None:
 
 def demo_card() -> dict[str, Any]:
     """Return what is known of the embedded weights: `backbone`, `image_size`, `sha256`."""
-    return _asset("demo_backbone.json")
+    return asset("demo_backbone.json")
 
 
 def describe_weights(
@@ -135,14 +135,14 @@ def _path_of(name: str, weights: str | os.PathLike[str] | None) -> Path | None:
     if weights == "demo":
         return demo_weights_path()
     if weights == "imagenet":
-        file = _asset("keras_weights.json")["networks"].get(name, {}).get("file", name)
+        file = asset("keras_weights.json")["networks"].get(name, {}).get("file", name)
         return Path(keras.config.keras_home()) / "models" / file
     return Path(weights)
 
 
 def published_name(path: Path) -> str | None:
     """Return the name under which Keras publishes a file of this content, or None."""
-    known = _asset("keras_weights.json")
+    known = asset("keras_weights.json")
     for algorithm in ("md5", "sha256"):
         found = digest(path, algorithm)
         for name, published in known[algorithm].items():
@@ -204,7 +204,7 @@ def verify(path: Path) -> None:
     Raises:
         InputError: If its digest is not the published one.
     """
-    known = _asset("keras_weights.json")
+    known = asset("keras_weights.json")
     for algorithm in ("sha256", "md5"):
         expected = known[algorithm].get(path.name)
         if expected and digest(path, algorithm) != expected:
@@ -217,9 +217,9 @@ def verify(path: Path) -> None:
 
 def rows_of_size(totals: set[int]) -> list[str]:
     """Name the rows of the table whose number of parameters is one of `totals`."""
-    networks = _asset("keras_weights.json")["networks"]
+    networks = asset("keras_weights.json")["networks"]
     return [row for row, facts in networks.items() if facts["parameters"] in totals]
 
 
-def _asset(name: str) -> dict[str, Any]:
+def asset(name: str) -> dict[str, Any]:
     return json.loads((resources.files("tftransfer") / "assets" / name).read_text(encoding="utf-8"))

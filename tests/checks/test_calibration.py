@@ -38,8 +38,8 @@ def test_bins_agree_with_scikit_learn():
     right = random.random(500) < confidence**2
     rows = module._bins(confidence, right)
     shares, means = calibration_curve(right, confidence, n_bins=15)
-    assert [row[1] for row in rows] == pytest.approx(list(means))
-    assert [row[2].value for row in rows] == pytest.approx(list(shares))
+    assert [row.confidence for row in rows] == pytest.approx(list(means))
+    assert [row.share.value for row in rows] == pytest.approx(list(shares))
 
 
 def test_chance_explains_the_error_of_a_small_split():

@@ -1,4 +1,4 @@
-"""Performance: the task's metrics with intervals, tables by hand, pictures for any task and number of classes."""
+"""Performance: the metrics with intervals, tables by hand, pictures for any task and number of classes."""
 
 import io
 

@@ -108,6 +108,7 @@ def test_publish_exports_and_verifies(model, task, pictures, tmp_path):
     assert os.listdir(tmp_path) == ["1"]
 
 
+@pytest.mark.usefixtures("without_c_library")
 def test_publish_refuses_an_export_that_answers_otherwise(
     model, network, task, pictures, tmp_path, monkeypatch
 ):

@@ -1,4 +1,4 @@
-"""Checks: what can be said about a trained model. Each module has a function that returns `report.Findings`."""
+"""Checks: what can be said about a trained model. Each module has a function returning `report.Findings`."""
 
 from __future__ import annotations
 

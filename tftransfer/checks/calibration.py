@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from tftransfer.checks import drawing, intervals
@@ -32,8 +33,8 @@ class Chance:
 def calibration(task: Task, targets: np.ndarray, probabilities: np.ndarray) -> Findings:
     """Compare confidences with how often they were right, and both with what chance alone would show.
 
-    Use it on examples that training has not seen. For a single label the confidence is that of the answer; for several
-    labels every pair of example and label counts as one answer, as if labels were independent.
+    Use it on examples that training has not seen. For a single label the confidence is that of the answer;
+    for several labels every pair of example and label counts as one answer, as if labels were independent.
 
     Args:
         task: What the outputs mean; regression has no calibration and gives empty findings.
@@ -41,8 +42,8 @@ def calibration(task: Task, targets: np.ndarray, probabilities: np.ndarray) -> F
         probabilities: `(n, classes)`, rows that sum to 1 for a single label.
 
     Returns:
-        The expected calibration error (15 bins) beside its value by chance, Brier score, log loss, a diagram, a table,
-        and the check `calibration`, passed if chance explains the error.
+        The expected calibration error (15 bins) beside its value by chance, Brier score, log loss, a diagram,
+        a table, and the check `calibration`, passed if chance explains the error.
 
     Source: Guo et al. 2017, arXiv:1706.04599; chance: Broecker and Smith 2007, doi:10.1175/WAF993.1.
     """
@@ -72,7 +73,7 @@ def confidences(task: Task, targets: np.ndarray, probabilities: np.ndarray) -> t
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
-    """Return the expected calibration error: the mean gap between confidence and share right, over equal bins.
+    """Return the expected calibration error: the mean gap between confidence and share right.
 
     Args:
         confidence: `(n,)` in [0, 1].
@@ -135,46 +136,56 @@ def _check(error: float, chance: Chance, answers: int) -> Check:
     return Check("calibration", error <= chance.quantile, numbers)
 
 
-def _bins(confidence: np.ndarray, right: np.ndarray) -> list[tuple[int, float, Number, int]]:
-    """Return `(bin, mean confidence, share right, count)` of each bin that holds an answer."""
+@dataclass(frozen=True)
+class _Bin:
+    """The answers whose confidences lie in one of the equal bins."""
+
+    number: int
+    confidence: float
+    share: Number
+    count: int
+
+
+def _bins(confidence: np.ndarray, right: np.ndarray) -> list[_Bin]:
+    """Describe each bin that holds an answer."""
     numbers = _bin_numbers(confidence, BINS)
-    filled = [(number, numbers == number) for number in np.unique(numbers)]
     return [
-        (int(number), float(confidence[inside].mean()), intervals.proportion(int(right[inside].sum()), int(inside.sum())),
-         int(inside.sum()))
-        for number, inside in filled
-    ]  # fmt: skip
+        _bin(int(number), confidence[numbers == number], right[numbers == number])
+        for number in np.unique(numbers)
+    ]
+
+
+def _bin(number: int, confidence: np.ndarray, right: np.ndarray) -> _Bin:
+    return _Bin(
+        number, float(confidence.mean()), intervals.proportion(int(right.sum()), len(right)), len(right)
+    )
 
 
 def _table(confidence: np.ndarray, right: np.ndarray) -> Table:
     rows = tuple(
-        (f"{100 * number / BINS:.0f}–{100 * (number + 1) / BINS:.0f} %", mean, share, count)
-        for number, mean, share, count in _bins(confidence, right)
+        (_edges(one.number), one.confidence, one.share, one.count) for one in _bins(confidence, right)
     )
     columns = ("confidence between", "mean confidence", "share right", "answers")
     return Table("Confidence and share right", columns, rows, section=CALIBRATION, percent=columns[1:3])
 
 
+def _edges(number: int) -> str:
+    return f"{100 * number / BINS:.0f}–{100 * (number + 1) / BINS:.0f} %"
+
+
 def _diagram(confidence: np.ndarray, right: np.ndarray, error: float, chance: Chance) -> Picture:
     bins = _bins(confidence, right)
-    means, shares = np.array([row[1] for row in bins]), np.array([row[2].value for row in bins])
-    bounds = np.array([[row[2].value - row[2].low, row[2].high - row[2].value] for row in bins]).T
     drawn = drawing.figure(height=4.6)
     upper, lower = drawn.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
-    drawing.style(upper, y="share right").plot(
-        [0, 1], [0, 1], color=drawing.GRAY, linestyle="--", linewidth=1
-    )
-    upper.errorbar(
-        means, shares, bounds, color=drawing.BLUE, marker="o", markersize=5, capsize=3, linewidth=1.2
-    )
-    upper.annotate("perfect", (0.04, 0.09), fontsize=drawing.FONT - 1, color=drawing.GRAY)
-    upper.set(xlim=(0, 1), ylim=(0, 1.02))
+    _draw_shares(upper, bins)
     drawing.style(lower, x="confidence", y="answers")
     lower.bar(
-        [(row[0] + 0.5) / BINS for row in bins], [row[3] for row in bins], 0.9 / BINS, color=drawing.BLUE
+        [(one.number + 0.5) / BINS for one in bins],
+        [one.count for one in bins],
+        0.9 / BINS,
+        color=drawing.BLUE,
     )
-    for axis in (upper.xaxis, upper.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0))
+    lower.xaxis.set_major_formatter(PercentFormatter(1.0))
     summary = (
         f"Expected calibration error {100 * error:.1f} %; a perfectly calibrated model would show "
         f"{100 * chance.expected:.1f} % on as many answers, and stay below {100 * chance.quantile:.1f} % "
@@ -184,3 +195,16 @@ def _diagram(confidence: np.ndarray, right: np.ndarray, error: float, chance: Ch
     return Picture(
         "Calibration curve", drawing.png(drawn), caption, CALIBRATION, f"Reliability diagram. {summary}"
     )
+
+
+def _draw_shares(axes: Axes, bins: list[_Bin]) -> None:
+    confidences = [one.confidence for one in bins]
+    low, share, high = np.array([(one.share.low, one.share.value, one.share.high) for one in bins]).T
+    drawing.style(axes, y="share right").plot([0, 1], [0, 1], color=drawing.GRAY, linestyle="--", linewidth=1)
+    bars = (share - low, high - share)
+    axes.errorbar(
+        confidences, share, bars, color=drawing.BLUE, marker="o", markersize=5, capsize=3, linewidth=1.2
+    )
+    axes.annotate("perfect", (0.04, 0.09), fontsize=drawing.FONT - 1, color=drawing.GRAY)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -1,41 +1,21 @@
-"""The pictures of a report: learning curves, confusion matrix, mistakes, predicted against true."""
+"""The pictures of a report: learning curves, confusion matrix, predicted against true."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from tftransfer.checks import drawing
-from tftransfer.data.examples import Examples
-from tftransfer.report import CONFUSION, CURVES, MISTAKES, NUMBERS, Picture
+from tftransfer.report import CONFUSION, CURVES, NUMBERS, Picture
 from tftransfer.tasks import Task
 
 _CELLS_WITH_NUMBERS = 30
 _TICK_LABELS = 40
-_COLUMNS = 3
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """One example that the model gets wrong.
-
-    Args:
-        index: Its place in the split.
-        true, predicted: What it is and what the model says, in words.
-        how_much: How sure the model was, or how large the error is, such as `"98 %"`.
-    """
-
-    index: int
-    true: str
-    predicted: str
-    how_much: str
 
 
 def learning_curves(
@@ -83,14 +63,9 @@ def _mark_phases(axes: Axes, phases: Iterable[Mapping[str, Any]], with_names: bo
         if began:
             axes.axvline(began + 0.5, color=drawing.GRAY, linestyle=":", linewidth=1)
         if with_names:
-            place = {
-                "xy": (began + 0.6, 1.02),
-                "xycoords": ("data", "axes fraction"),
-                "annotation_clip": False,
-            }
-            axes.annotate(
-                drawing.text(phase["name"], 18), fontsize=drawing.FONT - 1, color=drawing.GRAY, **place
-            )
+            name = drawing.text(phase["name"], 18)
+            above = axes.get_xaxis_transform()  # x in epochs, y as a share of the panel
+            axes.text(began + 0.6, 1.03, name, transform=above, fontsize=drawing.FONT - 1, color=drawing.GRAY)
         began += phase["epochs"]
 
 
@@ -124,7 +99,7 @@ def confusion_picture(matrix: np.ndarray, labels: Sequence[str]) -> Picture:
     bar.outline.set_visible(False)
     caption = "Rows are the true classes, columns what the model says; the shade is the share of the row."
     wrong = int(matrix.sum() - np.trace(matrix))
-    alt = f"Confusion matrix of {len(labels)} classes: {wrong} of {int(matrix.sum())} test examples off the diagonal."
+    alt = f"Confusion matrix of {len(labels)} classes: {wrong} of {int(matrix.sum())} off the diagonal."
     return Picture("Confusion matrix", drawing.png(drawn), caption, CONFUSION, alt)
 
 
@@ -143,32 +118,6 @@ def _write_counts(axes: Axes, matrix: np.ndarray, shares: np.ndarray) -> None:
         if count:
             color = "white" if shares[row, column] > 0.5 else drawing.INK
             axes.text(column, row, str(int(count)), ha="center", va="center", fontsize=size, color=color)
-
-
-def mistakes_picture(examples: Examples, mistakes: Sequence[Mistake], title: str, caption: str) -> Picture:
-    """Draw examples with what they are and what the model says, three in a row.
-
-    Args:
-        examples: The split that the mistakes point into; only these pictures are read.
-        mistakes: At least one, in the order in which they are shown.
-        title, caption: What stands with the picture.
-    """
-    rows = math.ceil(len(mistakes) / _COLUMNS)
-    drawn = drawing.figure(height=2.2 * rows, layout=None)  # a fixed grid: finding a layout takes seconds
-    for place, mistake in enumerate(mistakes):
-        row, column = divmod(place, _COLUMNS)
-        corner = (column / _COLUMNS + 0.01, 1 - (row + 1) / rows + 0.01 / rows)
-        axes = drawn.add_axes((*corner, 1 / _COLUMNS - 0.02, 0.73 / rows))
-        axes.set_axis_off()
-        axes.imshow(np.asarray(examples.pictures.load(tf.constant(mistake.index, tf.int64))))
-        axes.set_title(_title(mistake), fontsize=drawing.FONT - 1, color=drawing.INK, pad=4)
-    told = "; ".join(f"{m.true} taken for {m.predicted} ({m.how_much})" for m in mistakes)
-    return Picture(title, drawing.png(drawn), caption, MISTAKES, f"{title}: {told}.")
-
-
-def _title(mistake: Mistake) -> str:
-    parts = (mistake.predicted, mistake.how_much, f"true: {mistake.true}")
-    return "\n".join(drawing.text(part, 20) for part in parts)
 
 
 def predicted_against_true(task: Task, targets: np.ndarray, predicted: np.ndarray) -> Picture:

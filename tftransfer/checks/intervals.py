@@ -1,9 +1,9 @@
 """95 % intervals that hold at the sizes of real test splits.
 
-The percentile bootstrap covers 26-66 % where it should cover 95 % at n = 10, and gives a classifier without a mistake
-an interval of width zero. So: Wilson for proportions, Wilson at an effective sample size for averages of
-rates, and Student's t on the logarithm for means and ratios of losses and errors. Where none holds there is none,
-and `method` says why.
+The percentile bootstrap covers 26-66 % where it should cover 95 % at n = 10, and gives a classifier without a
+mistake an interval of width zero. So: Wilson for proportions, Wilson at an effective sample size for averages
+of rates, and Student's t on the logarithm for means and ratios of losses and errors. Where none of them holds
+there is no interval, and `method` says why.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def average_of_rates(
 ) -> Number:
     """Return an average over classes of rates (macro recall, F1, average precision) with its interval.
 
-    Wilson's interval at the number of plain trials that would vary as much: n = p (1 - p) / variance, as for complex
-    surveys, with the variance from a bootstrap. A bootstrap sees no variance where no class has a mistake, so n is
-    never more than if all classes shared one rate.
+    Wilson's interval at the number of plain trials that would vary as much: n = p (1 - p) / variance, as for
+    complex surveys, with the variance from a bootstrap. That sees no variance where there is no mistake, so n
+    is never more than if all classes shared one rate.
 
     Args:
         value: The average, in [0, 1].
@@ -73,8 +73,8 @@ def average_of_rates(
         num_examples: Examples in the test split.
         counts: `(classes,)` how many examples each class has.
 
-    Source: Korn and Graubard 1998, "Confidence Intervals for Proportions With Small Expected Number of Positive
-    Counts Estimated From Survey Data".
+    Source: Korn and Graubard 1998, "Confidence Intervals for Proportions With Small Expected Number of
+    Positive Counts Estimated From Survey Data".
     """
     if not counts.all():
         return Number(value, method="none: a class has no example")
@@ -98,7 +98,7 @@ def mean(values: np.ndarray, at_least: int = 10) -> Number:
 
     Args:
         values: `(n,)` numbers from 0.
-        at_least: With fewer values there is no interval: a rare large one may not have been seen. Defaults to 10.
+        at_least: With fewer values there is no interval: a rare large one may be missing. Defaults to 10.
 
     Example:
         >>> mean(np.ones(5))
@@ -108,7 +108,7 @@ def mean(values: np.ndarray, at_least: int = 10) -> Number:
 
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray, at_least: int = 30) -> Number:
-    """Return sum / sum of two quantities of the same examples, with Student's interval on the logarithmic scale.
+    """Return sum / sum of two quantities of the same examples, with Student's interval of its logarithm.
 
     Args:
         numerators, denominators: `(n,)` numbers from 0.
@@ -127,20 +127,19 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray, at_least: int = 30) 
     return Number(value, value / factor, value * factor, "student_t_log")
 
 
-def transformed(number: Number, function: Callable[[float], float], method: str | None = None) -> Number:
+def transformed(number: Number, function: Callable[[float], float]) -> Number:
     """Carry a number and its interval through a monotone function.
 
     Args:
         number: Its bounds are swapped where the function falls.
         function: For instance `math.sqrt`, from a mean squared error to its root.
-        method: Defaults to the number's own.
 
     Example:
         >>> transformed(Number(4.0, 1.0, 9.0, "t"), math.sqrt)
         Number(value=2.0, low=1.0, high=3.0, method='t')
     """
-    value, *bounds = (
-        None if part is None else function(part) for part in (number.value, number.low, number.high)
-    )
-    low, high = sorted(bounds) if None not in bounds else (None, None)
-    return Number(value, low, high, method or number.method)
+    value = None if number.value is None else function(number.value)
+    if number.low is None or number.high is None:
+        return Number(value, method=number.method)
+    low, high = sorted((function(number.low), function(number.high)))
+    return Number(value, low, high, number.method)

@@ -1,8 +1,8 @@
 """Run a SavedModel through TensorFlow's C library, in a process that never imports TensorFlow.
 
-This is the loader that the C++ model server uses. `loaders.c_library` starts this file as its own program, hands it
-requests on standard input and reads the answers from standard output, both JSON. Only the standard library
-and NumPy are imported.
+This is the loader that the C++ model server uses. `loaders.c_library` starts this file as its own program,
+hands it requests on standard input and reads the answers from standard output, both JSON. Only the standard
+library and NumPy are imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 _STRING = 7
 _TYPES = {1: np.float32, 2: np.float64, 3: np.int32, 4: np.uint8, 9: np.int64, 10: np.bool_}
 _CODES = {np.dtype(kind): code for code, kind in _TYPES.items()}
-# sizeof(TF_TString), tensorflow/core/platform/ctstring_internal.h; its content is reached through TF_String* only.
+# sizeof(TF_TString), tensorflow/core/platform/ctstring_internal.h; TF_String* functions reach its content.
 _STRING_BYTES = 24
 
 _POINTER, _INT, _LONG, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t

@@ -65,8 +65,8 @@ def largest(differences: Iterable[Difference]) -> Difference:
 def difference(expected: Answers, received: Answers, threshold: float | None = None) -> Difference:
     """Compare two sets of answers to the same pictures.
 
-    Labels must be equal, except where rounding decides: in an example whose probabilities are not the same bit
-    for bit and so close to each other (or to the threshold) that the permitted difference may exchange them.
+    Labels must be equal, except where rounding decides: in an example whose probabilities are not the same
+    bit for bit, and so close to each other (or to the threshold) that the permitted difference may swap them.
 
     Args:
         expected: Arrays by name, all with the batch as first axis.

@@ -110,7 +110,7 @@ def image_size(model: keras.Model) -> tuple[int, int]:
     shape = model.input_shape
     if not isinstance(shape, tuple) or len(shape) != 4 or shape[3] != 3 or None in shape[1:]:
         raise InputError(
-            "`model` must take pictures of one size, (batch, height, width, 3): build it with an `image_size`. "
+            "`model` must take pictures of one size, (batch, height, width, 3): build it with `image_size`. "
             f"Received: model.input_shape={shape!r}"
         )
     return shape[1], shape[2]

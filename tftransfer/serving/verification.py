@@ -15,7 +15,7 @@ import tensorflow as tf
 from tftransfer.errors import InputError
 from tftransfer.report import Check
 from tftransfer.serving import comparison, loaders, structure
-from tftransfer.serving.comparison import Answers, Difference
+from tftransfer.serving.comparison import Answers
 from tftransfer.serving.loaders import Request
 from tftransfer.serving.structure import BYTES, PIXELS
 from tftransfer.tasks import Task
@@ -86,9 +86,8 @@ class _Case:
 
     def request(self, signature: str, places: Sequence[int]) -> Request:
         """Return the pictures at some places as one batch."""
-        return Request(
-            signature, (self.encoded if signature == BYTES else self.pixels)[np.array(places, int)]
-        )
+        values = self.encoded if signature == BYTES else self.pixels
+        return Request(signature, values[np.array(places, int)])
 
     def check(self, name: str, pairs: Iterable[tuple[Answers, Answers]]) -> Check:
         """Compare pairs of answers that must be equal."""
@@ -121,7 +120,7 @@ def verify(
         batch_sizes: Sizes of batches whose answers must equal those to single pictures; 0 is an empty batch.
 
     Returns:
-        The checks made. Where the structure is wrong or nothing can be loaded, those that need it are missing.
+        The checks made. Where the structure is wrong or nothing can be loaded, the others are missing.
 
     Raises:
         InputError: If the folder holds no SavedModel or an argument is out of range.

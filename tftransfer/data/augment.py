@@ -1,0 +1,159 @@
+"""Stateless augmentation on TensorFlow's image operations: the same picture and seed give the same bits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from tftransfer.errors import InputError, nearest
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How much pictures are changed at random; every amount is the largest, drawn evenly up to it.
+
+    Args:
+        name: What the strategy and the manifest call it.
+        flip: Whether half of the pictures are mirrored left to right; wrong for letters, digits and signs.
+        zoom: Up to which share a side is cropped (and, at random places, the crop stretched back), in [0, 1).
+        aspect: Up to which share height and width are cropped differently, in [0, 1).
+        rotation: Up to how many degrees a picture is turned, to either side.
+        shift: Up to which share of a side a picture is moved in either direction, in [0, 1).
+        brightness: Up to which share of 255 is added or taken away, in [0, 1].
+        contrast, saturation: Up to which share they grow or shrink, in [0, 1).
+        cutout: Side of a gray square that hides a part, as a share of the picture's sides, in [0, 1).
+    """
+
+    name: str = "none"
+    flip: bool = False
+    zoom: float = 0.0
+    aspect: float = 0.0
+    rotation: float = 0.0
+    shift: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    cutout: float = 0.0
+
+    @property
+    def moves(self) -> bool:
+        """Whether any change is one of geometry."""
+        return bool(self.flip or self.zoom or self.aspect or self.rotation or self.shift)
+
+
+_LIGHT = {"zoom": 0.1, "shift": 0.05, "rotation": 5.0, "brightness": 0.05, "contrast": 0.1}
+_STRONG = {
+    "zoom": 0.4,
+    "aspect": 0.2,
+    "shift": 0.1,
+    "rotation": 15.0,
+    "brightness": 0.2,
+    "contrast": 0.3,
+    "saturation": 0.3,
+    "cutout": 0.3,
+}
+NAMED = {
+    augmentation.name: augmentation
+    for augmentation in (
+        Augmentation(),
+        Augmentation("light", flip=True, **_LIGHT),
+        Augmentation("strong", flip=True, **_STRONG),
+        Augmentation("light_no_flip", **_LIGHT),
+        Augmentation("strong_no_flip", **_STRONG),
+    )
+}
+
+
+def named(augmentation: str | Augmentation) -> Augmentation:
+    """Return an augmentation by its name; an `Augmentation` passes unchanged.
+
+    Raises:
+        InputError: If the name is not known.
+
+    Example:
+        >>> named("light").flip, named("light_no_flip").flip
+        (True, False)
+    """
+    if isinstance(augmentation, Augmentation):
+        return augmentation
+    if augmentation not in NAMED:
+        raise InputError(
+            f"`augmentation` must be one of {', '.join(NAMED)}.{nearest(str(augmentation), NAMED)} "
+            f"Received: augmentation={augmentation!r}"
+        )
+    return NAMED[augmentation]
+
+
+def augment(picture: tf.Tensor, strength: str | Augmentation, seed: tf.Tensor) -> tf.Tensor:
+    """Change a picture at random, decided by the seed alone.
+
+    All geometry is one resampling (bilinear, mirrored at the edges), so that nothing is blurred twice. Never part of a
+    saved graph.
+
+    Args:
+        picture: `(height, width, 3)` uint8 or float in [0, 255].
+        strength: An `Augmentation` or the name of one.
+        seed: `(2,)` integers.
+
+    Returns:
+        float32 `(height, width, 3)` in [0, 255].
+
+    Example:
+        >>> augment(tf.fill((2, 2, 3), tf.constant(9, tf.uint8)), "none", [0, 0])[0, 0].numpy().tolist()
+        [9.0, 9.0, 9.0]
+    """
+    policy = named(strength)
+    changed = tf.cast(picture, tf.float32)
+    draws = tf.random.stateless_uniform((12,), seed, -1.0, 1.0)
+    if policy.moves:
+        changed = _move(changed, policy, draws)
+    if policy.brightness or policy.contrast or policy.saturation:
+        changed = tf.clip_by_value(_recolour(changed, policy, draws), 0.0, 255.0)
+    if policy.cutout:
+        changed = _cut_out(changed, policy.cutout, draws[8:10])
+    return changed
+
+
+def _move(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tensor:
+    """Flip, crop, turn and shift in one projective transform, which maps places of the result to the picture."""
+    height, width = picture.shape[0], picture.shape[1]
+    kept = 1 - policy.zoom * tf.abs(draws[0])
+    scale_x, scale_y = kept * (1 - policy.aspect * tf.nn.relu(draws[1])), kept * (1 - policy.aspect * tf.nn.relu(-draws[1]))
+    if policy.flip:
+        scale_x *= tf.where(draws[2] < 0, -1.0, 1.0)
+    angle = draws[3] * math.radians(policy.rotation)
+    # A crop lies anywhere inside the picture; a shift may leave it.
+    free_x, free_y = (1 - tf.abs(scale_x)) / 2 + policy.shift, (1 - scale_y) / 2 + policy.shift
+    middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
+    to_x, to_y = middle_x + draws[4] * free_x * width, middle_y + draws[5] * free_y * height
+    a, b = scale_x * tf.cos(angle), -scale_y * tf.sin(angle)
+    c, d = scale_x * tf.sin(angle), scale_y * tf.cos(angle)
+    matrix = [a, b, to_x - a * middle_x - b * middle_y, c, d, to_y - c * middle_x - d * middle_y, 0.0, 0.0]
+    moved = tf.raw_ops.ImageProjectiveTransformV3(
+        images=picture[None],
+        transforms=tf.stack(matrix)[None],
+        output_shape=(height, width),
+        fill_value=0.0,
+        interpolation="BILINEAR",
+        fill_mode="REFLECT",
+    )[0]
+    return tf.clip_by_value(moved, 0.0, 255.0)
+
+
+def _recolour(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tensor:
+    mean = tf.reduce_mean(picture, axis=(0, 1), keepdims=True)
+    picture = mean + (picture - mean) * (1 + policy.contrast * draws[6])
+    gray = tf.image.rgb_to_grayscale(picture)
+    picture = gray + (picture - gray) * (1 + policy.saturation * draws[7])
+    return picture + 255 * policy.brightness * draws[10]
+
+
+def _cut_out(picture: tf.Tensor, side: float, draws: tf.Tensor) -> tf.Tensor:
+    """Hide a rectangle behind mid-gray (DeVries and Taylor 2017, arXiv:1708.04552)."""
+    height, width = picture.shape[0], picture.shape[1]
+    rows = tf.abs(tf.range(height, dtype=tf.float32) / height - (draws[0] + 1) / 2) < side / 2
+    columns = tf.abs(tf.range(width, dtype=tf.float32) / width - (draws[1] + 1) / 2) < side / 2
+    hidden = rows[:, None, None] & columns[None, :, None]
+    return tf.where(hidden, 127.5, picture)
