@@ -4,7 +4,9 @@
     python recipes/pretrain_demo_backbone.py --out tftransfer/assets  # remakes the packaged files
 
 Writes demo_backbone.weights.h5, demo_backbone.json and DEMO_BACKBONE.md, the card with the figures. No digit
-takes part. Expected with the defaults: @@EXPECTED@@
+takes part. Expected with the defaults: after 6 to 20 minutes on two cores, a linear probe on 10
+labelled digits per class scores 0.97 (raw pixels 0.90, random weights 0.57; mean of five draws); 5 per class
+0.95 (0.85, 0.49); 1 per class 0.80 (0.64, 0.34).
 """
 
 from __future__ import annotations
@@ -229,13 +231,14 @@ remakes this file, the weights and `demo_backbone.json`; the same seed ({seed}) 
 same machine and versions ({versions}). SHA-256 of the weights:
 `{sha256}`
 
-The source is {pictures:,} generated pictures of {classes} classes, seen {epochs} times
+The source is {pictures:,} generated pictures of {classes} classes, seen in {epochs} epochs
 (`tftransfer.data.glyphs.generated_signs`): {printed} printed letters and signs (Latin, Greek, Cyrillic,
 punctuation, mathematics) in the fonts that Matplotlib ships, and {drawn} characters invented by formula,
 one to three pen strokes each, freshly handwritten in every picture. No digit and no other character of a
-number category is among them, though some letters resemble digits (O, l, S, Z, B). No photograph and no
-data set of people took part. Half of the pictures pass through 8 x 8 pixels, as the demo's digits do: the
-recipe was made for that demo, and its settings were chosen on the training part of those digits.
+number category is among them; some letters do look like digits, above all the Cyrillic З (like 3) and Ч (like
+4) and the Latin O, S, Z and B. No photograph and no data set of people took part. Half of the pictures pass
+through 8 x 8 pixels, as the demo's digits do: the recipe was made for that demo, and its settings were chosen
+on the training part of those digits.
 
 ## What it is good for
 Logistic regression on few labelled examples per class of scikit-learn's real handwritten digits (draws from

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import itertools
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 from tftransfer import backbones
 from tftransfer.errors import InputError
 
-# One small row per family: its lowest group, one in the middle, the topmost, and how many: from the papers' block counts.
+# One small row per family: its lowest group, a middle one, the topmost and how many, by the papers' blocks.
 SMALL_ROWS = {
     "MobileNet-0.25": ("stem", "block_7", "block_13", 14),
     "MobileNetV2-0.35": ("stem", "block_8", "top", 19),
@@ -31,7 +32,7 @@ SMALL_ROWS = {
 }
 OTHER_ROWS = tuple(name for name in backbones.names() if name not in SMALL_ROWS)
 TOLERANCE = 1e-5  # of the norm
-END_TO_END = 1e-4  # a last bit of preprocessing grows tenfold in networks with re-estimated BatchNorm
+END_TO_END = 1e-3  # what the last bit of preprocessing grows to in deep networks of random weights
 
 
 def _side(name):
@@ -65,7 +66,7 @@ def _stock(name, model):
 
 @pytest.fixture(scope="module", params=SMALL_ROWS)
 def built(request, estimate_batch_norm):
-    """One small row per family with re-estimated BatchNorm: its name, the network, and Keras' with its weights."""
+    """One row per family with re-estimated BatchNorm: name, network, and Keras' network with its weights."""
     keras.utils.set_random_seed(0)
     model = estimate_batch_norm(backbones.build(request.param, (_side(request.param),) * 2))
     yield request.param, model, _stock(request.param, model)
@@ -193,7 +194,7 @@ def _assert_levels(model):
     sizes = [backbones.level_output(model, name).shape[1:3] for name in levels.values()]
     side = model.input_shape[1]
     assert side / 4 - 5 <= sizes[0][0] <= side / 4  # `valid` padding loses up to five rows
-    for (rows, columns), (next_rows, _) in zip(sizes, sizes[1:], strict=False):
+    for (rows, columns), (next_rows, _) in itertools.pairwise(sizes):
         assert rows == columns
         assert (rows - 1) // 2 <= next_rows <= (rows + 1) // 2
     assert backbones.level_output(model, levels[32]) is model.output

@@ -91,8 +91,8 @@ def test_a_file_of_another_network_says_what_differs_and_whose_it_is(tmp_path, f
     other = backbones.build("MobileNet-0.5", SIZE)
     path = _write(other, tmp_path / file)
     message = (
-        r"does not fit MobileNet-0.25: net.* differs in \d+ places: conv1/kernel: shape \(3, 3, 3, 8\) expected, "
-        r"\(3, 3, 3, 16\) found; .* and \d+ more. The file has the size of MobileNet-0.5\.$"
+        r"does not fit MobileNet-0.25: net.* differs in \d+ places: conv1/kernel: shape \(3, 3, 3, 8\) "
+        r"expected, \(3, 3, 3, 16\) found; .* and \d+ more. The file has the size of MobileNet-0.5\.$"
     )
     with pytest.raises(InputError, match=message):
         backbones.build(NAME, SIZE, path)

@@ -17,32 +17,40 @@ import psutil
 import tensorflow as tf
 from rich.console import Console
 
-from tftransfer import backbones, bundles, distribution, prefix, runs, serving, training
+from tftransfer import backbones, bundles, distribution, prefix, runs, serving, training, weights
 from tftransfer.builders import outputs_are_logits
 from tftransfer.checks import performance
 from tftransfer.data import audit, images, load_for
 from tftransfer.errors import InputError
 from tftransfer.report import Table
 
-_OPTIONAL = {"tensorboard": "to look at logs/", "pytest": "to run the tests (extra dev)"}
+_OPTIONAL = {"pytest": "to run the tests (extra dev)"}
 
 
 def doctor(options: argparse.Namespace) -> int:
     """Report versions, devices, memory and what is missing; 1 if the embedded weights are damaged."""
     memory = psutil.virtual_memory()
-    demo = backbones.demo_weights_intact()
+    damage = _embedded_damage()
     found = {
         "versions": bundles.versions(),
         "devices": distribution.describe_hardware(),
         "memory_gib": {"total": round(memory.total / 2**30, 1), "available": round(memory.available / 2**30, 1)},
-        "embedded_weights": "intact" if demo else "damaged: install tftransfer again",
+        "embedded_weights": damage or "intact",
         "missing": {
             name: purpose for name, purpose in _OPTIONAL.items() if importlib.util.find_spec(name) is None
         },
     }
     rows = [(section, _line(content)) for section, content in found.items()]
     _show(options, found, Table("tftransfer doctor", ("what", "found"), tuple(rows)))
-    return 0 if demo else 1
+    return 1 if damage else 0
+
+
+def _embedded_damage() -> str | None:
+    try:
+        weights.check_demo(weights.demo_card()["backbone"])
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def list_backbones(options: argparse.Namespace) -> int:
@@ -145,15 +153,9 @@ def _answer_rows(files: Sequence[Path], answers: Mapping[str, np.ndarray]) -> li
 
 
 def _show_verification(options: argparse.Namespace, verification: serving.Verification) -> None:
-    content = {
-        "passed": verification.passed,
-        "checks": [
-            {"name": check.name, "passed": check.passed, "metrics": check.metrics} for check in verification.checks
-        ],
-    }
-    rows = tuple((c.name, "passed" if c.passed else "FAILED", _line(c.metrics)) for c in verification.checks)
+    content = {"passed": verification.passed, "checks": [asdict(check) for check in verification.checks]}
     title = "verified" if verification.passed else "NOT verified"
-    _show(options, content, Table(title, ("check", "result", "detail"), rows))
+    _show(options, content, Table(title, ("check", "result", "detail"), tuple(verification.rows())))
 
 
 def _show(options: argparse.Namespace, content: Any, table: Table) -> None:

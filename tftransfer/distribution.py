@@ -57,8 +57,8 @@ def devices(choice: str = "auto", precision: str = "auto") -> Iterator[Devices]:
         ...     chosen.precision
         'float32'
     """
-    strategy, why = _strategy(str(choice))
-    policy, because = _precision(precision, strategy)
+    strategy, kind, why = _strategy(str(choice))
+    policy, because = _precision(precision, kind)
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
@@ -95,11 +95,12 @@ def describe_hardware() -> dict[str, Any]:
     }
 
 
-def _strategy(choice: str) -> tuple[tf.distribute.Strategy, str]:
+def _strategy(choice: str) -> tuple[tf.distribute.Strategy, str, str]:
+    """Return the strategy, the kind of device, and why."""
     if choice not in DEVICE_CHOICES and not (choice.isdigit() and int(choice) > 0):
         raise InputError(f"`devices` must be auto, cpu, gpu or a number from 1. Received: devices={choice!r}")
     if choice == "auto" and tf.config.list_physical_devices("TPU"):
-        return _tpu_strategy()
+        return _tpu_strategy(), "TPU", "TPU (recognised, untested)"
     _let_gpu_memory_grow()
     gpus, cpus = (tf.config.list_logical_devices(kind) for kind in ("GPU", "CPU"))
     if choice == "gpu" and not gpus:
@@ -108,26 +109,26 @@ def _strategy(choice: str) -> tuple[tf.distribute.Strategy, str]:
     # Logical processors beyond the first exist only where somebody asked for them by number, as tests do.
     count = int(choice) if choice.isdigit() else (len(gpus) if pool is gpus else 1)
     if count > len(pool):
-        kind = pool[0].device_type
-        raise InputError(f"`devices` asks for {count}, but there are {len(pool)} of kind {kind}. Received: {choice!r}")
-    return _strategy_on([device.name for device in pool[:count]], choice)
-
-
-def _strategy_on(names: list[str], choice: str) -> tuple[tf.distribute.Strategy, str]:
-    kind = "GPU" if "GPU" in names[0] else "processor"
+        raise InputError(
+            f"`devices` asks for {count}, but there are {len(pool)} of kind {pool[0].device_type}. "
+            f"Received: devices={choice!r}"
+        )
+    kind = pool[0].device_type
     origin = "as asked" if choice != "auto" else "the best there is"
+    return _strategy_on([device.name for device in pool[:count]]), kind, f"{count} x {kind} ({origin})"
+
+
+def _strategy_on(names: list[str]) -> tf.distribute.Strategy:
     if len(names) > 1:
-        return tf.distribute.MirroredStrategy(names), f"{len(names)} x {kind} mirrored ({origin})"
-    if kind == "processor":
-        # The default strategy rather than OneDeviceStrategy: the same on one processor, with less overhead.
-        return tf.distribute.get_strategy(), f"one {kind} ({origin})"
-    return tf.distribute.OneDeviceStrategy(names[0]), f"one {kind} ({origin})"
+        return tf.distribute.MirroredStrategy(names)
+    if "GPU" in names[0]:
+        return tf.distribute.OneDeviceStrategy(names[0])
+    return tf.distribute.get_strategy()  # on one processor the same as OneDeviceStrategy, with less overhead
 
 
-def _tpu_strategy() -> tuple[tf.distribute.Strategy, str]:
+def _tpu_strategy() -> tf.distribute.Strategy:
     """Connect to a TPU. Recognised but untested: no TPU was at hand when this was written."""
-    resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect()
-    return tf.distribute.TPUStrategy(resolver), "TPU (recognised, untested)"
+    return tf.distribute.TPUStrategy(tf.distribute.cluster_resolver.TPUClusterResolver.connect())
 
 
 def _let_gpu_memory_grow() -> None:
@@ -137,15 +138,15 @@ def _let_gpu_memory_grow() -> None:
             tf.config.experimental.set_memory_growth(gpu, True)
 
 
-def _precision(precision: str, strategy: tf.distribute.Strategy) -> tuple[str, str]:
+def _precision(precision: str, kind: str) -> tuple[str, str]:
+    """Return the dtype policy for a kind of device, and why."""
     if precision not in PRECISIONS:
         raise InputError(f"`precision` must be one of {', '.join(PRECISIONS)}. Received: precision={precision!r}")
     if precision != "auto":
         return precision, "as asked"
-    worker_devices = strategy.extended.worker_devices
-    if any("TPU" in name for name in worker_devices):
+    if kind == "TPU":
         return "mixed_bfloat16", "a TPU"
-    if not any("GPU" in name for name in worker_devices):
+    if kind == "CPU":
         return "float32", "no GPU"
     return _by_compute_capability(describe_hardware()["compute_capability"])
 

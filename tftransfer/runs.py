@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import rich.markup
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
-from tftransfer import backbones, bundles, prefix, serving, trainable, training
-from tftransfer.checks import calibration, performance, probe
+from tftransfer import backbones, bundles, prefix, report_html, serving, trainable, training, weights
+from tftransfer.checks import calibration, charts, demo, performance
 from tftransfer.data import Data
 from tftransfer.distribution import Devices
-from tftransfer.report import TRAINING, Findings, Report, Table
+from tftransfer.report import TRAINING, Findings, Number, Report, Table
 from tftransfer.strategies import Strategy
 from tftransfer.tasks import Task
 
@@ -89,12 +90,12 @@ def choose_network(options: argparse.Namespace) -> Network:
     Raises:
         InputError: If the backbone is not known.
     """
-    demo = backbones.demo_card()
+    card = weights.demo_card()
     wants_demo = options.weights == "demo" or (options.weights is None and options.data == "demo")
-    name = options.backbone or (demo["backbone"] if wants_demo else "MobileNetV2")
-    weights = options.weights or ("demo" if wants_demo and name == demo["backbone"] else "imagenet")
-    natural = demo["image_size"] if weights == "demo" else backbones.backbone(name).natural_size
-    return Network(name, None if weights == "none" else weights, options.image_size or (natural, natural))
+    name = options.backbone or (card["backbone"] if wants_demo else "MobileNetV2")
+    kind = options.weights or ("demo" if wants_demo and name == card["backbone"] else "imagenet")
+    natural = card["image_size"] if kind == "demo" else backbones.backbone(name).natural_size
+    return Network(name, None if kind == "none" else kind, options.image_size or (natural, natural))
 
 
 def begin(run: Run, data: Data, devices: Devices) -> None:
@@ -156,13 +157,15 @@ def finish(
     """
     findings = _measure(model, task, data, history)
     if network.is_demo and data.name == "demo":
-        findings += probe.demo_comparison(data, network.image_size)
+        comparison = demo.demo_comparison(data, network.image_size)
+        print_table(run.console, comparison.tables[0])
+        findings += comparison
     version, verification = serving.publish(model, task, run.folder / "serving", samples(data))
     findings += Findings(checks=verification.checks)
     report = _report(run, task, data, history, network, findings)
     provenance = {
         "backbone": network.backbone,
-        "weights": backbones.describe_weights(network.backbone, network.weights),
+        "weights": weights.describe_weights(network.backbone, network.weights),
         "data": {"name": data.name, "fingerprint": data.fingerprint, "splits": data.splits, "found": data.found},
         "current": version and version.name,
     }
@@ -195,15 +198,25 @@ def print_table(console: Console, table: Table) -> None:
     for number, column in enumerate(table.columns):
         shown.add_column(column, justify="left" if number == 0 else "right")
     for row in table.rows:
-        shown.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+        shown.add_row(*(_cell(cell, column in table.percent) for cell, column in zip(row, table.columns, strict=True)))
     console.print(shown)
+    if table.note:
+        console.print(table.note, style="dim")
+
+
+def _cell(value: Any, percent: bool) -> str:
+    """Return a cell as text that rich takes literally."""
+    if isinstance(value, Number):
+        span = report_html.interval(value, percent)
+        return report_html.number(value.value, percent) + (f" ({span})" if span else "")
+    return rich.markup.escape(value if isinstance(value, str) else report_html.number(value, percent))
 
 
 def _measure(model: keras.Model, task: Task, data: Data, history: training.History) -> Findings:
     probabilities = training.predict(model, task, data.test)
-    curves = performance.learning_curves(history, [(r.phase.name, r.epochs) for r in history.phases])
+    curves = charts.learning_curves(history, [record.to_json() for record in history.phases])
     return (
-        performance.performance(task, data.test, probabilities)
+        performance.performance(task, data.test, probabilities, train_targets=data.train.targets)
         + Findings(pictures=(curves,))
         + calibration.calibration(task, data.test.targets, probabilities)
     )

@@ -222,4 +222,5 @@ def rows_of_size(totals: set[int]) -> list[str]:
 
 
 def asset(name: str) -> dict[str, Any]:
+    """Read one of the JSON files that come with this package."""
     return json.loads((resources.files("tftransfer") / "assets" / name).read_text(encoding="utf-8"))

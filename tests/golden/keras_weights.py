@@ -3,8 +3,8 @@
     python -m tests.golden.keras_weights
 
 `networks` holds for each row its number of parameters without the top and the file without the top that Keras
-would download at its natural size; `md5` the MD5 sum of each file, with and without the top, where Keras has one;
-`sha256` is of files at hand and kept as it is. Slow: it builds all 40 networks three times.
+would download at its natural size; `md5` the MD5 sum of each file, with and without the top, where Keras has
+one; `sha256` is of files at hand and kept as it is. Slow: it builds all 40 networks three times.
 """
 
 from __future__ import annotations

@@ -33,10 +33,6 @@ def verify(model, task, pictures, without_c_library):
     return failed
 
 
-def decoded(image_bytes):
-    return tf.cast(export.decode_batch(image_bytes, SIZE), tf.float32)
-
-
 def test_a_right_export_passes_every_check(exported, model, task, pictures):
     verification = serving.verify(exported, pictures, model=model, task=task, repeats=3)
     assert [check.passed for check in verification.checks] == [True] * 8
@@ -57,24 +53,24 @@ def test_without_samples_model_and_task_it_still_decides(exported):
     ]
 
 
-def test_a_right_export_made_by_hand_passes(write_savedmodel, answers, verify):
+def test_a_right_export_made_by_hand_passes(write_savedmodel, answers, verify, decoder):
     """The faulty ones below differ from this one in one thing each."""
-    assert verify(write_savedmodel(answers, lambda image_bytes: answers(decoded(image_bytes)))) == ()
+    assert verify(write_savedmodel(answers, lambda image_bytes: answers(decoder(image_bytes)))) == ()
 
 
-def test_active_augmentation_fails(write_savedmodel, answers, verify):
+def test_active_augmentation_fails(write_savedmodel, answers, verify, decoder):
     def serving_default(image_bytes):
-        return answers(decoded(image_bytes) * tf.random.uniform((), 0.3, 1.0))
+        return answers(decoder(image_bytes) * tf.random.uniform((), 0.3, 1.0))
 
     assert "repeated requests" in verify(write_savedmodel(answers, serving_default))
 
 
-def test_dropout_left_on_fails(write_savedmodel, model, task, verify):
+def test_dropout_left_on_fails(write_savedmodel, model, task, verify, decoder):
     def tensor(image):
         return task.answers(model(image, training=True), True)
 
     assert "repeated requests" in verify(
-        write_savedmodel(tensor, lambda image_bytes: tensor(decoded(image_bytes)))
+        write_savedmodel(tensor, lambda image_bytes: tensor(decoder(image_bytes)))
     )
 
 
@@ -85,29 +81,29 @@ def test_unnamed_output_fails(with_task, model, task, tmp_path):
     assert verification.failed == ("SavedModel structure",)
 
 
-def test_outputs_numbered_by_keras_fail(write_savedmodel, model, verify):
+def test_outputs_numbered_by_keras_fail(write_savedmodel, model, verify, decoder):
     def tensor(image):
         return model(image, training=False)
 
-    directory = write_savedmodel(tensor, lambda image_bytes: tensor(decoded(image_bytes)))
+    directory = write_savedmodel(tensor, lambda image_bytes: tensor(decoder(image_bytes)))
     for task in ({}, {"task": None}):
         assert verify(directory, **task) == ("SavedModel structure",)
     problems = serving.verify(directory, repeats=2).checks[0].metrics["problems"]
     assert any("output_0" in problem for problem in problems)
 
 
-def test_fixed_batch_fails(write_savedmodel, answers, verify):
-    directory = write_savedmodel(answers, lambda image_bytes: answers(decoded(image_bytes)), batch=1)
+def test_fixed_batch_fails(write_savedmodel, answers, verify, decoder):
+    directory = write_savedmodel(answers, lambda image_bytes: answers(decoder(image_bytes)), batch=1)
     assert verify(directory) == ("SavedModel structure",)
 
 
-def test_half_precision_answers_fail(write_savedmodel, answers, verify):
+def test_half_precision_answers_fail(write_savedmodel, answers, verify, decoder):
     def tensor(image):
         return {
             name: tf.cast(v, tf.float16) if v.dtype == tf.float32 else v for name, v in answers(image).items()
         }
 
-    directory = write_savedmodel(tensor, lambda image_bytes: tensor(decoded(image_bytes)))
+    directory = write_savedmodel(tensor, lambda image_bytes: tensor(decoder(image_bytes)))
     assert verify(directory) == ("SavedModel structure",)
     assert verify(directory, task=None) == ("SavedModel structure",)
 
@@ -161,25 +157,25 @@ def test_other_resize_than_in_training_fails(given, write_savedmodel, answers, v
     assert "decoded as in training" in verify(write_savedmodel(answers, serving_default), **given)
 
 
-def test_answers_that_depend_on_the_batch_fail(write_savedmodel, answers, verify):
+def test_answers_that_depend_on_the_batch_fail(write_savedmodel, answers, verify, decoder):
     def tensor(image):
         return answers(image * (0.5 + 0.5 / tf.cast(tf.shape(image)[0], tf.float32)))
 
-    directory = write_savedmodel(tensor, lambda image_bytes: tensor(decoded(image_bytes)))
+    directory = write_savedmodel(tensor, lambda image_bytes: tensor(decoder(image_bytes)))
     assert "batches equal single pictures" in verify(directory)
 
 
-def test_a_batch_size_that_cannot_be_answered_fails(write_savedmodel, answers, verify):
+def test_a_batch_size_that_cannot_be_answered_fails(write_savedmodel, answers, verify, decoder):
     """An empty batch is more than TensorFlow's convolutions can take; `export_savedmodel` sees to it."""
-    directory = write_savedmodel(answers, lambda image_bytes: answers(decoded(image_bytes)))
+    directory = write_savedmodel(answers, lambda image_bytes: answers(decoder(image_bytes)))
     assert verify(directory, batch_sizes=(0, 1)) == ("batches equal single pictures",)
 
 
-def test_broken_pictures_that_are_answered_fail(write_savedmodel, answers, task):
+def test_broken_pictures_that_are_answered_fail(write_savedmodel, answers, task, decoder):
     black = tf.io.encode_png(tf.zeros((8, 8, 3), tf.uint8)).numpy()
 
     def serving_default(image_bytes):
-        return answers(decoded(tf.where(tf.strings.length(image_bytes) > 40, image_bytes, black)))
+        return answers(decoder(tf.where(tf.strings.length(image_bytes) > 40, image_bytes, black)))
 
     faulty = write_savedmodel(answers, serving_default)
     verification = serving.verify(faulty, task=task, repeats=2, batch_sizes=(1,))

@@ -38,12 +38,17 @@ class Augmentation:
     cutout: float = 0.0
 
     @property
-    def moves(self) -> bool:
-        """Whether any change is one of geometry."""
-        return bool(self.flip or self.zoom or self.aspect or self.rotation or self.shift)
+    def crops(self) -> bool:
+        """Whether a part of the picture is cut out and stretched, mirrored or not."""
+        return bool(self.flip or self.zoom or self.aspect)
+
+    @property
+    def turns(self) -> bool:
+        """Whether pictures are turned, or moved beyond their edges, which costs more than to crop them."""
+        return bool(self.rotation or self.shift)
 
 
-_LIGHT = {"zoom": 0.1, "shift": 0.05, "rotation": 5.0, "brightness": 0.05, "contrast": 0.1}
+_LIGHT = {"zoom": 0.15, "brightness": 0.05, "contrast": 0.1}
 _STRONG = {
     "zoom": 0.4,
     "aspect": 0.2,
@@ -106,9 +111,11 @@ def augment(picture: tf.Tensor, strength: str | Augmentation, seed: tf.Tensor) -
     """
     policy = named(strength)
     changed = tf.cast(picture, tf.float32)
-    draws = tf.random.stateless_uniform((12,), seed, -1.0, 1.0)
-    if policy.moves:
-        changed = _move(changed, policy, draws)
+    draws = tf.random.stateless_uniform((11,), seed, -1.0, 1.0)
+    if policy.turns:
+        changed = _turn(changed, policy, draws)
+    elif policy.crops:
+        changed = _crop(changed, policy, draws)
     if policy.brightness or policy.contrast or policy.saturation:
         changed = tf.clip_by_value(_recolour(changed, policy, draws), 0.0, 255.0)
     if policy.cutout:
@@ -116,18 +123,32 @@ def augment(picture: tf.Tensor, strength: str | Augmentation, seed: tf.Tensor) -
     return changed
 
 
-def _move(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tensor:
-    """Flip, crop, turn and shift in one projective transform, which maps places of the result to the picture."""
-    height, width = picture.shape[0], picture.shape[1]
+def _scales(policy: Augmentation, draws: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return which share of width and height is kept; a negative width is mirrored."""
     kept = 1 - policy.zoom * tf.abs(draws[0])
-    scale_x, scale_y = kept * (1 - policy.aspect * tf.nn.relu(draws[1])), kept * (1 - policy.aspect * tf.nn.relu(-draws[1]))
-    if policy.flip:
-        scale_x *= tf.where(draws[2] < 0, -1.0, 1.0)
-    angle = draws[3] * math.radians(policy.rotation)
+    across = kept * (1 - policy.aspect * tf.nn.relu(draws[1]))
+    mirror = tf.where((draws[2] < 0) & policy.flip, -1.0, 1.0)
+    return mirror * across, kept * (1 - policy.aspect * tf.nn.relu(-draws[1]))
+
+
+def _crop(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tensor:
+    """Cut out a part that lies anywhere inside the picture and stretch it, bilinear."""
+    width, height = _scales(policy, draws)
+    x, y = 0.5 + draws[3] * (1 - tf.abs(width)) / 2, 0.5 + draws[4] * (1 - height) / 2
+    box = tf.stack([y - height / 2, x - width / 2, y + height / 2, x + width / 2])
+    box = tf.clip_by_value(box, 0.0, 1.0)  # rounding may leave the picture, where all is black
+    return tf.image.crop_and_resize(picture[None], box[None], [0], picture.shape[:2])[0]
+
+
+def _turn(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tensor:
+    """Crop, mirror, turn and shift in one projective transform, which maps places of the result to the picture."""
+    scale_x, scale_y = _scales(policy, draws)
     # A crop lies anywhere inside the picture; a shift may leave it.
     free_x, free_y = (1 - tf.abs(scale_x)) / 2 + policy.shift, (1 - scale_y) / 2 + policy.shift
+    height, width = picture.shape[0], picture.shape[1]
     middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
-    to_x, to_y = middle_x + draws[4] * free_x * width, middle_y + draws[5] * free_y * height
+    to_x, to_y = middle_x + draws[3] * free_x * width, middle_y + draws[4] * free_y * height
+    angle = draws[5] * math.radians(policy.rotation)
     a, b = scale_x * tf.cos(angle), -scale_y * tf.sin(angle)
     c, d = scale_x * tf.sin(angle), scale_y * tf.cos(angle)
     matrix = [a, b, to_x - a * middle_x - b * middle_y, c, d, to_y - c * middle_x - d * middle_y, 0.0, 0.0]
@@ -143,11 +164,13 @@ def _move(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tens
 
 
 def _recolour(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tensor:
-    mean = tf.reduce_mean(picture, axis=(0, 1), keepdims=True)
-    picture = mean + (picture - mean) * (1 + policy.contrast * draws[6])
-    gray = tf.image.rgb_to_grayscale(picture)
-    picture = gray + (picture - gray) * (1 + policy.saturation * draws[7])
-    return picture + 255 * policy.brightness * draws[10]
+    """Change saturation, then contrast about the mean and brightness in one multiplication."""
+    if policy.saturation:
+        gray = tf.reduce_mean(picture, axis=2, keepdims=True)
+        picture = gray + (picture - gray) * (1 + policy.saturation * draws[7])
+    contrast = 1 + policy.contrast * draws[6]
+    shift = 255 * policy.brightness * draws[10] + (1 - contrast) * tf.reduce_mean(picture)
+    return picture * contrast + shift
 
 
 def _cut_out(picture: tf.Tensor, side: float, draws: tf.Tensor) -> tf.Tensor:

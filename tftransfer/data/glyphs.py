@@ -69,7 +69,8 @@ def generated_signs(
     """Make pictures of printed and invented characters with their labels.
 
     Use it as a source task to pretrain on, or to measure what fine-tuning forgets. Classes are the same for
-    every seed, as equal in number as `count` allows; picture `i` depends on `seed`, `i` and its label only.
+    every seed and as equal in number as `count` allows (a count below the number of classes takes the first
+    ones, printed before drawn); picture `i` depends on `seed`, `i` and its label only.
 
     Args:
         count: Number of pictures, from 1.

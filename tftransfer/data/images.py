@@ -14,6 +14,7 @@ MAX_PIXELS = 100_000_000
 
 TOO_LARGE = f"picture is larger than the limit of {MAX_PIXELS // 1_000_000} megapixels"
 UNKNOWN = f"not a picture format that TensorFlow decodes ({', '.join(FORMATS)})"
+_EXIF_WITHIN = 2**18  # bytes; EXIF comes first in a JPEG but for another segment or two of at most 64 KiB
 _BYTE_STRINGS = [bytes([value]) for value in range(256)]
 
 
@@ -285,8 +286,15 @@ def _webp_size(contents: tf.Tensor) -> tf.Tensor:
 
 def _jpeg_orientation(contents: tf.Tensor) -> tf.Tensor:
     data = _bytes_of(contents)
-    place = _find_exif(data)
-    return tf.cond(place > 0, lambda: _tiff_orientation(data[place:]), lambda: tf.constant(1))
+
+    def read() -> tf.Tensor:
+        place = _find_exif(data)
+        return tf.where(place > 0, _tiff_orientation(data[place:]), 1)
+
+    # Most pictures have no EXIF, and to look for its letters is a fifth of the price of walking the segments.
+    head = data[:_EXIF_WITHIN]
+    letters = [head[at : tf.size(head) - 3 + at] == letter for at, letter in enumerate(b"Exif")]
+    return tf.cond(tf.reduce_any(letters[0] & letters[1] & letters[2] & letters[3]), read, lambda: tf.constant(1))
 
 
 def _find_exif(data: tf.Tensor) -> tf.Tensor:
@@ -327,10 +335,14 @@ def _tiff_orientation(data: tf.Tensor) -> tf.Tensor:
 
 def _apply_orientation(picture: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     """Turn a picture upright: orientations 5 to 8 are 1 to 4 after the axes are swapped."""
-    picture = tf.cond(orientation >= 5, lambda: tf.transpose(picture, (1, 0, 2)), lambda: picture)
-    turn = (orientation - 1) % 4
-    picture = tf.cond((turn == 1) | (turn == 2), lambda: tf.reverse(picture, [1]), lambda: picture)
-    return tf.cond(turn >= 2, lambda: tf.reverse(picture, [0]), lambda: picture)
+
+    def turned() -> tf.Tensor:
+        swapped = tf.cond(orientation >= 5, lambda: tf.transpose(picture, (1, 0, 2)), lambda: picture)
+        turn = (orientation - 1) % 4
+        mirrored = tf.cond((turn == 1) | (turn == 2), lambda: tf.reverse(swapped, [1]), lambda: swapped)
+        return tf.cond(turn >= 2, lambda: tf.reverse(mirrored, [0]), lambda: mirrored)
+
+    return tf.cond(orientation > 1, turned, lambda: picture)
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------

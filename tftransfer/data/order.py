@@ -47,7 +47,7 @@ def batch_indices(
     steps = steps_per_epoch(count, batch_size)
     epoch, place = step // steps, step % steps
     positions = tf.range(place * batch_size, tf.minimum((place + 1) * batch_size, count), dtype=tf.int64)
-    key = tf.stack([tf.constant(seed, tf.int64), tf.constant(phase, tf.int64), epoch])
+    key = _epoch_key(seed, phase, epoch)
     shuffled = tf.random.experimental.index_shuffle(positions, key, tf.constant(count - 1, tf.int64))
     return tf.ensure_shape(shuffled, (None,))
 
@@ -85,9 +85,7 @@ def batches(
 
     def batch(step: tf.Tensor) -> tuple[tf.Tensor, ...]:
         chosen = batch_indices(count, batch_size, seed, phase, step)
-        key = tf.stack([tf.constant(seed, tf.int64), tf.constant(phase, tf.int64)])
-        key = tf.random.experimental.stateless_fold_in(key, step // per_epoch)
-        return _read(examples, chosen, policy, key)
+        return _read(examples, chosen, policy, _epoch_key(seed, phase, step // per_epoch))
 
     return _mapped(tf.data.Dataset.range(start, start + steps), batch)
 
@@ -112,6 +110,12 @@ def in_order(examples: Examples, batch_size: int) -> tf.data.Dataset:
         return _read(examples, chosen, named("none"), tf.zeros(2, tf.int64))
 
     return _mapped(tf.data.Dataset.range(steps_per_epoch(count, batch_size)), batch)
+
+
+def _epoch_key(seed: int, phase: int, epoch: tf.Tensor) -> tf.Tensor:
+    """Return `(2,)` int64 that differs for every seed, phase and epoch."""
+    key = tf.constant([seed, phase], tf.int64)
+    return tf.random.experimental.stateless_fold_in(key, epoch)
 
 
 def _checked_count(examples: Examples, batch_size: int) -> int:

@@ -19,8 +19,8 @@ import tensorflow as tf
 
 from tftransfer.serving import capi
 from tftransfer.serving.comparison import Answers
-from tftransfer.serving.export import answers_of, decode_batch, image_size, quiet
-from tftransfer.serving.structure import BYTES, Signature
+from tftransfer.serving.export import answers_of, decode_batch, quiet
+from tftransfer.serving.structure import Signature
 from tftransfer.tasks import Task
 
 # Loading takes seconds; a library that hangs must not hang the run.
@@ -53,13 +53,11 @@ def decode(samples: Sequence[bytes], size: tuple[int, int]) -> np.ndarray:
 
 
 def keras_answers(
-    model: keras.Model, task: Task, from_logits: bool | None, requests: Sequence[Request]
+    model: keras.Model, task: Task, from_logits: bool | None, batches: Sequence[np.ndarray]
 ) -> list[Answers]:
-    """Answer requests with the Keras model, fed by training's decoder."""
+    """Answer batches of float32 pixels with the Keras model."""
     answer = answers_of(model, task, from_logits)
-    size = image_size(model)
-    pictures = (r.values if r.signature != BYTES else decode(r.values.tolist(), size) for r in requests)
-    return [{name: value.numpy() for name, value in answer(tf.constant(batch)).items()} for batch in pictures]
+    return [{name: value.numpy() for name, value in answer(tf.constant(batch)).items()} for batch in batches]
 
 
 @contextlib.contextmanager

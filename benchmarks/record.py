@@ -1,0 +1,46 @@
+"""Write a benchmark's result: the ratio of paired times, measured in one run on one machine."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+
+from tftransfer.bundles import versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(name: str, pairs: list[tuple[float, float]], **setting: object) -> None:
+    """Print and write how many times faster ours is: the median of the pairs' ratios, with their range.
+
+    Args:
+        name: The benchmark's name, and its file's.
+        pairs: Seconds of the rival and of ours, measured one after the other.
+        setting: What was measured.
+    """
+    ratios = sorted(rival / ours for rival, ours in pairs)
+    result = {
+        "name": name,
+        "times_faster": round(statistics.median(ratios), 2),
+        "range": [round(ratios[0], 2), round(ratios[-1], 2)],
+        "pairs": len(pairs),
+        "setting": setting,
+        "machine": {"processor": _processor(), "cores": os.cpu_count()},
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{name}: {result['times_faster']} times faster, range {result['range']} over {len(pairs)} pairs")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,120 @@
+"""What every backbone does under every strategy; each promise has a case beside it that is proved to fail."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tftransfer import backbones, builders, serving, strategies, tasks, training
+from tftransfer.data import Data, Examples, Pictures
+from tftransfer.strategies import Phase
+
+# The demo's network, a plain MobileNet and one without BatchNorm; one row of each other family is slow.
+QUICK = (("MobileNet-0.25", "demo"), ("MobileNetV2-0.35", None))
+SLOW = (
+    "ConvNeXtTiny", "MobileNet-0.25", "MobileNetV3Small", "VGG16", "VGG19", "ResNet50", "ResNet50V2", "DenseNet121",
+    "InceptionV3", "InceptionResNetV2", "Xception", "NASNetMobile", "EfficientNetB0", "EfficientNetV2B0",
+)
+NETWORKS = [
+    *(pytest.param(name, weights, id=name) for name, weights in QUICK),
+    *(pytest.param(name, None, id=f"{name}-random", marks=pytest.mark.slow) for name in SLOW),
+]
+TASK = tasks.SingleLabel(("red", "green", "blue"))
+
+
+def _data(size: int, count: int = 12) -> Data:
+    generator = np.random.default_rng(0)
+    targets = np.arange(count, dtype=np.int32) % 3
+    pictures = generator.integers(0, 120, (count, size, size, 3), np.uint8)
+    pictures[np.arange(count), :, :, targets] += 100
+    held = tf.constant(pictures)
+    source = Pictures(tuple(map(str, range(count))), lambda index: tf.gather(held, index), (size, size))
+    examples = Examples(source, targets, np.ones(count, np.float32))
+    return Data("colours", TASK.labels, examples, examples, examples)
+
+
+@pytest.fixture
+def network(request, estimate_batch_norm):
+    name, weights = request.param
+    size = backbones.backbone(name).smallest_size
+    model = builders.image_classifier(name, 3, image_size=size, weights=weights, dropout=0.0)
+    return model if weights else estimate_batch_norm(model)
+
+
+def _both(parameters):
+    return pytest.mark.parametrize("network", [_pair(p) for p in parameters], indirect=True)
+
+
+def _pair(parameter):
+    return pytest.param(parameter.values, id=parameter.id, marks=parameter.marks)
+
+
+def _frozen(model: keras.Model) -> dict[str, np.ndarray]:
+    trained = {variable.path for variable in model.trainable_variables}
+    return {w.path: w.numpy() for w in model.weights if w.path not in trained and "seed_generator" not in w.path}
+
+
+@_both(NETWORKS)
+@pytest.mark.parametrize("name", strategies.names())
+def test_two_steps_move_what_trains_and_nothing_else(network, name):
+    data = _data(network.input_shape[1])
+    for phase in strategies.parse(name):
+        before = {w.path: w.numpy() for w in network.weights}
+        training.fine_tune(network, TASK, data, (phase,), batch_size=4, max_steps=2)
+        frozen = _frozen(network)
+        assert frozen
+        for path, value in frozen.items():
+            np.testing.assert_array_equal(value, before[path], err_msg=path)
+        assert any("moving" in path for path in frozen) == any("moving" in path for path in before)
+
+
+def test_a_moved_statistic_would_be_seen(small_network):
+    """The promise above can fail: stock `fit` on a network that is not frozen layer by layer moves statistics."""
+    model = small_network()
+    before = model.get_layer("norm_1").moving_mean.numpy()
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    data = _data(32)
+    pictures = np.stack([data.train.pictures.load(i) for i in range(12)]).astype(np.float32)
+    model.fit(pictures, data.train.targets, verbose=0)
+    assert not np.array_equal(before, model.get_layer("norm_1").moving_mean.numpy())
+
+
+@_both(NETWORKS)
+def test_overfits_a_batch(network):
+    data = _data(network.input_shape[1])
+    phase = Phase("all", "all", 25, 2e-3, warmup=0.1)
+    history = training.fine_tune(network, TASK, data, (phase,), batch_size=12)
+    assert min(history["val_loss"]) < 0.5 * history["loss"][0]
+
+
+@_both(NETWORKS[:1])
+def test_without_a_learning_rate_it_would_not(network):
+    history = training.fine_tune(network, TASK, _data(network.input_shape[1]), (Phase("all", "all", 3, 1e-9),))
+    assert min(history["val_loss"]) > 0.9 * history["loss"][0]
+
+
+@_both(NETWORKS)
+def test_saves_and_loads(network, tmp_path):
+    pictures = np.random.default_rng(1).uniform(0, 255, (2, *network.input_shape[1:])).astype(np.float32)
+    before = network.predict(pictures, verbose=0)
+    network.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(before, loaded.predict(pictures, verbose=0))
+    assert backbones.depth_groups(loaded) == backbones.depth_groups(network)
+
+
+@_both(NETWORKS)
+def test_exports_what_was_trained(network, tmp_path):
+    version, verification = serving.publish(network, TASK, tmp_path / "serving", repeats=3)
+    assert verification.passed, verification.lines()
+    assert version.name == "1"
+
+
+@_both(NETWORKS[:1])
+def test_an_export_of_other_weights_would_be_refused(network, tmp_path):
+    serving.export_savedmodel(network, TASK, tmp_path / "1")
+    kernel = network.get_layer("logits").kernel
+    kernel.assign(kernel + 0.01 * np.random.default_rng(0).normal(size=kernel.shape))
+    assert not serving.verify(tmp_path / "1", model=network, task=TASK, repeats=3).passed

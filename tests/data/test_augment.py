@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tftransfer.data.augment import NAMED, Augmentation, augment
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (12, 17, 3), np.uint8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(NAMED)), st.integers(0, 2**31), st.integers(0, 2**31))
+def test_shape_type_range_and_determinism(name, first, second):
+    changed = augment(PICTURE, name, [first, second])
+    assert changed.shape == PICTURE.shape
+    assert changed.dtype == tf.float32
+    assert 0 <= float(tf.reduce_min(changed)) <= float(tf.reduce_max(changed)) <= 255
+    np.testing.assert_array_equal(changed, augment(PICTURE, name, [first, second]))
+
+
+def test_none_is_the_identity():
+    np.testing.assert_array_equal(augment(PICTURE, "none", [1, 2]), PICTURE)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMED) - {"none"}))
+def test_others_change_and_depend_on_the_seed(name):
+    first, second = (augment(PICTURE, name, [seed, 0]).numpy() for seed in (0, 1))
+    assert (first != PICTURE).any()
+    assert (first != second).any()
+
+
+def test_a_flip_alone_mirrors_half_of_the_pictures():
+    flip = Augmentation("flip", flip=True)
+    mirrored = 0
+    for seed in range(60):
+        changed = augment(PICTURE, flip, [seed, 0]).numpy()
+        is_mirrored = np.allclose(changed, PICTURE[:, ::-1], atol=1e-2)
+        assert is_mirrored or np.allclose(changed, PICTURE, atol=1e-2)
+        mirrored += is_mirrored
+    assert 15 <= mirrored <= 45
+
+
+@pytest.mark.parametrize("name", ["light_no_flip", "strong_no_flip"])
+def test_without_flip_left_stays_left(name):
+    ramp = np.repeat(np.linspace(0, 255, 32)[None, :, None], 32, axis=0).repeat(3, axis=2).astype(np.float32)
+    for seed in range(20):
+        changed = augment(ramp, name, [seed, 0]).numpy()
+        assert changed[8:24, -6:].mean() > changed[8:24, :6].mean() or "strong" in name
+
+
+def test_a_rotation_turns_about_the_middle():
+    cross = np.zeros((21, 21, 3), np.float32)
+    cross[10] = 255
+    turned = augment(cross, Augmentation("turn", rotation=15.0), [3, 0]).numpy()[..., 0]
+    assert turned[10, 10] > 200
+    assert turned.sum() == pytest.approx(cross[..., 0].sum(), rel=0.1)
+
+
+def test_cutout_hides_its_share():
+    changed = augment(np.zeros((40, 40, 3), np.float32), Augmentation("cut", cutout=0.3), [5, 1]).numpy()
+    assert 0 < (changed == 127.5).mean() <= 0.3**2 + 0.03

@@ -1,0 +1,151 @@
+"""What a source says about its examples before they are decoded, and how their pictures are reached."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from tftransfer.data import audit
+from tftransfer.data.images import decode_picture, resize_picture
+
+
+class Reader(Protocol):
+    """Random access to pictures as they are stored: from Python with `read`, from a graph with `fetch`."""
+
+    def read(self, number: int) -> bytes | np.ndarray:
+        """Return a picture as it is stored; raises OSError if that is not possible."""
+        ...
+
+    def why_unusable(self, stored: bytes | np.ndarray) -> str | None:
+        """Return why a stored picture must not be decoded, or None."""
+        ...
+
+    def fetch(self, number: tf.Tensor) -> tf.Tensor:
+        """Return a picture as it is stored, inside a graph."""
+        ...
+
+    def decode(self, stored: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
+        """Turn a stored picture into uint8 `(height, width, 3)`, inside a graph."""
+        ...
+
+    def signature(self) -> tf.TensorSpec:
+        """Describe what `fetch` returns."""
+        ...
+
+    def subset(self, numbers: Sequence[int]) -> Reader:
+        """Return a reader of some of the pictures."""
+        ...
+
+
+class _EncodedReader:
+    """What files and encoded pictures in memory share."""
+
+    def why_unusable(self, stored: bytes) -> str | None:
+        return audit.why_not_a_picture(stored)  # the decoder itself checks the header
+
+    def decode(self, stored: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
+        return decode_picture(stored, image_size)
+
+    def signature(self) -> tf.TensorSpec:
+        return tf.TensorSpec((), tf.string)
+
+
+@dataclass(frozen=True)
+class Files(_EncodedReader):
+    """Pictures in files, in the order of `paths`."""
+
+    paths: tuple[str, ...]
+
+    def read(self, number: int) -> bytes:
+        path = self.paths[number]
+        # Opening a named pipe would wait for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("not a regular file")
+        with open(path, "rb") as file:
+            return file.read()
+
+    def fetch(self, number: tf.Tensor) -> tf.Tensor:
+        return tf.io.read_file(tf.gather(tf.constant(self.paths), number))
+
+    def subset(self, numbers: Sequence[int]) -> Files:
+        return Files(tuple(self.paths[number] for number in numbers))
+
+
+@dataclass(frozen=True)
+class Encoded(_EncodedReader):
+    """Encoded pictures in memory."""
+
+    contents: tuple[bytes, ...]
+
+    def read(self, number: int) -> bytes:
+        return self.contents[number]
+
+    def fetch(self, number: tf.Tensor) -> tf.Tensor:
+        return tf.gather(tf.constant(self.contents), number)
+
+    def subset(self, numbers: Sequence[int]) -> Encoded:
+        return Encoded(tuple(self.contents[number] for number in numbers))
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Decoded pictures in memory, uint8 `(n, height, width, 3)`."""
+
+    pictures: np.ndarray
+
+    def read(self, number: int) -> np.ndarray:
+        return self.pictures[number]
+
+    def why_unusable(self, stored: np.ndarray) -> str | None:  # noqa: ARG002
+        return None
+
+    def fetch(self, number: tf.Tensor) -> tf.Tensor:
+        return tf.gather(tf.constant(self.pictures), number)
+
+    def decode(self, stored: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
+        return resize_picture(stored, image_size)
+
+    def signature(self) -> tf.TensorSpec:
+        return tf.TensorSpec(self.pictures.shape[1:], tf.uint8)
+
+    def subset(self, numbers: Sequence[int]) -> Arrays:
+        return Arrays(self.pictures[np.asarray(numbers)])
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The examples of a source.
+
+    Args:
+        name: What the report calls the source.
+        names: One name per example.
+        labels: One text per example, as it stands in the source.
+        given: The split of each example; `"train"` for all where the source does not say.
+        reader: Reaches the pictures, by the example's number.
+        classes: The classes in the order that the source states; empty to sort their names.
+        several: Whether a label may name several classes, separated by `|`.
+        notes: What the user should know.
+        what: The source in error messages; defaults to `name`.
+        where: Says where an example stands, for error messages; defaults to its name.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    given: tuple[str, ...]
+    reader: Reader
+    classes: tuple[str, ...] = ()
+    several: bool = False
+    notes: tuple[str, ...] = ()
+    what: str = ""
+    where: Callable[[int], str] | None = None
+
+    def place(self, number: int) -> str:
+        """Say where an example stands."""
+        return self.where(number) if self.where else f"{self.what or self.name}, {self.names[number]}"

@@ -1,0 +1,362 @@
+"""From a source to data that is ready for training: list, read each picture once, set aside, divide, fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import tensorflow as tf
+
+from tftransfer import tasks
+from tftransfer.data import audit, sources, splits
+from tftransfer.data.examples import Data, Examples, Pictures, Quarantined
+from tftransfer.data.listing import Listing, Reader
+from tftransfer.errors import InputError
+from tftransfer.tasks import Task
+from tftransfer.tasks.multi_label import split_labels
+
+MEMORY_SHARE = 0.25
+"""Which share of the memory that is available decoded pictures may take, unless `memory_budget` says otherwise."""
+
+_NAMED_IN_NOTE = 5
+
+
+def load(
+    source: Any,
+    *,
+    image_size: tuple[int, int],
+    task_kind: str = "auto",
+    seed: int = 0,
+    label_smoothing: float = 0.0,
+    balance: bool = False,
+    memory_budget: int | None = None,
+    limit: int | None = None,
+) -> tuple[Data, Task]:
+    """Read a data set and find out what its labels mean.
+
+    Every picture is read and decoded once; what cannot be used is set aside with its reason. The decoded pictures stay
+    in memory where they fit `memory_budget`, else they are decoded again when they are asked for.
+
+    Args:
+        source: One of
+
+            - `"demo"`: scikit-learn's handwritten digits;
+            - `"tfds:NAME"` or `"tfds:NAME/CONFIG"`: a data set of TensorFlow Datasets;
+            - a folder `DIR/[SPLIT/]CLASS/file`, or a table (`.csv`, `.tsv`, `.jsonl`) with the columns `image`,
+              `label` and optionally `split`;
+            - `(pictures, labels)`, or a dict of such per split: pictures `(n, height, width, 1 or 3)` or
+              `(n, height, width)`, uint8 or float in [0, 255];
+            - a `tf.data.Dataset` of single `(picture, label)` pairs, or a dict of such per split.
+        image_size: `(height, width)` of the decoded pictures, in pixels.
+        task_kind: `"single_label"`, `"multi_label"`, `"regression"`, or `"auto"`: several labels where the labels of
+            a table hold `|` or are lists, else one. Defaults to `"auto"`.
+        seed: Decides what is split off where the source has no test or validation split. Defaults to 0.
+        label_smoothing: For the task, in [0, 1). Defaults to 0.0.
+        balance: Whether rare labels weigh more in the loss. Defaults to False.
+        memory_budget: Bytes for decoded pictures, or for the copy of a stream. Defaults to a quarter of the memory
+            that is available.
+        limit: Use at most about this many examples, for a quick try. Defaults to all.
+
+    Returns:
+        The data and the task.
+
+    Raises:
+        InputError: If the source is not there or not as described; the message says where and what to do.
+
+    Example:
+        >>> data, task = load("demo", image_size=(8, 8))
+        >>> len(data.train), len(data.validation), len(data.test), task.labels[:3]
+        (1294, 143, 360, ('0', '1', '2'))
+    """
+    began = time.monotonic()
+    _check_image_size(image_size)
+    budget = int(psutil.virtual_memory().available * MEMORY_SHARE) if memory_budget is None else memory_budget
+    listing = sources.listed(source, budget)
+    task = _task(listing, task_kind, label_smoothing, balance)
+    _check_splits(listing, task)
+    listing = _limited(listing, task, limit, seed) if limit else listing
+    read = _read_all(listing, image_size, budget)
+    return _divided(listing, task, read, seed, began, checked=not limit), task
+
+
+def load_for(
+    task: Task, source: Any, *, image_size: tuple[int, int], memory_budget: int | None = None
+) -> Examples:
+    """Read data for a task that exists, for evaluation: the test split if the source has one, else all of it.
+
+    Args:
+        task: What the labels mean; a label that it does not know is refused.
+        source: As for `load`.
+        image_size: `(height, width)` of the decoded pictures, in pixels.
+        memory_budget: As for `load`.
+
+    Raises:
+        InputError: As for `load`, and if no picture can be used.
+    """
+    budget = int(psutil.virtual_memory().available * MEMORY_SHARE) if memory_budget is None else memory_budget
+    listing = sources.listed(source, budget)
+    chosen = [number for number, split in enumerate(listing.given) if split == "test"]
+    listing = _subset(listing, chosen) if chosen else listing
+    targets = _encoded(listing, task)
+    read = _read_all(listing, image_size, budget)
+    if not len(read.usable):
+        raise InputError(f"no picture of {listing.what or listing.name} can be used: {read.quarantined[0].reason}")
+    return _examples(listing, task, read, targets[read.usable], np.arange(len(read.usable)))
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def _task(listing: Listing, kind: str, label_smoothing: float, balance: bool) -> Task:
+    if kind not in ("auto", *tasks.kinds()):
+        raise InputError(
+            f"`task_kind` must be auto, {', '.join(tasks.kinds())}. Received: task_kind={kind!r}"
+        )
+    if kind == "auto":
+        kind = "multi_label" if listing.several else "single_label"
+    if kind == "regression":
+        count = listing.labels[0].count("|") + 1
+        return tasks.Regression(("value",) if count == 1 else tuple(f"value_{i + 1}" for i in range(count)))
+    _check_not_empty(listing, kind)
+    labels = _classes(listing, kind)
+    if len(labels) < 2 and kind == "single_label":
+        raise InputError(
+            f"{listing.what or listing.name} holds one class only ({labels[0]!r}): at least two are needed"
+        )
+    options = {"label_smoothing": label_smoothing, "balance": balance}
+    return (tasks.MultiLabel if kind == "multi_label" else tasks.SingleLabel)(labels, **options)
+
+
+def _check_not_empty(listing: Listing, kind: str) -> None:
+    for number, label in enumerate(listing.labels):
+        if not label and kind == "single_label":
+            raise InputError(f"{listing.place(number)}: the label is empty. Expected the name of a class")
+
+
+def _classes(listing: Listing, kind: str) -> tuple[str, ...]:
+    """Return the classes in the order that the source states, else sorted; every label must be among them."""
+    given = {name for label in listing.labels for name in (split_labels(label) if kind == "multi_label" else [label])}
+    unknown, unused = sorted(given - set(listing.classes)), sorted(set(listing.classes) - given)
+    if listing.classes and unknown:
+        raise InputError(f"classes.txt of {listing.what} lacks classes that occur: {', '.join(map(repr, unknown))}")
+    if listing.classes and unused and listing.what:
+        raise InputError(
+            f"classes.txt of {listing.what} names classes without a picture: {', '.join(map(repr, unused))}. Add "
+            "pictures or remove the names"
+        )
+    return listing.classes or tuple(sorted(given))
+
+
+def _encoded(listing: Listing, task: Task) -> np.ndarray:
+    """Encode all labels; if that fails, say at which example."""
+    try:
+        return task.encode(list(listing.labels))
+    except InputError:
+        for number, label in enumerate(listing.labels):
+            try:
+                task.encode([label])
+            except InputError as error:
+                raise InputError(f"{listing.place(number)}: {error}") from None
+        raise
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What came of reading: which examples are usable, their hashes and, if they fit the memory, their pixels."""
+
+    usable: np.ndarray
+    hashes: tuple[str, ...]
+    pixels: np.ndarray | None
+    quarantined: tuple[Quarantined, ...]
+    notes: tuple[str, ...]
+    image_size: tuple[int, int]
+
+
+def _read_all(listing: Listing, image_size: tuple[int, int], budget: int) -> _Read:
+    """Read, check and decode every picture once, in as many threads as there are processors."""
+    count, reader = len(listing.names), listing.reader
+    fits = count * image_size[0] * image_size[1] * 3 <= budget
+    pixels = np.empty((count, *image_size, 3), np.uint8) if fits else None
+    decode = _decoder(reader, image_size)
+
+    def read(number: int) -> tuple[str, str | None, bool]:
+        return _read_one(listing, number, decode, pixels)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        outcomes = list(pool.map(read, range(count)))
+    usable = np.array([number for number, (_, reason, _) in enumerate(outcomes) if reason is None], int)
+    quarantined = [Quarantined(listing.names[n], r) for n, (_, r, _) in enumerate(outcomes) if r is not None]
+    if pixels is not None and len(usable) < count:
+        pixels = pixels[usable]
+    misnamed = [listing.names[number] for number, (_, _, wrong) in enumerate(outcomes) if wrong]
+    hashes = tuple(outcomes[number][0] for number in usable)
+    return _Read(usable, hashes, pixels, tuple(quarantined), _misnamed_note(misnamed), image_size)
+
+
+def _decoder(reader: Reader, image_size: tuple[int, int]) -> Callable[[Any], tf.Tensor]:
+    def decode(stored: tf.Tensor) -> tf.Tensor:
+        return reader.decode(stored, image_size)
+
+    function = tf.function(decode, input_signature=[reader.signature()], autograph=False)
+    return function.get_concrete_function()  # traced here, before several threads call it
+
+
+def _read_one(
+    listing: Listing, number: int, decode: Callable[[Any], tf.Tensor], pixels: np.ndarray | None
+) -> tuple[str, str | None, bool]:
+    """Return a picture's hash, why it is unusable (or None), and whether its extension is wrong."""
+    try:
+        stored = listing.reader.read(number)
+    except OSError as error:
+        return "", f"cannot be read: {error.strerror or error}", False
+    digest = hashlib.sha256(stored if isinstance(stored, bytes) else np.ascontiguousarray(stored)).hexdigest()
+    reason = listing.reader.why_unusable(stored)
+    if reason is not None:
+        return digest, reason, False
+    try:
+        picture = decode(tf.constant(stored))
+    except tf.errors.OpError as error:
+        return digest, audit.explain(error, bytes(stored)), False
+    if pixels is not None:
+        pixels[number] = picture.numpy()
+    is_file = isinstance(stored, bytes) and "." in listing.names[number]
+    return digest, None, is_file and audit.has_wrong_extension(listing.names[number], stored)
+
+
+def _misnamed_note(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    more = f" and {len(names) - _NAMED_IN_NOTE} more" if len(names) > _NAMED_IN_NOTE else ""
+    listed = ", ".join(names[:_NAMED_IN_NOTE])
+    return (f"{len(names)} files have the extension of another format and were read by content: {listed}{more}",)
+
+
+# --- dividing --------------------------------------------------------------------------------------------------------
+
+
+def _check_splits(listing: Listing, task: Task, usable: np.ndarray | None = None) -> None:
+    """Refuse sources that cannot be divided so that every split has every class."""
+    numbers = range(len(listing.names)) if usable is None else usable
+    given = [listing.given[number] for number in numbers]
+    what = listing.what or listing.name
+    if "train" not in given:
+        raise InputError(f"{what} has no usable training examples. Received: splits {sorted(set(listing.given))}")
+    if task.kind == "single_label":
+        splits.check_classes(given, [listing.labels[number] for number in numbers], what)
+    elif len(given) < splits.needed_per_class(given):
+        needed = splits.needed_per_class(given)
+        raise InputError(f"{what} needs at least {needed} usable pictures. Received: {len(given)}")
+
+
+def _subset(listing: Listing, numbers: Sequence[int]) -> Listing:
+    """Return the listing of some of its examples."""
+
+    def some(values: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(values[number] for number in numbers)
+
+    place = listing.place
+    return dataclasses.replace(
+        listing,
+        names=some(listing.names),
+        labels=some(listing.labels),
+        given=some(listing.given),
+        reader=listing.reader.subset(numbers),
+        where=lambda number: place(numbers[number]),
+    )
+
+
+def _limited(listing: Listing, task: Task, limit: int, seed: int) -> Listing:
+    """Divide first, then keep some of each split, class by class in turn."""
+    if len(listing.names) <= limit:
+        return listing
+    strata = splits.strata_of(_encoded(listing, task), task.kind)
+    parts, _ = splits.complete(listing.given, strata, seed)
+    chosen: list[int] = []
+    given = list(listing.given)
+    for name, share in (("test", 0.25), ("validation", 0.25), ("train", 0.5)):
+        chosen += [int(number) for number in _in_turn(parts[name], strata, int(limit * share))]
+        for number in parts[name]:
+            given[number] = name
+    note = f"limited to {len(chosen)} of {len(listing.names)} examples"
+    whole = dataclasses.replace(listing, given=tuple(given), notes=(*listing.notes, note))
+    return _subset(whole, sorted(chosen))
+
+
+def _in_turn(numbers: np.ndarray, strata: np.ndarray, count: int) -> np.ndarray:
+    """Take `count` of the numbers, one of each stratum after the other."""
+    seen: dict[Any, int] = {}
+    turns = []
+    for number in numbers:
+        turns.append(seen.get(strata[number], 0))
+        seen[strata[number]] = turns[-1] + 1
+    return numbers[np.argsort(turns, kind="stable")[:count]]
+
+
+def _divided(
+    listing: Listing, task: Task, read: _Read, seed: int, began: float, checked: bool
+) -> Data:
+    if checked or not len(read.usable):
+        _check_splits(listing, task, read.usable)
+    targets = _encoded(listing, task)[read.usable]
+    given = [listing.given[number] for number in read.usable]
+    parts, origin = splits.complete(given, splits.strata_of(targets, task.kind), seed)
+    examples = {name: _examples(listing, task, read, targets, numbers) for name, numbers in parts.items()}
+    return Data(
+        name=listing.name,
+        labels=task.labels,
+        **examples,
+        quarantined=read.quarantined,
+        found=len(listing.names),
+        splits={**origin, "notes": [*listing.notes, *read.notes]},
+        fingerprint=_fingerprint(task, examples, parts, read.hashes),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _examples(listing: Listing, task: Task, read: _Read, targets: np.ndarray, numbers: np.ndarray) -> Examples:
+    """Return the split of the usable examples that are numbered `numbers`."""
+    own = targets[numbers]
+    names = tuple(listing.names[read.usable[number]] for number in numbers)
+    pictures = Pictures(names, _random_access(listing.reader, read, numbers), read.image_size)
+    return Examples(pictures, own, task.example_weights(own).astype(np.float32))
+
+
+def _random_access(reader: Reader, read: _Read, numbers: np.ndarray) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Return the function from an example's number to its picture: from memory, or decoded anew."""
+    if read.pixels is not None:
+        held = tf.constant(read.pixels[numbers])
+        return lambda index: tf.gather(held, index)
+    stored = tf.constant(read.usable[numbers], tf.int64)
+    return lambda index: reader.decode(reader.fetch(tf.gather(stored, index)), read.image_size)
+
+
+def _fingerprint(
+    task: Task, examples: dict[str, Examples], parts: dict[str, np.ndarray], hashes: Sequence[str]
+) -> str:
+    """Hash the labels and, per split, every example's name, content and target."""
+    digest = hashlib.sha256(repr(task.labels).encode())
+    for split, own in examples.items():
+        digest.update(f"\n{split}\n".encode())
+        for name, number in zip(own.names, parts[split], strict=True):
+            digest.update(f"{name}\0{hashes[number]}\n".encode("utf-8", "surrogateescape"))
+        digest.update(np.ascontiguousarray(own.targets).tobytes())
+    return digest.hexdigest()
+
+
+def _check_image_size(image_size: tuple[int, int]) -> None:
+    is_pair = isinstance(image_size, (tuple, list)) and len(image_size) == 2
+    if not is_pair or not all(isinstance(side, int) and side > 0 for side in image_size):
+        raise InputError(
+            f"`image_size` must be (height, width) in pixels, above 0. Received: image_size={image_size!r}"
+        )
