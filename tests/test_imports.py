@@ -16,6 +16,7 @@ LAYERS = (
     {"report", "report_html", "strategies"},
     {"tasks", "heads", "optimizers"},
     {"data"},
+    {"depth", "weight_files"},
     {"weights"},
     {"backbones"},
     {"builders", "trainable"},

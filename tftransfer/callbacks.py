@@ -90,11 +90,18 @@ class Progress(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         if self._bar:
             self._bar.stop()
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in (logs or {}).items())
-        self.console.print(f"{self._title(epoch)}  {numbers}  ({time.monotonic() - self._began:.1f} s)", highlight=False)
+        shown = {name: value for name, value in (logs or {}).items() if name != "learning_rate"}
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in sorted(shown.items(), key=_training_first))
+        seconds = f"{time.monotonic() - self._began:.1f} s"
+        self.console.print(f"{self._title(epoch)}  {numbers}  {seconds}", highlight=False, soft_wrap=True)
 
     def _title(self, epoch: int) -> str:
         return f"{self.name}: epoch {epoch + 1} of {self.last_epoch}"
+
+
+def _training_first(metric: tuple[str, float]) -> tuple[bool, bool, str]:
+    name = metric[0]
+    return name.startswith("val_"), not name.endswith("loss"), name
 
 
 class HeedStop(keras.callbacks.Callback):

@@ -100,7 +100,7 @@ def import_tensorflow() -> None:
     They come before any log level is heeded, so the file descriptor itself is turned away; if the import fails, what
     was written is shown.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what matters arrives as an exception
     sys.stderr.flush()
     with tempfile.TemporaryFile() as caught, _stderr_to(caught.fileno()):
         try:
