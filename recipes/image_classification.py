@@ -15,6 +15,7 @@ NAME = "image_classification"
 
 
 def main() -> int:
+    """Read the data, fine-tune, measure, publish."""
     parser = cli.recipe_parser(NAME, __doc__)
     parser.add_argument("--task", default="auto", help="auto, single_label, multi_label, regression (default: auto)")
     parser.add_argument("--hidden", type=int, nargs="*", default=(), help="sizes of hidden layers in the head")
@@ -22,10 +23,12 @@ def main() -> int:
     parser.add_argument("--label-smoothing", type=float, default=0.0, help="in [0, 1) (default: %(default)s)")
     parser.add_argument("--balance", action="store_true", help="give every class the same total weight")
     options = cli.parse(parser)
+    import keras  # after TensorFlow was loaded quietly
 
     run = tft.runs.prepare(NAME, options)
     if run.finished:
         return tft.runs.show_finished(run)
+    keras.utils.set_random_seed(options.seed)
     strategy = tft.strategies.parse(options.strategy, options.epochs, options.learning_rate)
     network = tft.runs.choose_network(options)
     data, task = tft.data.load(

@@ -37,27 +37,17 @@ ALPHA = 0.25
 DRAWN = 400  # invented characters beside the printed ones
 COLOUR = 0.1  # share of pictures in colour
 PICTURES = 40_000
-PEAK_LEARNING_RATE = (
-    0.3  # SGD; with Adam at 1e-3 this network did not leave its first plateau in as many steps
-)
+PEAK_LEARNING_RATE = 0.3  # SGD; with Adam at 1e-3 this network did not leave its first plateau in as many steps
 
 
 def main() -> None:
     """Generate, train, measure, write."""
     parser = cli.Parser(prog=f"recipes/{NAME}.py", description=__doc__)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="decides every random choice (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--epochs", type=int, default=8, help="passes over the pictures (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="decides every random choice (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the pictures (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=64, help="pixels, from 32 (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("saved_models") / NAME, help="folder (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--smoke", action="store_true", help="64 pictures and two steps; every file is written"
-    )
+    parser.add_argument("--out", type=Path, default=Path("saved_models") / NAME, help="folder (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="64 pictures and two steps; every file is written")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     options = cli.parse(parser)
 
@@ -78,9 +68,7 @@ def main() -> None:
         keras.optimizers.SGD(one_cycle(steps), momentum=0.9, nesterov=True),
         loss=[keras.losses.SparseCategoricalCrossentropy(from_logits=True) for _ in trainer.outputs],
     )
-    trainer.fit(
-        pictures, [labels, labels], batch_size=batch_size, epochs=epochs, verbose=0 if options.quiet else 2
-    )
+    trainer.fit(pictures, [labels, labels], batch_size=batch_size, epochs=epochs, verbose=0 if options.quiet else 2)
     facts = {"pictures": count, "epochs": epochs, "classes": len(names), "drawn": DRAWN, "colour": COLOUR}
     write(options, backbone, {**facts, "printed": len(glyphs.PRINTED)})
 
@@ -177,9 +165,7 @@ def compare(backbone: keras.Model, draws: int) -> list[ProbeRow]:
     import keras
 
     digits = load_digits()
-    parts = train_test_split(
-        np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0
-    )
+    parts = train_test_split(np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
     keras.utils.set_random_seed(0)
     networks = {"demo backbone": backbone, "random weights": new_backbone(backbone.input_shape[1])}
     features = {name: pooled_features(network, digits.images) for name, network in networks.items()}
@@ -203,8 +189,7 @@ def pooled_features(backbone: keras.Model, digits: np.ndarray) -> np.ndarray:
 def as_text(card: dict, size: int) -> str:
     """Write the card for people."""
     rows = [
-        "| {features} | {per_class} | {mean:.3f} | {low:.3f} to {high:.3f} |".format(**row)
-        for row in card["probe"]
+        "| {features} | {per_class} | {mean:.3f} | {low:.3f} to {high:.3f} |".format(**row) for row in card["probe"]
     ]
     source = card["source"]
     return CARD.format(

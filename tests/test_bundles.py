@@ -35,7 +35,14 @@ def test_a_run_is_read_back(tmp_path, small_network, small_task):
 def test_every_file_of_the_contract_is_written(tmp_path, small_network, small_task):
     _saved(tmp_path, small_network(), small_task)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"model.keras", "manifest.json", "manifest.sha256", "report.json", "report.html", "MODEL_CARD.md"}
+    assert names == {
+        "model.keras",
+        "manifest.json",
+        "manifest.sha256",
+        "report.json",
+        "report.html",
+        "MODEL_CARD.md",
+    }
     assert not [name for name in names if name.startswith(".")]
 
 

@@ -17,7 +17,14 @@ def _exit(parser_call) -> int:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["nonsense"], ["predict"], ["verify"], ["evaluate", "run"], ["--nonsense"], ["verify", "run", "--repeats", "many"]],
+    [
+        ["nonsense"],
+        ["predict"],
+        ["verify"],
+        ["evaluate", "run"],
+        ["--nonsense"],
+        ["verify", "run", "--repeats", "many"],
+    ],
 )
 def test_wrong_arguments_are_one_line_and_exit_2(arguments, capsys):
     assert _exit(lambda: cli.main(arguments)) == 2
@@ -97,6 +104,19 @@ def test_recipes_share_the_options_of_the_contract():
     parser = cli.recipe_parser("image_classification", "A recipe.")
     options = {option for action in parser._actions for option in action.option_strings}
     assert {
-        "--data", "--backbone", "--weights", "--image-size", "--strategy", "--epochs", "--batch-size",
-        "--learning-rate", "--seed", "--devices", "--precision", "--out", "--smoke", "--dry-run", "--quiet",
+        "--data",
+        "--backbone",
+        "--weights",
+        "--image-size",
+        "--strategy",
+        "--epochs",
+        "--batch-size",
+        "--learning-rate",
+        "--seed",
+        "--devices",
+        "--precision",
+        "--out",
+        "--smoke",
+        "--dry-run",
+        "--quiet",
     } <= options

@@ -36,7 +36,12 @@ def test_heads_compute_in_float32_in_mixed_precision():
 
 @pytest.mark.parametrize(
     ("capabilities", "precision"),
-    [([[8, 0]], "mixed_bfloat16"), ([[9, 0], [7, 5]], "mixed_float16"), ([[6, 1]], "float32"), ([], "float32")],
+    [
+        ([[8, 0]], "mixed_bfloat16"),
+        ([[9, 0], [7, 5]], "mixed_float16"),
+        ([[6, 1]], "float32"),
+        ([], "float32"),
+    ],
 )
 def test_precision_follows_the_weakest_gpu(capabilities, precision):
     assert distribution._by_compute_capability(capabilities)[0] == precision

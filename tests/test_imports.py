@@ -82,8 +82,22 @@ def test_the_command_line_answers_without_tensorflow(arguments):
 
 def test_the_public_surface_is_as_written_down():
     assert tftransfer.__all__ == [
-        "InputError", "backbones", "builders", "bundles", "checks", "data", "devices", "fine_tune", "load_model",
-        "predict", "report", "runs", "serving", "set_trainable", "strategies", "tasks",
+        "InputError",
+        "backbones",
+        "builders",
+        "bundles",
+        "checks",
+        "data",
+        "devices",
+        "fine_tune",
+        "load_model",
+        "predict",
+        "report",
+        "runs",
+        "serving",
+        "set_trainable",
+        "strategies",
+        "tasks",
     ]
     assert all(getattr(tftransfer, name) is not None for name in tftransfer.__all__)
 

@@ -40,7 +40,9 @@ def test_biases_are_not_decayed():
 
 def test_step_follows_a_schedule():
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0], [0.01, 0.0])
-    assert _moves(LayerwiseAdamW(schedule, weight_decay=0.0), 1.0, steps=5)["low/kernel"] == pytest.approx(0.01, rel=1e-3)
+    assert _moves(LayerwiseAdamW(schedule, weight_decay=0.0), 1.0, steps=5)["low/kernel"] == pytest.approx(
+        0.01, rel=1e-3
+    )
 
 
 def test_survives_saving_and_loading(tmp_path):

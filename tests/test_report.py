@@ -33,9 +33,7 @@ names = st.text(max_size=12)
 floats = st.none() | st.floats(allow_nan=True, allow_infinity=True)
 numbers = st.builds(Number, floats, floats, floats, st.none() | names)
 scalars = st.none() | st.booleans() | st.integers() | floats | names
-plain = st.recursive(
-    scalars, lambda part: st.lists(part, max_size=2) | st.dictionaries(names, part, max_size=2)
-)
+plain = st.recursive(scalars, lambda part: st.lists(part, max_size=2) | st.dictionaries(names, part, max_size=2))
 dicts = st.dictionaries(names, plain, max_size=3)
 
 
@@ -174,9 +172,7 @@ def test_a_report_without_the_later_keys_is_read():
 
 def test_a_report_that_lacks_a_part_says_which():
     with pytest.raises(ValueError, match="must have backbone, seed"):
-        Report.from_json(
-            {name: part for name, part in example().to_json().items() if name not in ("backbone", "seed")}
-        )
+        Report.from_json({name: part for name, part in example().to_json().items() if name not in ("backbone", "seed")})
 
 
 def test_numpy_values_become_plain():
@@ -293,9 +289,7 @@ def test_the_page_suits_phones_and_readers_of_any_kind():
 
 
 def test_a_file_name_that_is_no_text_is_written():
-    page = example(
-        data={"quarantined": [{"file": b"caf\xe9.jpg".decode("utf-8", "surrogateescape"), "reason": "x"}]}
-    )
+    page = example(data={"quarantined": [{"file": b"caf\xe9.jpg".decode("utf-8", "surrogateescape"), "reason": "x"}]})
     assert "caf?.jpg" in page.to_html()
 
 

@@ -176,9 +176,7 @@ def _row(family: Family, function: str, width: str, name: str) -> Backbone:
     multiplier = _width(family, width, name)
     size = family.sizes[function]
     full_name = function if multiplier == 1.0 else f"{function}-{multiplier}"
-    return Backbone(
-        full_name, function, family.name, family.preprocessing, size, family.smallest_size, multiplier
-    )
+    return Backbone(full_name, function, family.name, family.preprocessing, size, family.smallest_size, multiplier)
 
 
 def _width(family: Family, width: str, name: str) -> float:
@@ -258,9 +256,7 @@ def build(
     rescaling = row.family == "efficientnet" and has_imagenet_rescaling(weights, weights_kind)
     image = keras.Input((*image_size, 3), dtype="float32", name="image")
     network = _network(row, _preprocess(image, row.preprocessing), weights)
-    network = _faithful(
-        keras.Model(image, network.output, name=network.name), rescaling, weights == "imagenet"
-    )
+    network = _faithful(keras.Model(image, network.output, name=network.name), rescaling, weights == "imagenet")
     if weights not in (None, "imagenet"):
         load_weights(network, demo_weights_path() if weights == "demo" else weights, row.name)
     return network
@@ -270,9 +266,7 @@ def _check_image_size(row: Backbone, image_size: tuple[int, int]) -> None:
     if keras.config.image_data_format() != "channels_last":
         raise InputError("Keras' `image_data_format` must be 'channels_last'. Received: 'channels_first'")
     if len(image_size) != 2 or not all(isinstance(side, int) for side in image_size):
-        raise InputError(
-            f"`image_size` must be (height, width) in pixels. Received: image_size={image_size!r}"
-        )
+        raise InputError(f"`image_size` must be (height, width) in pixels. Received: image_size={image_size!r}")
     if min(image_size) < row.smallest_size:
         raise InputError(
             f"`image_size` is too small for {row.name}: at least {row.smallest_size} pixels a side, "

@@ -18,7 +18,7 @@ import keras
 
 from tftransfer import __version__, tasks
 from tftransfer.errors import InputError
-from tftransfer.report import Report
+from tftransfer.report import Number, Report
 
 MANIFEST = "manifest.json"
 MODEL = "model.keras"
@@ -228,22 +228,28 @@ def versions() -> dict[str, str]:
 
 def model_card(report: Report, provenance: Mapping[str, Any]) -> str:
     """Return the model card: what the model is for, how good it is, and where it comes from."""
-    lines = [f"# {report.task} with {report.backbone}", "", "## Metrics on the test split", ""]
-    for name, number in report.metrics.items():
-        span = f" ({number.low:.4f} to {number.high:.4f}, {number.method})" if number.low is not None else ""
-        value = "undefined" if number.value is None else f"{number.value:.4f}"
-        lines.append(f"- {name}: {value}{span}")
     data = report.data
-    lines += ["", "## Data", ""]
-    lines.append(f"{data['name']}: {data['train']} training, {data['validation']} validation, {data['test']} test examples,")
-    lines.append(f"{len(data['quarantined'])} files set aside. Fingerprint `{provenance.get('data', {}).get('fingerprint', '')}`.")
-    lines += ["", "## Training", "", f"Seed {report.seed}. Phases:", ""]
-    lines += [f"- {phase['name']}: {phase['selector']}, {phase['epochs']} epochs" for phase in report.strategy]
-    lines += ["", "## Checks", ""]
-    lines += [f"- {check.name}: {_verdict(check.passed)}" for check in report.checks] or ["- none"]
-    lines += ["", "## Limits", ""]
-    lines.append("Measured on one test split of this data only; pictures of another kind were not tried.")
-    return "\n".join([*lines, *report.notes, ""])
+    sections = {
+        "Metrics on the test split": [_metric_line(name, number) for name, number in report.metrics.items()],
+        "Data": [
+            f"- {data['name']}: {data['train']} training, {data['validation']} validation, {data['test']} test examples",
+            f"- {len(data['quarantined'])} files set aside",
+            f"- fingerprint `{provenance['data'].get('fingerprint', '')}`",
+        ],
+        "Training": [
+            f"- seed {report.seed}",
+            *(f"- {phase['name']}: {phase['selector']}, {phase['epochs']} epochs" for phase in report.strategy),
+        ],
+        "Checks": [f"- {check.name}: {_verdict(check.passed)}" for check in report.checks],
+        "Limits": ["Measured on one test split of this data only; pictures of another kind were not tried."],
+    }
+    body = "\n\n".join(f"## {title}\n\n" + "\n".join(lines) for title, lines in sections.items())
+    return f"# {report.task} with {report.backbone}\n\n{body}\n"
+
+
+def _metric_line(name: str, number: Number) -> str:
+    span = f" ({number.low:.4f} to {number.high:.4f}, {number.method})" if number.low is not None else ""
+    return f"- {name}: {'undefined' if number.value is None else f'{number.value:.4f}'}{span}"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

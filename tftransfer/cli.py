@@ -40,8 +40,14 @@ def recipe_parser(name: str, description: str, *, epochs_help: str = "the strate
     parser = Parser(prog=f"recipes/{name}.py", description=description)
     add = parser.add_argument
     add("--data", default="demo", help="demo, tfds:NAME, a folder or a table (default: demo)")
-    add("--backbone", help="a row of `tftransfer backbones` (default: the demo's for demo data, else MobileNetV2)")
-    add("--weights", help="imagenet, demo, none or a file (default: demo for the demo's backbone, else imagenet)")
+    add(
+        "--backbone",
+        help="a row of `tftransfer backbones` (default: the demo's for demo data, else MobileNetV2)",
+    )
+    add(
+        "--weights",
+        help="imagenet, demo, none or a file (default: demo for the demo's backbone, else imagenet)",
+    )
     add("--image-size", type=image_size, metavar="N|HxW", help="pixels (default: the backbone's natural size)")
     add("--strategy", default="freeze_then_unfreeze", help="NAME[:OPTION=VALUE,...] (default: %(default)s)")
     add("--epochs", type=int, help=f"total over all phases (default: {epochs_help})")
@@ -49,10 +55,22 @@ def recipe_parser(name: str, description: str, *, epochs_help: str = "the strate
     add("--learning-rate", type=float, help="peak of the last phase (default: the strategy's own)")
     add("--seed", type=int, default=0, help="decides every random choice (default: %(default)s)")
     add("--devices", default="auto", help="auto, cpu, gpu or a number of devices (default: %(default)s)")
-    add("--precision", default="auto", help="auto, float32, mixed_float16, mixed_bfloat16 (default: %(default)s)")
+    add(
+        "--precision",
+        default="auto",
+        help="auto, float32, mixed_float16, mixed_bfloat16 (default: %(default)s)",
+    )
     add("--out", type=Path, help=f"the run's folder (default: saved_models/{name}-NNN, next free number)")
-    add("--smoke", action="store_true", help="at most 64 examples and two steps a phase; every file is written")
-    add("--dry-run", action="store_true", help="read the data, build the model, say what would be done, write nothing")
+    add(
+        "--smoke",
+        action="store_true",
+        help="at most 64 examples and two steps a phase; every file is written",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="read the data, build the model, say what would be done, write nothing",
+    )
     add("--quiet", action="store_true", help="print errors only")
     return parser
 
@@ -104,7 +122,7 @@ def import_tensorflow() -> None:
     sys.stderr.flush()
     with tempfile.TemporaryFile() as caught, _stderr_to(caught.fileno()):
         try:
-            import tensorflow as tf  # noqa: PLC0415
+            import tensorflow as tf
 
             tf.config.list_physical_devices()  # looks for GPUs, with notices of its own, without using one
         except BaseException:
@@ -135,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     import_tensorflow()
-    from tftransfer import commands  # noqa: PLC0415  needs TensorFlow
+    from tftransfer import commands
 
     function = {"backbones": commands.list_backbones}.get(options.command) or getattr(commands, options.command)
     return function(options)

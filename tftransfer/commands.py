@@ -34,11 +34,12 @@ def doctor(options: argparse.Namespace) -> int:
     found = {
         "versions": bundles.versions(),
         "devices": distribution.describe_hardware(),
-        "memory_gib": {"total": round(memory.total / 2**30, 1), "available": round(memory.available / 2**30, 1)},
-        "embedded_weights": damage or "intact",
-        "missing": {
-            name: purpose for name, purpose in _OPTIONAL.items() if importlib.util.find_spec(name) is None
+        "memory_gib": {
+            "total": round(memory.total / 2**30, 1),
+            "available": round(memory.available / 2**30, 1),
         },
+        "embedded_weights": damage or "intact",
+        "missing": {name: purpose for name, purpose in _OPTIONAL.items() if importlib.util.find_spec(name) is None},
     }
     rows = [(section, _line(content)) for section, content in found.items()]
     _show(options, found, Table("tftransfer doctor", ("what", "found"), tuple(rows)))
@@ -85,7 +86,10 @@ def evaluate(options: argparse.Namespace) -> int:
     examples = load_for(bundle.task, options.data, image_size=bundle.image_size)
     probabilities = training.predict(bundle.model, bundle.task, examples)
     metrics = performance.performance(bundle.task, examples, probabilities).metrics
-    content = {"examples": len(examples), "metrics": {name: asdict(number) for name, number in metrics.items()}}
+    content = {
+        "examples": len(examples),
+        "metrics": {name: asdict(number) for name, number in metrics.items()},
+    }
     rows = tuple((name, _number(m.value), _number(m.low), _number(m.high)) for name, m in metrics.items())
     _show(options, content, Table(f"{len(examples)} examples", ("metric", "value", "low", "high"), rows))
     return 0

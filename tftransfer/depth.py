@@ -286,9 +286,7 @@ def _cuts(model: keras.Model, nodes: list) -> Iterator[int]:
     open_tensors: set[int] = set()
     for position, node in enumerate(nodes):
         open_tensors = {tensor for tensor in open_tensors if needed_until[tensor] > position}
-        open_tensors.update(
-            id(tensor) for tensor in node.outputs if needed_until.get(id(tensor), -1) > position
-        )
+        open_tensors.update(id(tensor) for tensor in node.outputs if needed_until.get(id(tensor), -1) > position)
         if open_tensors == {id(node.outputs[0])}:
             yield position
 

@@ -44,6 +44,4 @@ class Dense:
 
     def _dense(self, units: int, activation: str | None, name: str) -> keras.layers.Dense:
         penalty = keras.regularizers.L1L2(self.l1, self.l2) if self.l1 or self.l2 else None
-        return keras.layers.Dense(
-            units, activation=activation, kernel_regularizer=penalty, dtype="float32", name=name
-        )
+        return keras.layers.Dense(units, activation=activation, kernel_regularizer=penalty, dtype="float32", name=name)

@@ -199,9 +199,7 @@ class Report:
         return {
             **own,
             "metrics": {name: number.value for name, number in self.metrics.items()},
-            "intervals": {
-                name: _interval(number) for name, number in self.metrics.items() if _interval(number)
-            },
+            "intervals": {name: _interval(number) for name, number in self.metrics.items() if _interval(number)},
             "checks": [dataclasses.asdict(check) for check in self.checks],
             "tables": [_table_to_json(table) for table in self.tables],
             "pictures": [_picture_to_json(picture) for picture in self.pictures],
@@ -219,9 +217,7 @@ class Report:
         if missing:
             raise ValueError(f"a report must have {', '.join(missing)}. Received: keys={sorted(contents)}")
         intervals = contents.get("intervals", {})
-        numbers = {
-            name: Number(value, **intervals.get(name, {})) for name, value in contents["metrics"].items()
-        }
+        numbers = {name: Number(value, **intervals.get(name, {})) for name, value in contents["metrics"].items()}
         return cls(
             **{name: contents[name] for name in _JSON_AS_IT_IS},
             metrics=numbers,
@@ -280,17 +276,14 @@ def _interval(number: Number) -> dict[str, Any]:
 
 
 def _table_to_json(table: Table) -> dict[str, Any]:
-    rows = [
-        [dataclasses.asdict(cell) if isinstance(cell, Number) else cell for cell in row] for row in table.rows
-    ]
+    rows = [[dataclasses.asdict(cell) if isinstance(cell, Number) else cell for cell in row] for row in table.rows]
     named = {item.name: getattr(table, item.name) for item in dataclasses.fields(table)}
     return {**named, "columns": list(table.columns), "rows": rows, "percent": list(table.percent)}
 
 
 def _table_from_json(contents: Mapping[str, Any]) -> Table:
     rows = tuple(
-        tuple(Number(**cell) if isinstance(cell, Mapping) else cell for cell in row)
-        for row in contents["rows"]
+        tuple(Number(**cell) if isinstance(cell, Mapping) else cell for cell in row) for row in contents["rows"]
     )
     return Table(**{**contents, "columns": tuple(contents["columns"]), "rows": rows})
 

@@ -179,9 +179,7 @@ def _bar(measured: Number, percent: bool) -> str:
 
 
 def _definitions(facts: Mapping[str, Any]) -> str:
-    items = "".join(
-        f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items()
-    )
+    items = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
     return f'<dl class="facts">{items}</dl>\n'
 
 
@@ -223,9 +221,7 @@ def _result(report: Report) -> str:
 def _metric_row(name: str, measured: Number) -> str:
     percent = is_rate(name)
     value = "undefined" if measured.value is None else _measured(measured.value, percent)
-    cells = "".join(
-        f'<td class="number">{text(cell)}</td>' for cell in (value, interval(measured, percent) or "–")
-    )
+    cells = "".join(f'<td class="number">{text(cell)}</td>' for cell in (value, interval(measured, percent) or "–"))
     return f'<tr><th scope="row">{text(words(name))}</th>{cells}</tr>'
 
 
@@ -234,9 +230,7 @@ def _methods(metrics: Mapping[str, Number]) -> str:
     by_method: dict[str, list[str]] = {}
     for name, measured in metrics.items():
         if measured.method:
-            by_method.setdefault(_METHODS.get(measured.method, measured.method), []).append(
-                _within(words(name))
-            )
+            by_method.setdefault(_METHODS.get(measured.method, measured.method), []).append(_within(words(name)))
     told = "; ".join(f"{method} ({', '.join(names)})" for method, names in by_method.items())
     return f"How the intervals were found: {told}." if told else ""
 
@@ -285,9 +279,7 @@ def _badge(passed: bool | None) -> str:
 
 
 def _check_numbers(check: Check) -> str:
-    return "<br>".join(
-        f"{text(words(name))}: {text(_in_words(value))}" for name, value in check.metrics.items()
-    )
+    return "<br>".join(f"{text(words(name))}: {text(_in_words(value))}" for name, value in check.metrics.items())
 
 
 def _data(report: Report) -> str:
@@ -305,9 +297,7 @@ def _quarantine(files: list[dict[str, str]]) -> Table:
     rows = tuple((entry.get("file", ""), entry.get("reason", "")) for entry in files[:_MOST_FILES])
     more = len(files) - len(rows)
     note = (
-        f"And {more:,} more: see report.json."
-        if more
-        else "These files were set aside; the run went on without them."
+        f"And {more:,} more: see report.json." if more else "These files were set aside; the run went on without them."
     )
     return Table("Files that could not be used", ("file", "why"), rows, note)
 
@@ -357,9 +347,7 @@ def _table_of(
     tall: bool = False,
 ) -> str:
     heads = "".join(
-        f'<th scope="col" class="number">{text(name)}</th>'
-        if i in numeric
-        else f'<th scope="col">{text(name)}</th>'
+        f'<th scope="col" class="number">{text(name)}</th>' if i in numeric else f'<th scope="col">{text(name)}</th>'
         for i, name in enumerate(columns)
     )
     below = f'<p class="note">{sentence(note)}</p>' if note else ""

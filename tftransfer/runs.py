@@ -139,9 +139,7 @@ def announce(run: Run, data: Data, devices: Devices) -> None:
         console.print(f"  and {len(data.quarantined) - 5} more, all in the report")
 
 
-def finish(
-    run: Run, model: keras.Model, task: Task, data: Data, history: training.History, network: Network
-) -> int:
+def finish(run: Run, model: keras.Model, task: Task, data: Data, history: training.History, network: Network) -> int:
     """Measure on the test split, publish the SavedModel, write the folder, and print the result.
 
     Args:
@@ -166,7 +164,12 @@ def finish(
     provenance = {
         "backbone": network.backbone,
         "weights": weights.describe_weights(network.backbone, network.weights),
-        "data": {"name": data.name, "fingerprint": data.fingerprint, "splits": data.splits, "found": data.found},
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "splits": data.splits,
+            "found": data.found,
+        },
         "current": version and version.name,
     }
     bundles.save(run.folder, model, task, report, configuration=run.configuration, provenance=provenance)
@@ -176,7 +179,7 @@ def finish(
 
 def samples(data: Data, count: int = 8) -> list[bytes]:
     """Return test pictures as PNG files at the model's size: real inputs for verification."""
-    import tensorflow as tf  # noqa: PLC0415
+    import tensorflow as tf
 
     pictures = data.test.pictures
     chosen = range(0, len(pictures), max(len(pictures) // count, 1))
@@ -186,9 +189,7 @@ def samples(data: Data, count: int = 8) -> list[bytes]:
 def audit_table(title: str, rows: tuple[trainable.AuditRow, ...]) -> Table:
     """Return what trains as a table for the terminal and the report."""
     columns = ("group", "layers", "parameters", "trainable", "BatchNorm statistics")
-    cells = tuple(
-        (row.group, row.layers, row.parameters, row.trainable, row.batch_norm or "none") for row in rows
-    )
+    cells = tuple((row.group, row.layers, row.parameters, row.trainable, row.batch_norm or "none") for row in rows)
     return Table(title, columns, cells, section=TRAINING)
 
 

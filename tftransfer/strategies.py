@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tftransfer.errors import InputError, nearest
@@ -125,7 +126,7 @@ def freeze_then_unfreeze(epochs: int | None = None, learning_rate: float | None 
     return _scaled((probe, tune), epochs, learning_rate)
 
 
-_NAMED = {
+_NAMED: dict[str, Callable[..., Strategy]] = {
     "linear_probe": linear_probe,
     "full": full,
     "partial": partial,

@@ -38,7 +38,9 @@ class AuditRow:
     batch_norm: str
 
 
-def set_trainable(model: keras.Model, selector: str = "head", *, train_batch_norm: bool = False) -> tuple[AuditRow, ...]:
+def set_trainable(
+    model: keras.Model, selector: str = "head", *, train_batch_norm: bool = False
+) -> tuple[AuditRow, ...]:
     """Choose what trains. Compile afterwards: Keras ignores changes made after `compile`.
 
     Args:
@@ -89,8 +91,11 @@ def all_groups(model: keras.Model) -> tuple[backbones.Group, ...]:
 
 def weight_layers(model: keras.Model) -> list[keras.Layer]:
     """Return the innermost layers that hold weights, in order, through nested models."""
-    return [layer for layer in model._flatten_layers(include_self=False) if layer._trainable_variables or
-            layer._non_trainable_variables]
+    return [
+        layer
+        for layer in model._flatten_layers(include_self=False)
+        if layer._trainable_variables or layer._non_trainable_variables
+    ]
 
 
 def trained_variables(layer: keras.Layer) -> list[keras.Variable]:
@@ -209,7 +214,9 @@ def _layer_names(model: keras.Model, selector: str, groups: tuple[backbones.Grou
     start = _position(second if first == "from" else first, names, groups)
     stop = len(names) - 1 if first == "from" else _position(second, names, groups)
     if stop < start:
-        raise InputError(f"`selector` must go from stem to top: {second!r} comes before {first!r}. Received: {selector!r}")
+        raise InputError(
+            f"`selector` must go from stem to top: {second!r} comes before {first!r}. Received: {selector!r}"
+        )
     return tuple(names[start : stop + 1])
 
 

@@ -130,12 +130,13 @@ def fine_tune(
         1
     """
     _check(model, task, data, batch_size)
-    run = _Run(model, task, data, tuple(callbacks), seed, batch_size, max_steps, quiet, output and Path(output))
+    folder = Path(output) if output else None
+    run = _Run(model, task, data, tuple(callbacks), seed, batch_size, max_steps, quiet, folder)
     history = History()
     for number, phase in enumerate(strategy):
         history.add(*_run_phase(run, phase, number, first_epoch=sum(record.epochs for record in history.phases)))
-    if run.output:
-        history.write_csv(run.output / "history.csv")
+    if folder:
+        history.write_csv(folder / "history.csv")
     return history
 
 

@@ -36,9 +36,7 @@ def demo_weights_path() -> Path:
     return Path(str(resources.files("tftransfer") / "assets" / "demo_backbone.weights.h5"))
 
 
-def check_weights(
-    weights: str | os.PathLike[str] | None, weights_kind: str | None
-) -> str | os.PathLike[str] | None:
+def check_weights(weights: str | os.PathLike[str] | None, weights_kind: str | None) -> str | os.PathLike[str] | None:
     """Check that `weights` and `weights_kind` are something that can be loaded.
 
     Args:
@@ -52,9 +50,7 @@ def check_weights(
         InputError: If a value is not known or the file is not there.
     """
     if weights_kind not in (None, "imagenet"):
-        raise InputError(
-            f"`weights_kind` must be None or 'imagenet'. Received: weights_kind={weights_kind!r}"
-        )
+        raise InputError(f"`weights_kind` must be None or 'imagenet'. Received: weights_kind={weights_kind!r}")
     if weights in (None, "imagenet", "demo"):
         return weights
     if not isinstance(weights, (str, os.PathLike)) or not Path(weights).is_file():
@@ -124,8 +120,7 @@ def describe_weights(
         "file": path.name if path else None,
         "sha256": digest(path) if path and at_hand else None,
         "known": bool(path and at_hand and (kind == "demo" or published_name(path))),
-        "imagenet_rescaling": name.startswith("EfficientNetB")
-        and has_imagenet_rescaling(weights, weights_kind),
+        "imagenet_rescaling": name.startswith("EfficientNetB") and has_imagenet_rescaling(weights, weights_kind),
     }
 
 

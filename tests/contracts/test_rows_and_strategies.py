@@ -14,8 +14,20 @@ from tftransfer.strategies import Phase
 # The demo's network, a plain MobileNet and one without BatchNorm; one row of each other family is slow.
 QUICK = (("MobileNet-0.25", "demo"), ("MobileNetV2-0.35", None))
 SLOW = (
-    "ConvNeXtTiny", "MobileNet-0.25", "MobileNetV3Small", "VGG16", "VGG19", "ResNet50", "ResNet50V2", "DenseNet121",
-    "InceptionV3", "InceptionResNetV2", "Xception", "NASNetMobile", "EfficientNetB0", "EfficientNetV2B0",
+    "ConvNeXtTiny",
+    "MobileNet-0.25",
+    "MobileNetV3Small",
+    "VGG16",
+    "VGG19",
+    "ResNet50",
+    "ResNet50V2",
+    "DenseNet121",
+    "InceptionV3",
+    "InceptionResNetV2",
+    "Xception",
+    "NASNetMobile",
+    "EfficientNetB0",
+    "EfficientNetV2B0",
 )
 NETWORKS = [
     *(pytest.param(name, weights, id=name) for name, weights in QUICK),

@@ -22,17 +22,27 @@ def encode(image, kind, **options):
     return buffer.getvalue()
 
 
-def png_bomb(side=20_000):
-    """A gray PNG of `side` squared zeros, without ever holding them."""
+def gray_png(width, height, bits, compressed):
+    """A gray PNG around rows that are compressed already."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", compressed) + chunk(b"IEND", b"")
+
+
+def png_bomb(side=20_000):
+    """A gray PNG of `side` squared zeros, without ever holding them."""
     compressor = zlib.compressobj(9)
     rows = [compressor.compress(bytes(side + 1)) for _ in range(side)]
-    data = b"".join(rows) + compressor.flush()
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return gray_png(side, side, 8, b"".join(rows) + compressor.flush())
+
+
+def shallow_png(bits):
+    """A gray PNG of 16x16 pixels whose bytes are random."""
+    rows = np.random.default_rng(0).integers(0, 256, (16, 2 * bits), np.uint8)
+    return gray_png(16, 16, bits, zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +60,10 @@ def encoded():
         "png": encode(rgb, "PNG"),
         "png_gray": encode(rgb.convert("L"), "PNG"),
         "png_bilevel": encode(rgb.convert("1"), "PNG"),
+        "png_gray_2": shallow_png(2),
+        "png_gray_4": shallow_png(4),
         "png_palette": encode(palette, "PNG"),
+        "png_palette_2": encode(rgb.quantize(4), "PNG", bits=2),
         "png_palette_alpha": encode(palette, "PNG", transparency=3),
         "png_gray_alpha": encode(rgba.convert("LA"), "PNG"),
         "png_rgba": encode(rgba, "PNG"),

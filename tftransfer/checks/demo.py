@@ -18,6 +18,8 @@ _SIDE = 8  # the digits' own size
 def demo_comparison(data: Data, image_size: tuple[int, int]) -> Findings:
     """Compare linear probes on few labelled digits: embedded weights, random weights, raw pixels.
 
+    The random weights are Keras' own initial ones; they follow from `keras.utils.set_random_seed`.
+
     Args:
         data: The demo's data at `image_size`.
         image_size: `(height, width)` of the backbone's input.
@@ -28,27 +30,20 @@ def demo_comparison(data: Data, image_size: tuple[int, int]) -> Findings:
     """
     smallest = int(np.bincount(data.train.targets).min())
     per_class = tuple(count for count in PER_CLASS if count <= smallest)
-    train, test = _features(data.train, image_size), _features(data.test, image_size)
+    card = weights.demo_card()
+    random = backbones.build(card["backbone"], image_size, None)
+    embedded = backbones.build(card["backbone"], image_size, "demo")
+    train, test = (_features(examples, embedded, random) for examples in (data.train, data.test))
     rows = compare_probe(train, data.train.targets, test, data.test.targets, per_class)
     return Findings(tables=(_table(rows, len(data.test)),))
 
 
-def _features(examples: Examples, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
-    name = weights.demo_card()["backbone"]
+def _features(examples: Examples, embedded: keras.Model, random: keras.Model) -> dict[str, np.ndarray]:
     return {
-        "demo backbone": _pooled(backbones.build(name, image_size, "demo"), examples),
-        "random weights": _pooled(_random(name, image_size), examples),
+        "demo backbone": _pooled(embedded, examples),
+        "random weights": _pooled(random, examples),
         "raw pixels": _raw_pixels(examples),
     }
-
-
-def _random(name: str, image_size: tuple[int, int]) -> keras.Model:
-    """Build the network with random weights that do not depend on what was built before."""
-    network = backbones.build(name, image_size, None)
-    for number, layer in enumerate(layer for layer in network.layers if hasattr(layer, "kernel_initializer")):
-        initializer = keras.initializers.GlorotUniform(seed=number)
-        layer.kernel.assign(initializer(layer.kernel.shape))
-    return network
 
 
 def _pooled(network: keras.Model, examples: Examples) -> np.ndarray:
@@ -73,6 +68,6 @@ def _table(rows: list[ProbeRow], count: int) -> Table:
         (name, *(Number(best[name, k].mean, best[name, k].low, best[name, k].high, "range") for k in numbers))
         for name in dict.fromkeys(row.features for row in rows)
     )
-    columns = ("linear probe on", *(f"{k} per class" for k in numbers))
+    columns = ("probe on", *(f"{k} per class" for k in numbers))
     note = f"Accuracy on the {count} test digits: mean and range over five draws of labelled training digits."
     return Table("What the embedded backbone is worth", columns, cells, note, percent=columns[1:])

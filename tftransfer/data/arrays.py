@@ -16,7 +16,8 @@ def listed(parts: Mapping[str, Any]) -> Listing:
     """List `(pictures, labels)` per split.
 
     Args:
-        parts: By split, `(pictures, labels)`: pictures `(n, height, width, 1 or 3)` or `(n, height, width)`, uint8 or
+        parts: By split, `(pictures, labels)`: pictures `(n, height, width, 1 or 3)` or `(n, height, width)`,
+        uint8 or
             float in [0, 255]; labels `(n,)` integers or names, `(n, classes)` zeros and ones, or numbers.
 
     Raises:
@@ -104,7 +105,8 @@ def texts_of(labels: Mapping[str, np.ndarray]) -> tuple[dict[str, list[str]], tu
     """Turn arrays of labels into texts, as a table would hold them.
 
     Returns:
-        The texts by split; the classes in the order of their numbers, or empty; whether a text names several classes.
+        The texts by split; the classes in the order of their numbers, or empty; whether a text names several
+        classes.
 
     Raises:
         InputError: If the labels are neither `(n,)` nor `(n, k)`.

@@ -94,8 +94,8 @@ def named(augmentation: str | Augmentation) -> Augmentation:
 def augment(picture: tf.Tensor, strength: str | Augmentation, seed: tf.Tensor) -> tf.Tensor:
     """Change a picture at random, decided by the seed alone.
 
-    All geometry is one resampling (bilinear, mirrored at the edges), so that nothing is blurred twice. Never part of a
-    saved graph.
+    All geometry is one resampling (bilinear, mirrored at the edges), so that nothing is blurred twice. Never
+    part of a saved graph.
 
     Args:
         picture: `(height, width, 3)` uint8 or float in [0, 255].
@@ -141,7 +141,7 @@ def _crop(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tens
 
 
 def _turn(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tensor:
-    """Crop, mirror, turn and shift in one projective transform, which maps places of the result to the picture."""
+    """Crop, mirror, turn and shift in one projective transform, from places of the result."""
     scale_x, scale_y = _scales(policy, draws)
     # A crop lies anywhere inside the picture; a shift may leave it.
     free_x, free_y = (1 - tf.abs(scale_x)) / 2 + policy.shift, (1 - scale_y) / 2 + policy.shift

@@ -1,7 +1,7 @@
 """One decoder of pictures, inside TensorFlow's graph, for training, prediction and serving alike.
 
-Every operation is one that TF Serving's C++ server has: no Python, no lookup tables. The size of a picture is read
-from its header before anything is decoded, so that a small file cannot ask for gigabytes.
+Every operation is one that TF Serving's C++ server has: no Python, no lookup tables. The size of a picture
+is read from its header before anything is decoded, so that a small file cannot ask for gigabytes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _BYTE_STRINGS = [bytes([value]) for value in range(256)]
 def decode_picture(contents: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
     """Decode one encoded picture to RGB at a given size.
 
-    The format is told by content, not by name. A JPEG's EXIF orientation is applied; alpha is composited on white
-    (but a BMP's fourth channel and a GIF's transparency are ignored); 16 bits are scaled to 8; gray becomes RGB; CMYK
-    is converted without a colour profile; of an animation the first frame counts. The picture is stretched to
-    `image_size`, bilinear with antialiasing.
+    The format is told by content, not by name. A JPEG's EXIF orientation is applied; alpha is composited on
+    white (but a BMP's fourth channel and a GIF's transparency are ignored); 16 bits are scaled to 8; gray
+    becomes RGB; CMYK is converted without a colour profile; of an animation the first frame counts. The
+    picture is stretched to `image_size`, bilinear with antialiasing.
 
     Args:
         contents: Scalar string, the bytes of a JPEG, PNG, GIF, BMP or WebP file.
@@ -46,7 +46,8 @@ def decode_picture(contents: tf.Tensor, image_size: tuple[int, int]) -> tf.Tenso
     picture = tf.switch_case(_format_number(contents), [lambda f=f: f(contents) for f in branches])
     orientation = exif_orientation(contents)
     lies_on_its_side = orientation >= 5
-    # Turning the small picture instead of the large one gives the same pixels up to rounding, and is nearly free.
+    # Turning the small picture instead of the large one gives the same pixels up to rounding, and is nearly
+    # free.
     size = tf.where(lies_on_its_side, tf.constant(image_size[::-1]), tf.constant(image_size))
     turned = _apply_orientation(_resized(picture, size), orientation)
     return tf.ensure_shape(turned, (*image_size, 3))
@@ -98,8 +99,8 @@ def exif_orientation(contents: tf.Tensor) -> tf.Tensor:
         contents: Scalar string, an encoded picture.
 
     Returns:
-        Scalar int32 from 1 to 8; 1 (upright) if there is none, it is malformed, or the picture is no JPEG. The
-        numbers are those of EXIF 2.3, tag 0x0112.
+        Scalar int32 from 1 to 8; 1 (upright) if there is none, it is malformed, or the picture is no JPEG.
+        The numbers are those of EXIF 2.3, tag 0x0112.
     """
     return tf.cond(_begins(contents, b"\xff\xd8\xff"), lambda: _jpeg_orientation(contents), lambda: tf.constant(1))
 
@@ -109,11 +110,11 @@ def _resized(picture: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.clip_by_value(tf.round(resized), 0, 255), tf.uint8)
 
 
-# --- formats ---------------------------------------------------------------------------------------------------------
+# --- formats ------------------------------------------------------------------------------------------------
 
 
 def _begins(contents: tf.Tensor, magic: bytes, position: int = 0) -> tf.Tensor:
-    """Whether `magic` stands at a position; `substr` refuses positions behind the end, so short bytes are padded."""
+    """Whether `magic` stands at a position; `substr` fails behind the end, so bytes are padded."""
     padded = tf.strings.join([contents, b"\0" * (position + len(magic))])
     return tf.equal(tf.strings.substr(padded, position, len(magic)), magic)
 
@@ -142,11 +143,16 @@ def _decode_jpeg(contents: tf.Tensor) -> tf.Tensor:
 def _decode_png(contents: tf.Tensor) -> tf.Tensor:
     def deep() -> tf.Tensor:
         wide = tf.cast(tf.io.decode_png(contents, channels=4, dtype=tf.uint16), tf.int32)
-        return tf.cast((wide + 128) // 257, tf.uint8)
+        return _on_white(tf.cast((wide + 128) // 257, tf.uint8))
 
-    bits_per_channel = _number(_bytes_of(contents), 24, 1)
-    picture = tf.cond(bits_per_channel == 16, deep, lambda: tf.io.decode_png(contents, channels=4))
-    return _on_white(picture)
+    def usual() -> tf.Tensor:
+        return _on_white(tf.io.decode_png(contents, channels=4))
+
+    data = _bytes_of(contents)
+    bits, is_gray = _number(data, 24, 1), _number(data, 25, 1) == 0
+    # TensorFlow 2.21 garbles gray of fewer than 8 bits when it is asked for four channels.
+    kind = tf.where(bits == 16, 0, tf.where(is_gray & (bits < 8), 1, 2))
+    return tf.switch_case(kind, [deep, lambda: tf.io.decode_png(contents, channels=3), usual])
 
 
 def _decode_gif(contents: tf.Tensor) -> tf.Tensor:
@@ -189,7 +195,7 @@ def _on_white(picture: tf.Tensor) -> tf.Tensor:
     return tf.cast(mixed // 255, tf.uint8)
 
 
-# --- animated WebP ---------------------------------------------------------------------------------------------------
+# --- animated WebP ------------------------------------------------------------------------------------------
 
 
 def _is_animated_webp(contents: tf.Tensor) -> tf.Tensor:
@@ -200,11 +206,11 @@ def _is_animated_webp(contents: tf.Tensor) -> tf.Tensor:
 def _first_frame(contents: tf.Tensor) -> tf.Tensor:
     """Decode the first frame of an animated WebP as the still picture that it is, on the white canvas.
 
-    TensorFlow 2.21 writes behind the end of its buffer on animated WebP ("free(): corrupted unsorted chunks") and
-    takes the process with it, so such bytes never reach its decoder.
+    TensorFlow 2.21 writes behind the end of its buffer on animated WebP ("free(): corrupted unsorted
+    chunks") and takes the process with it, so such bytes never reach its decoder.
     """
     data = _bytes_of(contents)
-    place = _find_frame(contents, data)
+    place = _find_frame(data)
     header = _slice(data, place + 8, 16)
     left, top = 2 * _little(header, 0, 3), 2 * _little(header, 3, 3)
     picture = _still_webp(_still_file(contents, data, place))
@@ -217,7 +223,7 @@ def _first_frame(contents: tf.Tensor) -> tf.Tensor:
     return tf.pad(picture, paddings, constant_values=255)
 
 
-def _find_frame(contents: tf.Tensor, data: tf.Tensor) -> tf.Tensor:
+def _find_frame(data: tf.Tensor) -> tf.Tensor:
     """Return the position of the first `ANMF` chunk."""
     end = tf.size(data, tf.int64)
 
@@ -246,7 +252,7 @@ def _still_file(contents: tf.Tensor, data: tf.Tensor, place: tf.Tensor) -> tf.Te
     return tf.strings.join([b"RIFF", tf.strings.reduce_join(tf.gather(_BYTE_STRINGS, digits)), b"WEBP", body])
 
 
-# --- sizes, from headers ---------------------------------------------------------------------------------------------
+# --- sizes, from headers ------------------------------------------------------------------------------------
 
 
 def _jpeg_size(contents: tf.Tensor) -> tf.Tensor:
@@ -281,7 +287,7 @@ def _webp_size(contents: tf.Tensor) -> tf.Tensor:
     return tf.where(_begins(contents, b"VP8X", 12), extended, simple)
 
 
-# --- EXIF ------------------------------------------------------------------------------------------------------------
+# --- EXIF ---------------------------------------------------------------------------------------------------
 
 
 def _jpeg_orientation(contents: tf.Tensor) -> tf.Tensor:
@@ -345,7 +351,7 @@ def _apply_orientation(picture: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     return tf.cond(orientation > 1, turned, lambda: picture)
 
 
-# --- bytes -----------------------------------------------------------------------------------------------------------
+# --- bytes --------------------------------------------------------------------------------------------------
 
 
 def _bytes_of(contents: tf.Tensor) -> tf.Tensor:
@@ -353,7 +359,7 @@ def _bytes_of(contents: tf.Tensor) -> tf.Tensor:
 
 
 def _slice(data: tf.Tensor, start: tf.Tensor | int, count: tf.Tensor | int) -> tf.Tensor:
-    """Return `count` bytes from `start`, zeros behind the end for a fixed `count`, fewer for a computed one."""
+    """Return `count` bytes from `start`, zeros behind the end for a fixed count, fewer otherwise."""
     part = data[start : start + count]
     if isinstance(count, int):
         part = tf.ensure_shape(tf.pad(part, [[0, count - tf.size(part)]]), (count,))

@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -18,11 +18,11 @@ from tftransfer.data.images import decode_picture, resize_picture
 class Reader(Protocol):
     """Random access to pictures as they are stored: from Python with `read`, from a graph with `fetch`."""
 
-    def read(self, number: int) -> bytes | np.ndarray:
+    def read(self, number: int) -> Any:
         """Return a picture as it is stored; raises OSError if that is not possible."""
         ...
 
-    def why_unusable(self, stored: bytes | np.ndarray) -> str | None:
+    def why_unusable(self, stored: Any) -> str | None:
         """Return why a stored picture must not be decoded, or None."""
         ...
 
@@ -46,7 +46,7 @@ class Reader(Protocol):
 class _EncodedReader:
     """What files and encoded pictures in memory share."""
 
-    def why_unusable(self, stored: bytes) -> str | None:
+    def why_unusable(self, stored: Any) -> str | None:
         return audit.why_not_a_picture(stored)  # the decoder itself checks the header
 
     def decode(self, stored: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
@@ -73,7 +73,7 @@ class Files(_EncodedReader):
     def fetch(self, number: tf.Tensor) -> tf.Tensor:
         return tf.io.read_file(tf.gather(tf.constant(self.paths), number))
 
-    def subset(self, numbers: Sequence[int]) -> Files:
+    def subset(self, numbers: Sequence[int]) -> Reader:
         return Files(tuple(self.paths[number] for number in numbers))
 
 
@@ -89,7 +89,7 @@ class Encoded(_EncodedReader):
     def fetch(self, number: tf.Tensor) -> tf.Tensor:
         return tf.gather(tf.constant(self.contents), number)
 
-    def subset(self, numbers: Sequence[int]) -> Encoded:
+    def subset(self, numbers: Sequence[int]) -> Reader:
         return Encoded(tuple(self.contents[number] for number in numbers))
 
 
@@ -102,7 +102,7 @@ class Arrays:
     def read(self, number: int) -> np.ndarray:
         return self.pictures[number]
 
-    def why_unusable(self, stored: np.ndarray) -> str | None:  # noqa: ARG002
+    def why_unusable(self, stored: Any) -> str | None:
         return None
 
     def fetch(self, number: tf.Tensor) -> tf.Tensor:
@@ -114,7 +114,7 @@ class Arrays:
     def signature(self) -> tf.TensorSpec:
         return tf.TensorSpec(self.pictures.shape[1:], tf.uint8)
 
-    def subset(self, numbers: Sequence[int]) -> Arrays:
+    def subset(self, numbers: Sequence[int]) -> Reader:
         return Arrays(self.pictures[np.asarray(numbers)])
 
 

@@ -1,4 +1,4 @@
-"""From a source to data that is ready for training: list, read each picture once, set aside, divide, fingerprint."""
+"""From a source to data that is ready for training: list, read once, set aside, divide, fingerprint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tftransfer.tasks import Task
 from tftransfer.tasks.multi_label import split_labels
 
 MEMORY_SHARE = 0.25
-"""Which share of the memory that is available decoded pictures may take, unless `memory_budget` says otherwise."""
+"""Share of the available memory that decoded pictures may take, unless `memory_budget` says otherwise."""
 
 _NAMED_IN_NOTE = 5
 
@@ -42,26 +42,30 @@ def load(
 ) -> tuple[Data, Task]:
     """Read a data set and find out what its labels mean.
 
-    Every picture is read and decoded once; what cannot be used is set aside with its reason. The decoded pictures stay
-    in memory where they fit `memory_budget`, else they are decoded again when they are asked for.
+    Every picture is read and decoded once; what cannot be used is set aside with its reason. The decoded
+    pictures stay in memory where they fit `memory_budget`, else they are decoded again when they are asked
+    for.
 
     Args:
         source: One of
 
             - `"demo"`: scikit-learn's handwritten digits;
             - `"tfds:NAME"` or `"tfds:NAME/CONFIG"`: a data set of TensorFlow Datasets;
-            - a folder `DIR/[SPLIT/]CLASS/file`, or a table (`.csv`, `.tsv`, `.jsonl`) with the columns `image`,
+            - a folder `DIR/[SPLIT/]CLASS/file`;
+            - a table (`.csv`, `.tsv`, `.jsonl`) with the columns `image`,
               `label` and optionally `split`;
             - `(pictures, labels)`, or a dict of such per split: pictures `(n, height, width, 1 or 3)` or
               `(n, height, width)`, uint8 or float in [0, 255];
             - a `tf.data.Dataset` of single `(picture, label)` pairs, or a dict of such per split.
         image_size: `(height, width)` of the decoded pictures, in pixels.
-        task_kind: `"single_label"`, `"multi_label"`, `"regression"`, or `"auto"`: several labels where the labels of
+        task_kind: `"single_label"`, `"multi_label"`, `"regression"`, or `"auto"`: several labels where the
+        labels of
             a table hold `|` or are lists, else one. Defaults to `"auto"`.
         seed: Decides what is split off where the source has no test or validation split. Defaults to 0.
         label_smoothing: For the task, in [0, 1). Defaults to 0.0.
         balance: Whether rare labels weigh more in the loss. Defaults to False.
-        memory_budget: Bytes for decoded pictures, or for the copy of a stream. Defaults to a quarter of the memory
+        memory_budget: Bytes for decoded pictures, or for the copy of a stream. Defaults to a quarter of the
+        memory
             that is available.
         limit: Use at most about this many examples, for a quick try. Defaults to all.
 
@@ -87,9 +91,7 @@ def load(
     return _divided(listing, task, read, seed, began, checked=not limit), task
 
 
-def load_for(
-    task: Task, source: Any, *, image_size: tuple[int, int], memory_budget: int | None = None
-) -> Examples:
+def load_for(task: Task, source: Any, *, image_size: tuple[int, int], memory_budget: int | None = None) -> Examples:
     """Read data for a task that exists, for evaluation: the test split if the source has one, else all of it.
 
     Args:
@@ -112,14 +114,12 @@ def load_for(
     return _examples(listing, task, read, targets[read.usable], np.arange(len(read.usable)))
 
 
-# --- labels ----------------------------------------------------------------------------------------------------------
+# --- labels -------------------------------------------------------------------------------------------------
 
 
 def _task(listing: Listing, kind: str, label_smoothing: float, balance: bool) -> Task:
     if kind not in ("auto", *tasks.kinds()):
-        raise InputError(
-            f"`task_kind` must be auto, {', '.join(tasks.kinds())}. Received: task_kind={kind!r}"
-        )
+        raise InputError(f"`task_kind` must be auto, {', '.join(tasks.kinds())}. Received: task_kind={kind!r}")
     if kind == "auto":
         kind = "multi_label" if listing.several else "single_label"
     if kind == "regression":
@@ -131,8 +131,8 @@ def _task(listing: Listing, kind: str, label_smoothing: float, balance: bool) ->
         raise InputError(
             f"{listing.what or listing.name} holds one class only ({labels[0]!r}): at least two are needed"
         )
-    options = {"label_smoothing": label_smoothing, "balance": balance}
-    return (tasks.MultiLabel if kind == "multi_label" else tasks.SingleLabel)(labels, **options)
+    make = tasks.MultiLabel if kind == "multi_label" else tasks.SingleLabel
+    return make(labels, label_smoothing=label_smoothing, balance=balance)
 
 
 def _check_not_empty(listing: Listing, kind: str) -> None:
@@ -149,8 +149,8 @@ def _classes(listing: Listing, kind: str) -> tuple[str, ...]:
         raise InputError(f"classes.txt of {listing.what} lacks classes that occur: {', '.join(map(repr, unknown))}")
     if listing.classes and unused and listing.what:
         raise InputError(
-            f"classes.txt of {listing.what} names classes without a picture: {', '.join(map(repr, unused))}. Add "
-            "pictures or remove the names"
+            f"classes.txt of {listing.what} names classes without a picture: "
+            f"{', '.join(map(repr, unused))}. Add pictures or remove the names"
         )
     return listing.classes or tuple(sorted(given))
 
@@ -168,12 +168,12 @@ def _encoded(listing: Listing, task: Task) -> np.ndarray:
         raise
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Read:
-    """What came of reading: which examples are usable, their hashes and, if they fit the memory, their pixels."""
+    """What came of reading: what is usable, its hashes and, if they fit the memory, its pixels."""
 
     usable: np.ndarray
     hashes: tuple[str, ...]
@@ -242,7 +242,7 @@ def _misnamed_note(names: Sequence[str]) -> tuple[str, ...]:
     return (f"{len(names)} files have the extension of another format and were read by content: {listed}{more}",)
 
 
-# --- dividing --------------------------------------------------------------------------------------------------------
+# --- dividing -----------------------------------------------------------------------------------------------
 
 
 def _check_splits(listing: Listing, task: Task, usable: np.ndarray | None = None) -> None:
@@ -303,9 +303,7 @@ def _in_turn(numbers: np.ndarray, strata: np.ndarray, count: int) -> np.ndarray:
     return numbers[np.argsort(turns, kind="stable")[:count]]
 
 
-def _divided(
-    listing: Listing, task: Task, read: _Read, seed: int, began: float, checked: bool
-) -> Data:
+def _divided(listing: Listing, task: Task, read: _Read, seed: int, began: float, checked: bool) -> Data:
     if checked or not len(read.usable):
         _check_splits(listing, task, read.usable)
     targets = _encoded(listing, task)[read.usable]
@@ -341,9 +339,7 @@ def _random_access(reader: Reader, read: _Read, numbers: np.ndarray) -> Callable
     return lambda index: reader.decode(reader.fetch(tf.gather(stored, index)), read.image_size)
 
 
-def _fingerprint(
-    task: Task, examples: dict[str, Examples], parts: dict[str, np.ndarray], hashes: Sequence[str]
-) -> str:
+def _fingerprint(task: Task, examples: dict[str, Examples], parts: dict[str, np.ndarray], hashes: Sequence[str]) -> str:
     """Hash the labels and, per split, every example's name, content and target."""
     digest = hashlib.sha256(repr(task.labels).encode())
     for split, own in examples.items():

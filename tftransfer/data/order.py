@@ -1,4 +1,4 @@
-"""The order of examples as a function of (seed, phase, step): any step can be computed without those before it."""
+"""The order of examples as a function of (seed, phase, step): any step needs none before it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return -(-count // batch_size)
 
 
-def batch_indices(
-    count: int, batch_size: int, seed: int, phase: int, step: int | tf.Tensor
-) -> tf.Tensor:
+def batch_indices(count: int, batch_size: int, seed: int, phase: int, step: int | tf.Tensor) -> tf.Tensor:
     """Return which examples make up a step's batch.
 
-    Every example comes exactly once per epoch, in an order that differs per epoch and phase. Works inside a graph.
+    Every example comes exactly once per epoch, in an order that differs per epoch and phase. Works inside a
+    graph.
 
     Args:
         count: Number of examples, from 1.
@@ -74,7 +73,8 @@ def batches(
         augmentation: An `Augmentation` or the name of one. Defaults to `"none"`.
 
     Returns:
-        A data set of `(pictures, targets, weights)`: pictures float32 `(batch, height, width, 3)` in [0, 255].
+        A data set of `(pictures, targets, weights)`: pictures float32 `(batch, height, width, 3)` in [0,
+        255].
 
     Raises:
         InputError: If there are no examples or the augmentation is not known.

@@ -23,8 +23,8 @@ def listed(source: Any, memory_budget: int) -> Listing:
     """List the examples of a source.
 
     Args:
-        source: `"demo"`, `"tfds:NAME"`, the path of a folder or table, NumPy arrays, or a `tf.data.Dataset`; see `load`.
-        memory_budget: How many bytes a copy of a stream may take.
+        source: `"demo"`, `"tfds:NAME"`, the path of a folder or table, NumPy arrays, or a `tf.data.Dataset`;
+        see `load`. memory_budget: How many bytes a copy of a stream may take.
 
     Raises:
         InputError: If the source is none of these or holds no examples.
@@ -39,7 +39,8 @@ def listed(source: Any, memory_budget: int) -> Listing:
     if isinstance(source, (str, Path)):
         return _named(str(source), memory_budget)
     raise InputError(
-        '`source` must be "demo", "tfds:NAME", the path of a folder or table, NumPy arrays (pictures, labels), a '
+        '`source` must be "demo", "tfds:NAME", the path of a folder or table, NumPy arrays '
+        "(pictures, labels), a "
         f"tf.data.Dataset, or a dict of such per split. Received: source of type {type(source).__name__}"
     )
 
@@ -57,7 +58,8 @@ def _named(source: str, memory_budget: int) -> Listing:
     looks_like_demo = difflib.SequenceMatcher(None, source.lower(), "demo").ratio() >= 0.7
     hint = " Did you mean 'demo'?" if looks_like_demo else ""
     raise InputError(
-        f"no such folder or table: {source}.{hint} Expected demo, tfds:NAME, a folder DIR/[SPLIT/]CLASS/file, or a "
+        f"no such folder or table: {source}.{hint} Expected demo, tfds:NAME, a folder "
+        f"DIR/[SPLIT/]CLASS/file, or a "
         f"table (.csv, .tsv, .jsonl). Received: data={source!r}"
     )
 
@@ -74,7 +76,7 @@ def _demo() -> Listing:
     )
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
+# --- folders ------------------------------------------------------------------------------------------------
 
 
 def folder(path: Path) -> Listing:

@@ -13,7 +13,7 @@ from tftransfer.errors import InputError
 NAMES = ("train", "validation", "test")
 ALIASES = {"val": "validation", "dev": "validation"}
 SHARES = {"test": 0.2, "validation": 0.1}
-"""What is split off the training examples where it is missing, in this order; validation from what test leaves."""
+"""What is split off train where it is missing, in this order: validation from what test leaves."""
 
 _QUANTILES = 10
 
@@ -31,7 +31,7 @@ def canonical(name: str) -> str | None:
 
 
 def complete(
-    given: Sequence[str], strata: Sequence[Any], seed: int
+    given: Sequence[str], strata: Sequence[Any] | np.ndarray, seed: int
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Split off what the source does not divide itself.
 
@@ -52,7 +52,7 @@ def complete(
     """
     assigned, kinds = np.asarray(given, dtype=object), np.asarray(strata, dtype=object)
     missing = [name for name in SHARES if name not in set(given)]
-    origin = {name: "the source" for name in NAMES}
+    origin = dict.fromkeys(NAMES, "the source")
     for place, name in enumerate(SHARES):
         if name in missing:
             pool = np.flatnonzero(assigned == "train")
@@ -64,9 +64,10 @@ def complete(
 
 
 def choose_share(strata: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
-    """Choose a share of each stratum, at least one example each and never all; a stratum of one is left alone.
+    """Choose a share of each stratum, at least one and never all; a stratum of one is left alone.
 
-    scikit-learn's `train_test_split(stratify=...)` keeps the total exact instead and leaves small classes out.
+    scikit-learn's `train_test_split(stratify=...)` keeps the total exact instead and leaves small classes
+    out.
 
     Args:
         strata: `(n,)`, the group of each example.
@@ -85,7 +86,7 @@ def choose_share(strata: np.ndarray, share: float, generator: np.random.Generato
 
 
 def needed_per_class(given: Sequence[str]) -> int:
-    """Return how many training examples each class needs: one to train on and one for each split that is missing.
+    """Return how many training examples each class needs: one, and one for each missing split.
 
     Example:
         >>> needed_per_class(["train", "train"]), needed_per_class(["train", "test"])
@@ -103,7 +104,8 @@ def check_classes(given: Sequence[str], classes: Sequence[str], what: str) -> No
         what: The source, for the message.
 
     Raises:
-        InputError: If there is one class only, a class has too few examples, or one occurs in validation or test only.
+        InputError: If there is one class only, a class has too few examples, or one occurs in validation or
+        test only.
     """
     counts = Counter(name for name, split in zip(classes, given, strict=True) if split == "train")
     _check_training_has_all(given, classes, counts, what)
@@ -113,19 +115,19 @@ def check_classes(given: Sequence[str], classes: Sequence[str], what: str) -> No
     small = {name: count for name, count in counts.items() if count < needed}
     if small:
         raise InputError(
-            f"each class of {what} needs at least {needed} usable training pictures, for the splits that are missing. "
+            f"each class of {what} needs at least {needed} usable training pictures, for the splits that "
+            f"are missing. "
             f"Received: {', '.join(f'{name!r} with {count}' for name, count in sorted(small.items()))}"
         )
 
 
-def _check_training_has_all(
-    given: Sequence[str], classes: Sequence[str], counts: Counter[str], what: str
-) -> None:
+def _check_training_has_all(given: Sequence[str], classes: Sequence[str], counts: Counter[str], what: str) -> None:
     for split in NAMES[1:]:
         unseen = {name for name, own in zip(classes, given, strict=True) if own == split and not counts[name]}
         if unseen:
             raise InputError(
-                f"{split} of {what} holds classes that train lacks: {_listed(unseen)}. Add training examples of them "
+                f"{split} of {what} holds classes that train lacks: {_listed(unseen)}. Add training "
+                f"examples of them "
                 f"or remove them from {split}"
             )
 

@@ -1,4 +1,4 @@
-"""Streams as a source: a `tf.data.Dataset` or TensorFlow Datasets, read once into an indexed copy in memory."""
+"""Streams as a source: a `tf.data.Dataset` or TensorFlow Datasets, read once into a copy in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def listed(parts: Mapping[str, Any], memory_budget: int) -> Listing:
     """Read data sets of single `(picture, label)` pairs.
 
     Args:
-        parts: By split, a `tf.data.Dataset`. Pictures are encoded (a scalar string) or `(height, width, 1 or 3)` in
+        parts: By split, a `tf.data.Dataset`. Pictures are encoded (a scalar string) or `(height, width, 1 or
+        3)` in
             [0, 255]; the latter are kept as PNG.
         memory_budget: Bytes that the encoded copy may take.
 
@@ -34,8 +35,8 @@ def listed(parts: Mapping[str, Any], memory_budget: int) -> Listing:
 def listed_tfds(name: str, memory_budget: int) -> Listing:
     """Read a data set of TensorFlow Datasets, `NAME` or `NAME/CONFIG`, downloading it if need be.
 
-    Its splits train, validation and test are used where it has them; pictures stay encoded, so that they are decoded
-    as everywhere else; the names of the classes are its own.
+    Its splits train, validation and test are used where it has them; pictures stay encoded, so that they are
+    decoded as everywhere else; the names of the classes are its own.
 
     Args:
         name: The data set's name in the catalogue.
@@ -44,7 +45,7 @@ def listed_tfds(name: str, memory_budget: int) -> Listing:
     Raises:
         InputError: If it is not known or cannot be had, holds no pictures with labels, or is too large.
     """
-    import tensorflow_datasets as tfds  # noqa: PLC0415 - it takes seconds to import
+    import tensorflow_datasets as tfds
 
     try:
         builder = tfds.builder(name)
@@ -53,7 +54,10 @@ def listed_tfds(name: str, memory_budget: int) -> Listing:
         decoders = {image: tfds.decode.SkipDecoding()}
         known = {key: splits.canonical(key) for key in builder.info.splits}
         parts = {
-            key: (split, builder.as_dataset(split=key, decoders=decoders).map(lambda row: (row[image], row[label])))
+            key: (
+                split,
+                builder.as_dataset(split=key, decoders=decoders).map(lambda row: (row[image], row[label])),
+            )
             for key, split in known.items()
             if split
         }
@@ -113,13 +117,16 @@ def _copied(
 def _check_elements(parts: Mapping[str, Any]) -> None:
     for key, dataset in parts.items():
         if not isinstance(dataset, tf.data.Dataset):
-            raise InputError(f"{key} must be a tf.data.Dataset like the other splits. Received: {type(dataset).__name__}")
+            raise InputError(
+                f"{key} must be a tf.data.Dataset like the other splits. Received: {type(dataset).__name__}"
+            )
         spec = dataset.element_spec
         if not isinstance(spec, tuple) or len(spec) != 2:
             raise InputError(f"elements of {key} are no pairs. {_EXPECTED}. Received: element_spec={spec!r}")
         if spec[0].dtype != tf.string and spec[0].shape.rank not in (None, 3):
             raise InputError(
-                f"pictures of {key} must be (height, width, channels) or encoded. {_EXPECTED}: call .unbatch() if "
+                f"pictures of {key} must be (height, width, channels) or encoded. {_EXPECTED}: call "
+                f".unbatch() if "
                 f"there are batches. Received: shape={spec[0].shape}"
             )
         if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
@@ -136,7 +143,8 @@ class _Budget:
         self.used += count
         if self.used > self.limit:
             raise InputError(
-                f"the stream does not fit the bound of {self.limit / 2**20:.0f} MiB for its copy in memory: write it "
+                f"the stream does not fit the bound of {self.limit / 2**20:.0f} MiB for its copy in memory: "
+                f"write it "
                 "to files in class folders, take fewer examples, or raise `memory_budget`"
             )
 

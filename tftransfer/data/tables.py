@@ -103,7 +103,8 @@ def _delimited_rows(path: Path, delimiter: str) -> Iterator[Row]:
                 continue  # a blank line
             if len(cells) != len(header):
                 raise InputError(
-                    f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(header)} columns. "
+                    f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(header)} "
+                    f"columns. "
                     'Put cells that hold the separator into "quotes"'
                 )
             yield reader.line_num, dict(zip(header, cells, strict=True))
@@ -120,7 +121,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             raise InputError(f"{path}, line {line}: not JSON: {error.msg}. Expected one object per line") from None
         if not isinstance(row, dict):
-            raise InputError(f"{path}, line {line}: expected an object such as {{\"image\": ..., \"label\": ...}}")
+            raise InputError(f'{path}, line {line}: expected an object such as {{"image": ..., "label": ...}}')
         _check_columns(path, list(row), line)
         yield line, row
 
@@ -143,7 +144,7 @@ def _split(row: dict[str, Any]) -> str | None:
 
 
 def _in_known_splits(path: Path, rows: list[Row]) -> tuple[list[Row], tuple[str, ...]]:
-    """Drop rows of other splits; a column without a single name says nothing and is as if it were not there."""
+    """Drop rows of other splits; a column without a single name is as if it were not there."""
     named = [(line, row) for line, row in rows if str(row.get("split") or "").strip()]
     if not named:
         return [(line, {**row, "split": "train"}) for line, row in rows], ()

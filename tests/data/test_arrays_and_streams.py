@@ -1,0 +1,130 @@
+"""NumPy arrays, `tf.data` and TensorFlow Datasets as sources."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tftransfer import tasks
+from tftransfer.data import load
+from tftransfer.errors import InputError
+
+SIZE = (6, 6)
+PICTURES = np.random.default_rng(0).integers(0, 256, (24, 6, 6, 3), np.uint8)
+LABELS = np.arange(24) % 3
+
+
+def refused(source, message, **options):
+    with pytest.raises(InputError, match=message) as caught:
+        load(source, image_size=SIZE, **options)
+    assert "\n" not in str(caught.value)
+
+
+def held(examples):
+    return np.stack([examples.pictures.load(tf.constant(i, tf.int64)) for i in range(len(examples))])
+
+
+def test_arrays_of_every_shape_and_type_are_the_same():
+    gray = np.repeat(PICTURES[..., :1], 3, axis=3)
+    expected = load((gray, LABELS), image_size=SIZE)[0]
+    for same in (gray[..., 0], gray[..., :1], gray.astype(np.float32), gray.astype(np.int64)):
+        data, task = load((same, LABELS), image_size=SIZE)
+        np.testing.assert_array_equal(held(data.train), held(expected.train))
+        assert data.fingerprint == expected.fingerprint
+    assert task.labels == ("0", "1", "2")
+
+
+def test_arrays_with_splits_names_and_many_classes():
+    parts = {
+        "train": (PICTURES, LABELS),
+        "val": (PICTURES[:3], LABELS[:3]),
+        "test": (PICTURES[3:6], LABELS[3:6]),
+    }
+    data, _ = load(parts, image_size=SIZE)
+    np.testing.assert_array_equal(held(data.train), PICTURES)
+    np.testing.assert_array_equal(data.test.targets, [0, 1, 2])
+    names = np.array(["b", "a"] * 12)
+    assert load((PICTURES, names), image_size=SIZE)[1].labels == ("a", "b")
+    tens = np.repeat([2, 10, 1], 8)
+    assert load((PICTURES, tens), image_size=SIZE)[1].labels == ("1", "2", "10")
+
+
+def test_arrays_of_several_labels_and_of_numbers():
+    several = np.random.default_rng(0).integers(0, 2, (24, 4))
+    data, task = load((PICTURES, several), image_size=SIZE)
+    assert task == tasks.MultiLabel(("0", "1", "2", "3"))
+    assert sum(part.targets.sum() for part in (data.train, data.validation, data.test)) == several.sum()
+    _, task = load((PICTURES, np.linspace(0, 1, 24)), image_size=SIZE, task_kind="regression")
+    assert task == tasks.Regression()
+
+
+def test_bad_arrays():
+    refused((PICTURES / 255.0, LABELS), r"look like \[0, 1\].*multiply by 255")
+    refused((np.full((24, 6, 6, 3), np.nan), LABELS), "NaN")
+    refused((PICTURES.astype(float) * 2, LABELS), r"must be in \[0, 255\]")
+    refused((np.zeros((24, 6, 6, 4), np.uint8), LABELS), "Composite the alpha channel")
+    refused((np.zeros((24, 6)), LABELS), r"Received: shape=\(24, 6\)")
+    refused((PICTURES, LABELS[:5]), "24 pictures, 5 labels")
+    refused((PICTURES,), "pair")
+    refused({"test": (PICTURES, LABELS)}, "keys of a dict of splits")
+    refused(42, "source of type int")
+
+
+def test_streams_of_pixels_and_of_encoded_pictures_equal_arrays():
+    expected, task = load((PICTURES, LABELS), image_size=SIZE)
+    pixels = tf.data.Dataset.from_tensor_slices((PICTURES, LABELS))
+    encoded = pixels.map(lambda picture, label: (tf.io.encode_png(picture), label))
+    for stream in (pixels, encoded, {"train": pixels}):
+        data, same = load(stream, image_size=SIZE)
+        np.testing.assert_array_equal(held(data.test), held(expected.test))
+        assert same == task
+
+
+def test_bad_streams():
+    pixels = tf.data.Dataset.from_tensor_slices((PICTURES, LABELS))
+    refused(pixels, "bound of 0 MiB.*memory_budget", memory_budget=100)
+    refused(pixels.batch(2), "unbatch")
+    refused(pixels.repeat(), "infinite")
+    refused(pixels.map(lambda picture, label: picture), "no pairs")
+    refused(pixels.take(0), "empty")
+
+
+@pytest.fixture
+def tiny_catalogue(tmp_path, monkeypatch):
+    """A data set of TensorFlow Datasets that needs no network."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class TinyShapes(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(names=["square", "circle"]),
+            }
+            features = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=("image", "label"))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(0, 16), "test": self._generate_examples(16, 24)}
+
+        def _generate_examples(self, start, end):
+            for number in range(start, end):
+                yield number, {"image": PICTURES[number], "label": number % 2}
+
+    monkeypatch.setattr(tfds, "builder", lambda name: TinyShapes(data_dir=tmp_path))
+    return tfds
+
+
+@pytest.mark.filterwarnings("ignore")  # TFDS' own
+def test_tensorflow_datasets(tiny_catalogue):
+    data, task = load("tfds:tiny_shapes", image_size=SIZE)
+    assert task.labels == ("square", "circle")
+    assert (len(data.train), len(data.validation), len(data.test)) == (14, 2, 8)
+    assert data.name == "tiny_shapes"
+    expected = {PICTURES[number].tobytes() for number in range(16, 24)}
+    assert {picture.tobytes() for picture in held(data.test)} == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_unknown_data_set():
+    refused("tfds:no_such_data_set", "'no_such_data_set' of TensorFlow Datasets cannot be had")
