@@ -259,6 +259,8 @@ def test_descriptions_for_the_manifest(tmp_path):
     assert description["file"] == "net.h5"
     assert description["sha256"] == weights.digest(path)
     assert not description["known"]
+    small = backbones.describe_weights("MobileNetV2-0.35", "imagenet", image_size=(96, 96))
+    assert small["file"] == "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_0.35_96_no_top.h5"
     assert backbones.describe_weights("EfficientNetB3", "imagenet")["imagenet_rescaling"]
     assert not backbones.describe_weights("EfficientNetV2B0", "imagenet")["imagenet_rescaling"]
 
@@ -316,3 +318,15 @@ def test_published_table_is_what_the_installed_keras_asks_for(name):
     assert table["md5"].get(file) == md5
     model = backbones.build(name, (row.smallest_size,) * 2)
     assert table["networks"][name]["parameters"] == model.count_params()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["MobileNet-0.25", "MobileNetV2-0.35"])
+@pytest.mark.parametrize("side", [96, 100, 128, 224])
+def test_the_described_file_is_the_one_that_keras_asks_for(name, side, monkeypatch):
+    get_file = mock.Mock(side_effect=Exception("asked"))
+    monkeypatch.setattr("keras.src.utils.file_utils.get_file", get_file)
+    with pytest.raises(InputError, match="asked"):
+        backbones.build(name, (side, side), "imagenet")
+    description = backbones.describe_weights(name, "imagenet", image_size=(side, side))
+    assert get_file.call_args.args[0] == description["file"]

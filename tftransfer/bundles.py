@@ -232,7 +232,7 @@ def model_card(report: Report, provenance: Mapping[str, Any]) -> str:
     sections = {
         "Metrics on the test split": [_metric_line(name, number) for name, number in report.metrics.items()],
         "Data": [
-            f"- {data['name']}: {data['train']} training, {data['validation']} validation, {data['test']} test examples",
+            f"- {data['name']}: {data['train']} training, {data['validation']} validation, {data['test']} test",
             f"- {len(data['quarantined'])} files set aside",
             f"- fingerprint `{provenance['data'].get('fingerprint', '')}`",
         ],

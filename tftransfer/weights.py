@@ -11,10 +11,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 
 from tftransfer.errors import InputError
+
+# Squares for which Keras has ImageNet weights of their own; every other size takes those of 224 pixels.
+SEVERAL_SIZES = {"MobileNet": (128, 160, 192, 224), "MobileNetV2": (96, 128, 160, 192, 224)}
 
 
 def digest(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
@@ -89,7 +91,10 @@ def demo_card() -> dict[str, Any]:
 
 
 def describe_weights(
-    name: str, weights: str | os.PathLike[str] | None, weights_kind: str | None = None
+    name: str,
+    weights: str | os.PathLike[str] | None,
+    weights_kind: str | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Say for the manifest which weights go into a backbone.
 
@@ -97,6 +102,8 @@ def describe_weights(
         name: Name of the row.
         weights: As `backbones.build` takes it.
         weights_kind: As `backbones.build` takes it. Defaults to None.
+        image_size: `(height, width)` in pixels: MobileNet V1 and V2 have ImageNet weights for several sizes.
+            Defaults to the natural size.
 
     Returns:
         `kind` (`"random"`, `"imagenet"`, `"demo"` or `"file"`), `file` (its name without the folder, or
@@ -113,7 +120,7 @@ def describe_weights(
     """
     weights = check_weights(weights, weights_kind)
     kind = weights if weights in ("imagenet", "demo") else "random" if weights is None else "file"
-    path = _path_of(name, weights)
+    path = _path_of(name, weights, image_size)
     at_hand = path is not None and path.is_file()
     return {
         "kind": kind,
@@ -124,15 +131,24 @@ def describe_weights(
     }
 
 
-def _path_of(name: str, weights: str | os.PathLike[str] | None) -> Path | None:
+def _path_of(name: str, weights: str | os.PathLike[str] | None, image_size: tuple[int, int] | None) -> Path | None:
     if weights is None:
         return None
     if weights == "demo":
         return demo_weights_path()
     if weights == "imagenet":
-        file = asset("keras_weights.json")["networks"].get(name, {}).get("file", name)
-        return Path(keras.config.keras_home()) / "models" / file
+        home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))  # Keras shows its own to nobody
+        return home / "models" / _keras_file(name, image_size)
     return Path(weights)
+
+
+def _keras_file(name: str, image_size: tuple[int, int] | None) -> str:
+    """Return the name of the file that Keras downloads for a row at a size."""
+    file = asset("keras_weights.json")["networks"][name]["file"]
+    network = name.partition("-")[0]
+    if image_size and image_size[0] == image_size[1] and image_size[0] in SEVERAL_SIZES.get(network, ()):
+        return file.replace("_224_", f"_{image_size[0]}_")
+    return file
 
 
 def published_name(path: Path) -> str | None:

@@ -64,6 +64,7 @@ def encoded():
         "png_gray_4": shallow_png(4),
         "png_palette": encode(palette, "PNG"),
         "png_palette_2": encode(rgb.quantize(4), "PNG", bits=2),
+        "png_palette_2_alpha": encode(rgb.quantize(4), "PNG", bits=2, transparency=1),
         "png_palette_alpha": encode(palette, "PNG", transparency=3),
         "png_gray_alpha": encode(rgba.convert("LA"), "PNG"),
         "png_rgba": encode(rgba, "PNG"),

@@ -14,7 +14,7 @@ from tftransfer.data.audit import explain
 SIZE = (10, 12)
 KINDS = (
     "jpeg", "jpeg_progressive", "jpeg_gray", "jpeg_cmyk", "png", "png_gray", "png_bilevel", "png_palette",
-    "png_palette_2", "png_gray_2", "png_gray_4",
+    "png_palette_2", "png_palette_2_alpha", "png_gray_2", "png_gray_4",
     "png_palette_alpha", "png_gray_alpha", "png_rgba", "png_gray_16", "bmp", "bmp_gray", "bmp_palette", "gif",
     "gif_animated", "webp", "webp_lossless", "webp_rgba", "webp_rgba_lossy", "webp_animated",
     "webp_animated_rgba",

@@ -56,7 +56,7 @@ def has_wrong_extension(name: str, contents: bytes) -> bool:
         >>> has_wrong_extension("cat.jpg", b"GIF89a...")
         True
     """
-    extensions = _EXTENSIONS.get(picture_format(contents) or "")
+    extensions = _EXTENSIONS.get(picture_format(contents) or "", ())
     return bool(extensions) and not name.lower().endswith(extensions)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import tensorflow as tf
 
@@ -48,8 +49,8 @@ class Augmentation:
         return bool(self.rotation or self.shift)
 
 
-_LIGHT = {"zoom": 0.15, "brightness": 0.05, "contrast": 0.1}
-_STRONG = {
+_LIGHT: dict[str, Any] = {"zoom": 0.15, "brightness": 0.05, "contrast": 0.1}
+_STRONG: dict[str, Any] = {
     "zoom": 0.4,
     "aspect": 0.2,
     "shift": 0.1,

@@ -148,11 +148,16 @@ def _decode_png(contents: tf.Tensor) -> tf.Tensor:
     def usual() -> tf.Tensor:
         return _on_white(tf.io.decode_png(contents, channels=4))
 
-    data = _bytes_of(contents)
-    bits, is_gray = _number(data, 24, 1), _number(data, 25, 1) == 0
-    # TensorFlow 2.21 garbles gray of fewer than 8 bits when it is asked for four channels.
-    kind = tf.where(bits == 16, 0, tf.where(is_gray & (bits < 8), 1, 2))
-    return tf.switch_case(kind, [deep, lambda: tf.io.decode_png(contents, channels=3), usual])
+    def shallow() -> tf.Tensor:
+        # TensorFlow 2.21 garbles fewer than 8 bits when it is asked for an alpha channel that is not there.
+        picture = tf.io.decode_png(contents, channels=0)
+        has_alpha = tf.shape(picture)[2] == 4
+        opaque = tf.tile(picture, (1, 1, 3))[:, :, :3]  # one channel becomes three, three stay
+        return tf.cond(has_alpha, lambda: _on_white(tf.ensure_shape(picture, (None, None, 4))), lambda: opaque)
+
+    bits = _number(_bytes_of(contents), 24, 1)
+    kind = tf.where(bits == 16, 0, tf.where(bits < 8, 1, 2))
+    return tf.switch_case(kind, [deep, shallow, usual])
 
 
 def _decode_gif(contents: tf.Tensor) -> tf.Tensor:

@@ -78,7 +78,7 @@ def load(
     Example:
         >>> data, task = load("demo", image_size=(8, 8))
         >>> len(data.train), len(data.validation), len(data.test), task.labels[:3]
-        (1294, 143, 360, ('0', '1', '2'))
+        (1295, 142, 360, ('0', '1', '2'))
     """
     began = time.monotonic()
     _check_image_size(image_size)
@@ -217,10 +217,10 @@ def _read_one(
 ) -> tuple[str, str | None, bool]:
     """Return a picture's hash, why it is unusable (or None), and whether its extension is wrong."""
     try:
-        stored = listing.reader.read(number)
+        stored: Any = listing.reader.read(number)
     except OSError as error:
         return "", f"cannot be read: {error.strerror or error}", False
-    digest = hashlib.sha256(stored if isinstance(stored, bytes) else np.ascontiguousarray(stored)).hexdigest()
+    digest = hashlib.sha256(stored if isinstance(stored, bytes) else np.ascontiguousarray(stored).data).hexdigest()
     reason = listing.reader.why_unusable(stored)
     if reason is not None:
         return digest, reason, False

@@ -1,0 +1,257 @@
+"""The recipe as a user runs it: what it writes, what it prints, what it refuses."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tftransfer import bundles, cli
+
+SMALL = ["--backbone", "MobileNet-0.25", "--weights", "none", "--image-size", "32", "--quiet"]
+CONTRACT = {
+    "model.keras", "manifest.json", "manifest.sha256", "history.csv", "report.json", "report.html", "MODEL_CARD.md",
+    "logs", "serving",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe(repository):
+    """Return a function that runs the recipe in this process and returns its exit code."""
+    path = repository / "recipes" / "image_classification.py"
+    spec = importlib.util.spec_from_file_location("image_classification_recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments: object) -> int:
+        before, sys.argv = sys.argv, [path.name, *map(str, arguments)]
+        try:
+            return cli.guarded(module.main)
+        except SystemExit as stopped:
+            return stopped.code
+        finally:
+            sys.argv = before
+
+    return run
+
+
+def _photos(folder, classes=("cat", "dog"), count=6, seed=0):
+    generator = np.random.default_rng(seed)
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            picture = generator.integers(0, 100, (40, 48, 3), np.uint8)
+            picture[..., number % 3] += 120
+            (folder / name / f"{index}.png").write_bytes(tf.io.encode_png(picture).numpy())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    """A smoke run on the demo, finished."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    assert recipe("--smoke", "--quiet", "--out", folder) == 0
+    return folder
+
+
+def test_smoke_writes_every_file(finished):
+    assert {path.name for path in finished.iterdir()} == CONTRACT
+    assert (finished / "serving" / "1" / "saved_model.pb").is_file()
+    assert bundles.changed_files(finished, bundles.read_manifest(finished)) == []
+
+
+def test_report_keeps_to_the_contract(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert {"task", "backbone", "strategy", "complete", "data", "metrics", "intervals", "seconds", "checks", "versions",
+            "seed"} <= set(report)  # fmt: skip
+    assert report["task"] == "image_classification"
+    assert report["complete"] is True
+    assert {"accuracy", "macro_precision", "macro_recall", "macro_f1", "log_loss"} <= set(report["metrics"])
+    assert {"low", "high", "method"} == set(report["intervals"]["accuracy"])
+    assert {"decode", "extract", "train", "total"} <= set(report["seconds"])
+    assert all(check["passed"] for check in report["checks"] if check["name"] != "calibration")
+    assert sum(report["data"][split] for split in ("train", "validation", "test")) <= 64
+
+
+def test_the_demo_prints_what_the_backbone_is_worth(finished):
+    report = json.loads((finished / "report.json").read_text())
+    table = next(table for table in report["tables"] if "embedded backbone" in table["title"])
+    assert [row[0] for row in table["rows"]] == ["demo backbone", "random weights", "raw pixels"]
+
+
+def test_a_finished_run_prints_its_report_and_changes_nothing(recipe, finished, capsys):
+    before = (finished / "manifest.json").read_bytes()
+    assert recipe("--smoke", "--out", finished) == 0
+    assert "This run is finished" in capsys.readouterr().out
+    assert (finished / "manifest.json").read_bytes() == before
+
+
+def test_another_run_is_refused(recipe, finished, capsys):
+    assert recipe("--smoke", "--quiet", "--seed", 1, "--out", finished) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert "holds another run (seed 0 there, 1 here)" in error
+
+
+def test_the_run_predicts_evaluates_and_verifies(finished, tmp_path, capsys):
+    picture = tmp_path / "digit.png"
+    picture.write_bytes(tf.io.encode_png(np.zeros((8, 8, 3), np.uint8)).numpy())
+    assert cli.main(["predict", str(finished), str(picture), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["label"] in set("0123456789")
+    assert cli.main(["predict", str(finished), str(picture), "--csv"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "file,label,probability"
+    assert cli.main(["evaluate", str(finished), "--data", "demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 360
+    assert cli.main(["verify", str(finished), "--repeats", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+
+
+@pytest.mark.parametrize("name", ["missing.png", "page.png", "empty.png"])
+def test_pictures_that_cannot_be_used_are_named(finished, tmp_path, capsys, name):
+    (tmp_path / "page.png").write_text("<!DOCTYPE html>")
+    (tmp_path / "empty.png").write_bytes(b"")
+    assert cli.main(["predict", str(finished), str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert name in error
+
+
+def test_a_changed_file_fails_verification(recipe, finished, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "history.csv").write_text("changed")
+    assert cli.main(["verify", str(copy), "--repeats", "2"]) == 1
+    assert "history.csv" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_export_publishes_the_next_version(finished, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    assert cli.main(["export", str(copy), "--quiet"]) == 0
+    assert (copy / "serving" / "2" / "saved_model.pb").is_file()
+    assert bundles.read_manifest(copy)["current"] == "2"
+
+
+def test_dry_run_writes_nothing(recipe, tmp_path, capsys):
+    assert recipe("--dry-run", *SMALL[:-1], "--out", tmp_path / "run") == 0
+    assert "head" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_seed_gives_the_same_model(recipe, tmp_path):
+    photos = _photos(tmp_path / "photos", count=8)
+    weights = []
+    for name in ("one", "two"):
+        assert recipe("--data", photos, *SMALL, "--smoke", "--seed", 3, "--out", tmp_path / name) == 0
+        weights.append(bundles.load(tmp_path / name).model.get_weights())
+    for one, two in zip(*weights, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("kind", ["multi_label", "regression"])
+def test_other_tasks_run_to_the_end(recipe, tmp_path, kind):
+    photos = _photos(tmp_path / "photos", count=10)
+    labels = {"multi_label": ("red|warm", "green"), "regression": ("1.5", "20")}[kind]
+    rows = [f"{name}/{index}.png,{label}" for name, label in zip(("cat", "dog"), labels, strict=True) for index in range(10)]
+    (photos / "table.csv").write_text("image,label\n" + "\n".join(rows) + "\n")
+    task = ["--task", "regression"] if kind == "regression" else []
+    assert recipe("--data", photos / "table.csv", *SMALL, *task, "--smoke", "--out", tmp_path / "run") == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    expected = {"multi_label": "macro_f1", "regression": "mean_absolute_error"}[kind]
+    assert expected in report["metrics"]
+
+
+def _bad(name, folder):
+    """Make one kind of bad input; returns the arguments and what the message must say."""
+    photos = folder / "photos"
+    table = folder / "table.csv"
+    if name == "missing folder":
+        return ["--data", folder / "nowhere"], "nowhere"
+    if name == "empty folder":
+        photos.mkdir()
+        return ["--data", photos], "photos"
+    if name == "one class":
+        return ["--data", _photos(photos, ("cat",))], "one class"
+    if name == "empty class":
+        _photos(photos)
+        (photos / "cow").mkdir()
+        return ["--data", photos], "cow"
+    if name == "class of one":
+        _photos(photos)
+        _photos(photos, ("cow",), count=1)
+        return ["--data", photos], "cow"
+    if name == "labels that training lacks":
+        _photos(photos / "train")
+        _photos(photos / "validation", ("cat", "cow"))
+        return ["--data", photos], "cow"
+    if name == "missing column":
+        table.write_text("picture,label\na.png,cat\n")
+        return ["--data", table], "image"
+    if name == "bad encoding":
+        table.write_bytes(b"image,label\na.png,caf\xe9\n")
+        return ["--data", table], "UTF-8"
+    if name == "missing file":
+        table.write_text("image,label\na.png,cat\nb.png,dog\n")
+        return ["--data", table], "a.png"
+    if name == "weights of another network":
+        from tftransfer import backbones
+
+        backbones.build("MobileNet-0.5", (32, 32)).save_weights(folder / "other.weights.h5")
+        return ["--weights", folder / "other.weights.h5", "--backbone", "MobileNet-0.25"], "other.weights.h5"
+    if name == "unwritable folder":
+        (folder / "file").write_text("")
+        return ["--out", folder / "file" / "run"], "is a file"
+    if name == "another run":
+        (folder / "run").mkdir()
+        (folder / "run" / "manifest.json").write_text('{"configuration": {"seed": 5}}')
+        return [], "holds another run"
+    return {
+        "unknown backbone": (["--backbone", "MobilNetV2"], "Did you mean 'MobileNetV2'"),
+        "missing weights": (["--weights", folder / "none.h5"], "none.h5"),
+        "image too small": (["--backbone", "MobileNet-0.25", "--weights", "none", "--image-size", "8"], "too small"),
+        "zero epochs": (["--epochs", "0"], "`epochs`"),
+        "unknown strategy": (["--strategy", "half"], "`strategy`"),
+        "unknown option": (["--epoch", "3"], "--epoch"),
+        "unknown devices": (["--devices", "tpus"], "`devices`"),
+        "zero batch": (["--batch-size", "0"], "batch_size"),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "missing folder", "empty folder", "one class", "empty class", "class of one", "labels that training lacks",
+        "missing column", "bad encoding", "missing file", "unknown backbone", "weights of another network",
+        "missing weights", "image too small", "zero epochs", "unwritable folder", "another run", "unknown strategy",
+        "unknown option", "unknown devices", "zero batch",
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_2(recipe, tmp_path, capsys, name):
+    arguments, said = _bad(name, tmp_path)
+    given = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    out = [] if "--out" in arguments else ["--out", tmp_path / "run"]
+    assert recipe("--quiet", *arguments, *out) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.strip().splitlines()) == 1
+    assert said in captured.err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == given
+
+
+def test_errors_of_a_real_process_are_one_line(repository, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "recipes/image_classification.py", "--data", "nowhere", "--out", tmp_path / "run"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
