@@ -22,6 +22,7 @@ setup(
         "tensorflow>=2.21,<2.22",
         "keras>=3.15,<3.16",
         "tensorflow-datasets>=4.9.8",
+        "importlib_resources>=6",  # TensorFlow Datasets imports it without asking for it
         "numpy>=2.0",
         "scikit-learn>=1.6",
         "scipy>=1.14",

@@ -29,7 +29,7 @@ def main() -> int:
     if run.finished:
         return tft.runs.show_finished(run)
     keras.utils.set_random_seed(options.seed)
-    strategy = tft.strategies.parse(options.strategy, options.epochs, options.learning_rate)
+    strategy = tft.runs.choose_strategy(options)
     network = tft.runs.choose_network(options)
     data, task = tft.data.load(
         options.data,

@@ -30,6 +30,12 @@ def test_learning_rate_is_the_last_phases_and_the_ratio_stays():
     assert probe.learning_rate == pytest.approx(2e-3)
 
 
+def test_augmentations_are_those_of_the_data_package():
+    from tftransfer.data import augment
+
+    assert set(strategies.AUGMENTATIONS) == set(augment.NAMED)
+
+
 def test_options_reach_the_strategy():
     assert strategies.parse("partial:last=3")[0].selector == "last:3"
     assert strategies.parse("full:layer_decay=0.8")[0].layer_decay == 0.8
@@ -40,9 +46,11 @@ def test_options_reach_the_strategy():
     [
         ("ful", "Did you mean 'full'"),
         ("partial:lasst=3", "Did you mean 'last'"),
-        ("partial:last=two", "must be a number"),
+        ("partial:last=two", "must be a whole number"),
+        ("full:layer_decay=x", "must be a number"),
+        ("full:augmentation=heavy", "one of none, light"),
         ("partial:last=0", "whole number from 1"),
-        ("partial:last=1.5", "whole number from 1"),
+        ("partial:last=1.5", "whole number"),
         ("linear_probe:last=3", "has no options"),
         ("full:layer_decay=2", r"in \(0, 1\]"),
     ],
@@ -66,7 +74,14 @@ def test_bad_learning_rates_are_refused(rate):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"warmup": 1.0}, {"weight_decay": -1.0}, {"schedule": "step"}, {"patience": -1}, {"epochs": 1.5}],
+    [
+        {"warmup": 1.0},
+        {"weight_decay": -1.0},
+        {"schedule": "step"},
+        {"patience": -1},
+        {"epochs": 1.5},
+        {"augmentation": "heavy"},
+    ],
 )
 def test_bad_phases_are_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):

@@ -49,7 +49,10 @@ def recipe_parser(name: str, description: str, *, epochs_help: str = "the strate
         help="imagenet, demo, none or a file (default: demo for the demo's backbone, else imagenet)",
     )
     add("--image-size", type=image_size, metavar="N|HxW", help="pixels (default: the backbone's natural size)")
-    add("--strategy", default="freeze_then_unfreeze", help="NAME[:OPTION=VALUE,...] (default: %(default)s)")
+    add(
+        "--strategy",
+        help="NAME[:OPTION=VALUE,...] (default: freeze_then_unfreeze; for the demo's digits without flips)",
+    )
     add("--epochs", type=int, help=f"total over all phases (default: {epochs_help})")
     add("--batch-size", type=int, default=32, help="examples per step over all devices (default: %(default)s)")
     add("--learning-rate", type=float, help="peak of the last phase (default: the strategy's own)")

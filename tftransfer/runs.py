@@ -15,7 +15,7 @@ import rich.markup
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
-from tftransfer import backbones, bundles, prefix, report_html, serving, trainable, training, weights
+from tftransfer import backbones, bundles, prefix, report_html, serving, strategies, trainable, training, weights
 from tftransfer.checks import calibration, charts, demo, performance
 from tftransfer.data import Data
 from tftransfer.distribution import Devices
@@ -96,6 +96,16 @@ def choose_network(options: argparse.Namespace) -> Network:
     kind = options.weights or ("demo" if wants_demo and name == card["backbone"] else "imagenet")
     natural = card["image_size"] if kind == "demo" else backbones.backbone(name).natural_size
     return Network(name, None if kind == "none" else kind, options.image_size or (natural, natural))
+
+
+def choose_strategy(options: argparse.Namespace) -> Strategy:
+    """Read the strategy; without one probe first and then train everything, mirroring no digits.
+
+    Raises:
+        InputError: If the strategy is not known, or a number is out of its range.
+    """
+    usual = "freeze_then_unfreeze:augmentation=light_no_flip" if options.data == "demo" else "freeze_then_unfreeze"
+    return strategies.parse(options.strategy or usual, options.epochs, options.learning_rate)
 
 
 def begin(run: Run, data: Data, devices: Devices) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tftransfer.errors import InputError, nearest
 
 SCHEDULES = ("cosine", "constant")
+AUGMENTATIONS = ("none", "light", "strong", "light_no_flip", "strong_no_flip")  # `data.augment` says what they do
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Phase:
         schedule: `"cosine"` (down to zero) or `"constant"`. Defaults to `"cosine"`.
         warmup: Share of the phase's steps in which the rate rises from zero, in [0, 1). Defaults to 0.1.
         weight_decay: Decoupled weight decay of AdamW, from 0. Defaults to 1e-4.
-        augmentation: A name of `data.augment`: `"none"`, `"light"`, `"strong"`, .... Defaults to `"none"`.
+        augmentation: One of `AUGMENTATIONS`. Defaults to `"none"`.
         patience: Epochs without a better validation loss before the phase ends; 0 for never. Defaults to 0.
         train_batch_norm: Whether BatchNorm's statistics move in the layers that train. Defaults to False.
 
@@ -53,6 +54,8 @@ class Phase:
         _check(positive, "learning_rate", "a number above 0", self.learning_rate)
         _check(0 < self.layer_decay <= 1, "layer_decay", "in (0, 1]", self.layer_decay)
         _check(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
+        known = f"one of {', '.join(AUGMENTATIONS)}"
+        _check(self.augmentation in AUGMENTATIONS, "augmentation", known, self.augmentation)
         _check(0 <= self.warmup < 1, "warmup", "in [0, 1)", self.warmup)
         _check(self.weight_decay >= 0, "weight_decay", "a number from 0", self.weight_decay)
         _check(self.patience >= 0, "patience", "a whole number from 0", self.patience)
@@ -72,14 +75,20 @@ def linear_probe(epochs: int | None = None, learning_rate: float | None = None) 
         >>> [phase.selector for phase in linear_probe()]
         ['head']
     """
-    return _scaled((Phase("linear probe", "head", 30, 1e-2),), epochs, learning_rate)
+    return _scaled((Phase("linear probe", "head", 30, 1e-2, weight_decay=1.0),), epochs, learning_rate)
 
 
-def full(layer_decay: float = 1.0, epochs: int | None = None, learning_rate: float | None = None) -> Strategy:
+def full(
+    layer_decay: float = 1.0,
+    augmentation: str = "light",
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+) -> Strategy:
     """Train everything at once: for many examples, or a task far from the backbone's.
 
     Args:
         layer_decay: Factor on the rate per depth group below the head, in (0, 1]. Defaults to 1.
+        augmentation: One of `AUGMENTATIONS`. Defaults to `"light"`.
         epochs: Total passes over the training split. Defaults to 20.
         learning_rate: Peak rate. Defaults to 1e-3.
 
@@ -87,14 +96,20 @@ def full(layer_decay: float = 1.0, epochs: int | None = None, learning_rate: flo
         >>> [phase.selector for phase in full()]
         ['all']
     """
-    return _scaled((Phase("full", "all", 20, 1e-3, layer_decay, augmentation="light"),), epochs, learning_rate)
+    return _scaled((Phase("full", "all", 20, 1e-3, layer_decay, augmentation=augmentation),), epochs, learning_rate)
 
 
-def partial(last: int = 2, epochs: int | None = None, learning_rate: float | None = None) -> Strategy:
+def partial(
+    last: int = 2,
+    augmentation: str = "light",
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+) -> Strategy:
     """Train the head and the topmost depth groups: between a probe and full fine-tuning.
 
     Args:
         last: How many depth groups of the backbone train, at least 1. Defaults to 2.
+        augmentation: One of `AUGMENTATIONS`. Defaults to `"light"`.
         epochs: Total passes over the training split. Defaults to 20.
         learning_rate: Peak rate. Defaults to 1e-3.
 
@@ -103,15 +118,18 @@ def partial(last: int = 2, epochs: int | None = None, learning_rate: float | Non
         ['last:3']
     """
     _check(isinstance(last, int) and last >= 1, "last", "a whole number from 1", last)
-    return _scaled((Phase("partial", f"last:{last}", 20, 1e-3, augmentation="light"),), epochs, learning_rate)
+    return _scaled((Phase("partial", f"last:{last}", 20, 1e-3, augmentation=augmentation),), epochs, learning_rate)
 
 
-def freeze_then_unfreeze(epochs: int | None = None, learning_rate: float | None = None) -> Strategy:
+def freeze_then_unfreeze(
+    augmentation: str = "light", epochs: int | None = None, learning_rate: float | None = None
+) -> Strategy:
     """Probe first, then train everything from there: a good default from a few hundred examples up.
 
     Starting from a trained head keeps the first steps from spoiling the features.
 
     Args:
+        augmentation: One of `AUGMENTATIONS`, for the second phase. Defaults to `"light"`.
         epochs: Total passes over the training split, shared one to two. Defaults to 30.
         learning_rate: Peak rate of the second phase; the probe's is ten times as high. Defaults to 1e-3.
 
@@ -121,8 +139,8 @@ def freeze_then_unfreeze(epochs: int | None = None, learning_rate: float | None 
         >>> [(phase.selector, phase.epochs) for phase in freeze_then_unfreeze(epochs=6)]
         [('head', 2), ('all', 4)]
     """
-    probe = Phase("probe", "head", 10, 1e-2)
-    tune = Phase("fine-tune", "all", 20, 1e-3, layer_decay=0.9, augmentation="light")
+    probe = Phase("probe", "head", 10, 1e-2, weight_decay=1.0)
+    tune = Phase("fine-tune", "all", 20, 1e-3, layer_decay=0.9, weight_decay=0.05, augmentation=augmentation)
     return _scaled((probe, tune), epochs, learning_rate)
 
 
@@ -160,8 +178,9 @@ def parse(text: str, epochs: int | None = None, learning_rate: float | None = No
             f"`strategy` must be one of {', '.join(_NAMED)}.{nearest(name, _NAMED)} Received: strategy={text!r}"
         )
     function = _NAMED[name]
-    known = [option for option in inspect.signature(function).parameters if option not in _SHARED_OPTIONS]
-    chosen = dict(_option(name, part, known) for part in options.split(",") if part)
+    parameters = inspect.signature(function).parameters.values()
+    types = {option.name: _TYPES[option.annotation] for option in parameters if option.name not in _SHARED_OPTIONS}
+    chosen = dict(_option(name, part, types) for part in options.split(",") if part)
     return function(**chosen, epochs=epochs, learning_rate=learning_rate)
 
 
@@ -200,6 +219,7 @@ def with_learning_rate(strategy: Strategy, rate: float) -> Strategy:
 
 
 _SHARED_OPTIONS = ("epochs", "learning_rate")
+_TYPES = {"int": int, "float": float, "str": str}  # of an option, by its annotation
 
 
 def _scaled(strategy: Strategy, epochs: int | None, learning_rate: float | None) -> Strategy:
@@ -208,15 +228,16 @@ def _scaled(strategy: Strategy, epochs: int | None, learning_rate: float | None)
     return strategy if learning_rate is None else with_learning_rate(strategy, learning_rate)
 
 
-def _option(strategy: str, part: str, known: list[str]) -> tuple[str, int | float]:
+def _option(strategy: str, part: str, types: dict[str, type]) -> tuple[str, int | float | str]:
     name, _, value = part.partition("=")
-    if name not in known:
-        has = f"has the options {', '.join(known)}" if known else "has no options"
-        raise InputError(f"`strategy` {strategy} {has}.{nearest(name, known)} Received: {part!r}")
+    if name not in types:
+        has = f"has the options {', '.join(types)}" if types else "has no options"
+        raise InputError(f"`strategy` {strategy} {has}.{nearest(name, types)} Received: {part!r}")
     try:
-        return name, int(value) if value.lstrip("+-").isdigit() else float(value)
+        return name, types[name](value)
     except ValueError:
-        raise InputError(f"`strategy` {strategy}: `{name}` must be a number. Received: {part!r}") from None
+        kind = "a whole number" if types[name] is int else "a number"
+        raise InputError(f"`strategy` {strategy}: `{name}` must be {kind}. Received: {part!r}") from None
 
 
 def _check(holds: bool, name: str, expected: str, value: object) -> None:

@@ -90,9 +90,7 @@ def test_several_labels():
     found = calibration(task, targets, probabilities)
     expected = sklearn_metrics.brier_score_loss(targets.ravel(), probabilities.ravel())
     assert found.metrics["brier_score"].value == pytest.approx(expected, rel=1e-5)
-    assert found.metrics["log_loss"].value == pytest.approx(
-        task.measure(targets, probabilities)["log_loss"], rel=1e-5
-    )
+    assert found.metrics["log_loss"].value == pytest.approx(task.measure(targets, probabilities)["log_loss"], rel=1e-5)
     assert found.checks[0].passed is True
     assert found.checks[0].metrics["answers"] == 400
 

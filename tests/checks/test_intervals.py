@@ -16,9 +16,7 @@ from tftransfer.report import Number
 def test_wilson_equals_scipy(successes, total):
     successes = min(successes, total)
     expected = stats.binomtest(successes, total).proportion_ci(0.95, method="wilson")
-    assert intervals.wilson(successes / total, total) == pytest.approx(
-        (expected.low, expected.high), abs=1e-9
-    )
+    assert intervals.wilson(successes / total, total) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_wilson_by_hand():
@@ -36,9 +34,7 @@ def test_a_share_of_nothing_is_undefined():
 
 def macro_recall(targets, right, classes):
     one_hot = np.eye(classes)[targets]
-    return lambda weights: float(
-        np.mean((weights @ (one_hot * right[:, None])) / np.maximum(weights @ one_hot, 1e-9))
-    )
+    return lambda weights: float(np.mean((weights @ (one_hot * right[:, None])) / np.maximum(weights @ one_hot, 1e-9)))
 
 
 @pytest.mark.parametrize(
@@ -75,9 +71,7 @@ def test_an_average_with_an_empty_class_has_no_interval():
 
 def test_the_average_of_one_class_is_close_to_wilson():
     right = np.arange(200) < 160
-    found = intervals.average_of_rates(
-        0.8, lambda weights: float(weights @ right) / 200, 200, np.array([200])
-    )
+    found = intervals.average_of_rates(0.8, lambda weights: float(weights @ right) / 200, 200, np.array([200]))
     assert (found.low, found.high) == pytest.approx(intervals.wilson(0.8, 200), abs=0.01)
 
 
@@ -123,7 +117,5 @@ def test_intervals_that_do_not_hold_are_not_given():
 
 
 def test_a_falling_function_swaps_the_bounds():
-    assert intervals.transformed(Number(0.25, 0.125, 0.5, "t"), lambda x: 1 - x) == Number(
-        0.75, 0.5, 0.875, "t"
-    )
+    assert intervals.transformed(Number(0.25, 0.125, 0.5, "t"), lambda x: 1 - x) == Number(0.75, 0.5, 0.875, "t")
     assert intervals.transformed(Number(0.25, method="none"), lambda x: 1 - x) == Number(0.75, method="none")

@@ -120,9 +120,7 @@ def test_the_table_of_classes_by_hand():
 def test_the_table_of_labels_equals_scikit_learn():
     task, targets, probabilities = several()
     (table,) = [
-        table
-        for table in performance(task, examples(targets), probabilities).tables
-        if table.title == "Each label"
+        table for table in performance(task, examples(targets), probabilities).tables if table.title == "Each label"
     ]
     expected = sklearn_metrics.precision_recall_fscore_support(targets, probabilities >= 0.5)
     for i, row in enumerate(dict(zip(table.columns, row, strict=True)) for row in table.rows):

@@ -75,9 +75,7 @@ def test_other_fonts_are_reported(monkeypatch):
         glyphs.generated_signs(1, image_size=8, drawn=0)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"count": 0}, {"image_size": 7}, {"seed": -1}, {"drawn": -1}, {"colour": 1.5}]
-)
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"image_size": 7}, {"seed": -1}, {"drawn": -1}, {"colour": 1.5}])
 def test_numbers_out_of_range(wrong):
     (name,) = wrong
     with pytest.raises(InputError, match=f"`{name}` must be .* Received: {name}="):

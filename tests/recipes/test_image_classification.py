@@ -159,7 +159,9 @@ def test_the_same_seed_gives_the_same_model(recipe, tmp_path):
 def test_other_tasks_run_to_the_end(recipe, tmp_path, kind):
     photos = _photos(tmp_path / "photos", count=10)
     labels = {"multi_label": ("red|warm", "green"), "regression": ("1.5", "20")}[kind]
-    rows = [f"{name}/{index}.png,{label}" for name, label in zip(("cat", "dog"), labels, strict=True) for index in range(10)]
+    rows = [
+        f"{name}/{index}.png,{label}" for name, label in zip(("cat", "dog"), labels, strict=True) for index in range(10)
+    ]
     (photos / "table.csv").write_text("image,label\n" + "\n".join(rows) + "\n")
     task = ["--task", "regression"] if kind == "regression" else []
     assert recipe("--data", photos / "table.csv", *SMALL, *task, "--smoke", "--out", tmp_path / "run") == 0
@@ -224,6 +226,10 @@ def _bad(name, folder):
     }[name]
 
 
+def _contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -235,13 +241,13 @@ def _bad(name, folder):
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_2(recipe, tmp_path, capsys, name):
     arguments, said = _bad(name, tmp_path)
-    given = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    given = _contents(tmp_path)
     out = [] if "--out" in arguments else ["--out", tmp_path / "run"]
     assert recipe("--quiet", *arguments, *out) == 2
     captured = capsys.readouterr()
     assert len(captured.err.strip().splitlines()) == 1
     assert said in captured.err
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == given
+    assert _contents(tmp_path) == given
 
 
 def test_errors_of_a_real_process_are_one_line(repository, tmp_path):

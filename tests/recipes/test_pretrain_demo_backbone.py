@@ -34,9 +34,7 @@ def test_smoke_run_writes_every_file(repository, tmp_path):
         str(tmp_path),
     ]
     environment = {**os.environ, "PYTHONPATH": str(repository)}
-    run = subprocess.run(
-        command, capture_output=True, text=True, cwd=repository, env=environment, check=False
-    )
+    run = subprocess.run(command, capture_output=True, text=True, cwd=repository, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     assert {path.name for path in tmp_path.iterdir()} == FILES
     written = json.loads((tmp_path / "demo_backbone.json").read_text(encoding="utf-8"))

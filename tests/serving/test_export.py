@@ -59,9 +59,7 @@ def test_an_empty_batch_is_answered(exported):
 
 
 def test_no_path_of_this_machine_is_inside(exported, repository):
-    content = (exported / "saved_model.pb").read_bytes() + (
-        exported / "variables" / "variables.index"
-    ).read_bytes()
+    content = (exported / "saved_model.pb").read_bytes() + (exported / "variables" / "variables.index").read_bytes()
     assert b"image_bytes" in content
     assert not any(str(path).encode() in content for path in (repository, exported.parent))
 
@@ -70,18 +68,14 @@ def test_probabilities_from_an_activation_pass_unchanged(model, task, pictures, 
     soft = keras.Model(model.input, keras.layers.Softmax()(model.output))
     serving.export_savedmodel(soft, task, tmp_path / "soft")
     serving.export_savedmodel(model, task, tmp_path / "logits")
-    both = [
-        answer(tmp_path / name, "serving_default", loaders.as_texts(pictures)) for name in ("soft", "logits")
-    ]
+    both = [answer(tmp_path / name, "serving_default", loaders.as_texts(pictures)) for name in ("soft", "logits")]
     np.testing.assert_allclose(both[0]["probabilities"], both[1]["probabilities"], atol=1e-6)
 
 
 def test_from_logits_can_be_said(model, task, pictures, tmp_path):
     serving.export_savedmodel(model, task, tmp_path / "1", from_logits=False)
     numbers = answer(tmp_path / "1", "serving_default", loaders.as_texts(pictures))["probabilities"]
-    assert not np.allclose(numbers.sum(axis=1), 1), (
-        "softmax was applied although the outputs were declared final"
-    )
+    assert not np.allclose(numbers.sum(axis=1), 1), "softmax was applied although the outputs were declared final"
 
 
 @pytest.mark.usefixtures("without_c_library")
@@ -94,9 +88,7 @@ def test_mixed_precision_answers_in_float32(policy, network, task, pictures, tmp
     finally:
         keras.config.set_dtype_policy(before)
     serving.export_savedmodel(model, task, tmp_path / "1")
-    verification = serving.verify(
-        tmp_path / "1", pictures, model=model, task=task, repeats=3, batch_sizes=(0, 1)
-    )
+    verification = serving.verify(tmp_path / "1", pictures, model=model, task=task, repeats=3, batch_sizes=(0, 1))
     assert verification.passed, verification.lines()
 
 

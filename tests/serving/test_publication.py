@@ -42,9 +42,7 @@ def test_the_next_version_follows_the_highest_number(tmp_path):
 
 def test_nothing_is_visible_before_it_is_checked_and_on_the_disk(tmp_path, monkeypatch):
     events = []
-    monkeypatch.setattr(
-        os, "fsync", lambda descriptor: events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-    )
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.readlink(f"/proc/self/fd/{descriptor}")))
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda *names: (events.append("rename"), rename(*names)))
 
@@ -64,9 +62,7 @@ def test_nothing_is_visible_before_it_is_checked_and_on_the_disk(tmp_path, monke
 
 
 def test_what_fails_is_not_published_and_leaves_nothing(tmp_path):
-    version, verification = publication.publish_directory(
-        build, tmp_path / "run" / "serving", lambda _: FAILED
-    )
+    version, verification = publication.publish_directory(build, tmp_path / "run" / "serving", lambda _: FAILED)
     assert version is None
     assert verification is FAILED
     assert contents(tmp_path) == []
@@ -109,9 +105,7 @@ def test_publish_exports_and_verifies(model, task, pictures, tmp_path):
 
 
 @pytest.mark.usefixtures("without_c_library")
-def test_publish_refuses_an_export_that_answers_otherwise(
-    model, network, task, pictures, tmp_path, monkeypatch
-):
+def test_publish_refuses_an_export_that_answers_otherwise(model, network, task, pictures, tmp_path, monkeypatch):
     export = publication.export_savedmodel
     monkeypatch.setattr(
         publication,

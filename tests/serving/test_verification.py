@@ -37,9 +37,7 @@ def test_a_right_export_passes_every_check(exported, model, task, pictures):
     verification = serving.verify(exported, pictures, model=model, task=task, repeats=3)
     assert [check.passed for check in verification.checks] == [True] * 8
     differences = [check.metrics.get("maximum difference") for check in verification.checks]
-    assert differences == [None, None, 0, 0, 0, None, 0, None], (
-        "unoptimised graphs on one machine: the same bits"
-    )
+    assert differences == [None, None, 0, 0, 0, None, 0, None], "unoptimised graphs on one machine: the same bits"
     assert len(verification.rows()) == len(verification.lines()) == 8
     assert verification.lines()[0].startswith("passed: SavedModel structure")
 
@@ -48,9 +46,7 @@ def test_a_right_export_passes_every_check(exported, model, task, pictures):
 def test_without_samples_model_and_task_it_still_decides(exported):
     verification = serving.verify(exported, repeats=2)
     assert verification.passed
-    assert [check.name for check in verification.checks if check.passed is None] == [
-        "graph session equals Keras"
-    ]
+    assert [check.name for check in verification.checks if check.passed is None] == ["graph session equals Keras"]
 
 
 def test_a_right_export_made_by_hand_passes(write_savedmodel, answers, verify, decoder):
@@ -69,9 +65,7 @@ def test_dropout_left_on_fails(write_savedmodel, model, task, verify, decoder):
     def tensor(image):
         return task.answers(model(image, training=True), True)
 
-    assert "repeated requests" in verify(
-        write_savedmodel(tensor, lambda image_bytes: tensor(decoder(image_bytes)))
-    )
+    assert "repeated requests" in verify(write_savedmodel(tensor, lambda image_bytes: tensor(decoder(image_bytes))))
 
 
 @pytest.mark.parametrize("with_task", [True, False])
@@ -99,9 +93,7 @@ def test_fixed_batch_fails(write_savedmodel, answers, verify, decoder):
 
 def test_half_precision_answers_fail(write_savedmodel, answers, verify, decoder):
     def tensor(image):
-        return {
-            name: tf.cast(v, tf.float16) if v.dtype == tf.float32 else v for name, v in answers(image).items()
-        }
+        return {name: tf.cast(v, tf.float16) if v.dtype == tf.float32 else v for name, v in answers(image).items()}
 
     directory = write_savedmodel(tensor, lambda image_bytes: tensor(decoder(image_bytes)))
     assert verify(directory) == ("SavedModel structure",)

@@ -96,8 +96,7 @@ def by_chance(confidence: np.ndarray, bins: int = BINS) -> Chance:
     """
     random = np.random.default_rng(0)
     errors = [
-        calibration_error(confidence, random.random(len(confidence)) < confidence, bins)
-        for _ in range(_SIMULATIONS)
+        calibration_error(confidence, random.random(len(confidence)) < confidence, bins) for _ in range(_SIMULATIONS)
     ]
     return Chance(float(np.mean(errors)), float(np.quantile(errors, intervals.CONFIDENCE)))
 
@@ -149,22 +148,15 @@ class _Bin:
 def _bins(confidence: np.ndarray, right: np.ndarray) -> list[_Bin]:
     """Describe each bin that holds an answer."""
     numbers = _bin_numbers(confidence, BINS)
-    return [
-        _bin(int(number), confidence[numbers == number], right[numbers == number])
-        for number in np.unique(numbers)
-    ]
+    return [_bin(int(number), confidence[numbers == number], right[numbers == number]) for number in np.unique(numbers)]
 
 
 def _bin(number: int, confidence: np.ndarray, right: np.ndarray) -> _Bin:
-    return _Bin(
-        number, float(confidence.mean()), intervals.proportion(int(right.sum()), len(right)), len(right)
-    )
+    return _Bin(number, float(confidence.mean()), intervals.proportion(int(right.sum()), len(right)), len(right))
 
 
 def _table(confidence: np.ndarray, right: np.ndarray) -> Table:
-    rows = tuple(
-        (_edges(one.number), one.confidence, one.share, one.count) for one in _bins(confidence, right)
-    )
+    rows = tuple((_edges(one.number), one.confidence, one.share, one.count) for one in _bins(confidence, right))
     columns = ("confidence between", "mean confidence", "share right", "answers")
     return Table("Confidence and share right", columns, rows, section=CALIBRATION, percent=columns[1:3])
 
@@ -192,9 +184,7 @@ def _diagram(confidence: np.ndarray, right: np.ndarray, error: float, chance: Ch
         "19 times in 20."
     )
     caption = f"{summary} Points below the line: more confident than right. Bars are 95 % intervals."
-    return Picture(
-        "Calibration curve", drawing.png(drawn), caption, CALIBRATION, f"Reliability diagram. {summary}"
-    )
+    return Picture("Calibration curve", drawing.png(drawn), caption, CALIBRATION, f"Reliability diagram. {summary}")
 
 
 def _draw_shares(axes: Axes, bins: list[_Bin]) -> None:
@@ -202,9 +192,7 @@ def _draw_shares(axes: Axes, bins: list[_Bin]) -> None:
     low, share, high = np.array([(one.share.low, one.share.value, one.share.high) for one in bins]).T
     drawing.style(axes, y="share right").plot([0, 1], [0, 1], color=drawing.GRAY, linestyle="--", linewidth=1)
     bars = (share - low, high - share)
-    axes.errorbar(
-        confidences, share, bars, color=drawing.BLUE, marker="o", markersize=5, capsize=3, linewidth=1.2
-    )
+    axes.errorbar(confidences, share, bars, color=drawing.BLUE, marker="o", markersize=5, capsize=3, linewidth=1.2)
     axes.annotate("perfect", (0.04, 0.09), fontsize=drawing.FONT - 1, color=drawing.GRAY)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))

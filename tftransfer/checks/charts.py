@@ -18,9 +18,7 @@ _CELLS_WITH_NUMBERS = 30
 _TICK_LABELS = 40
 
 
-def learning_curves(
-    history: Mapping[str, Sequence[float]], phases: Iterable[Mapping[str, Any]] = ()
-) -> Picture:
+def learning_curves(history: Mapping[str, Sequence[float]], phases: Iterable[Mapping[str, Any]] = ()) -> Picture:
     """Draw loss and metric of training and validation per epoch, phases marked.
 
     Args:
@@ -52,9 +50,7 @@ def _curve(axes: Axes, history: Mapping[str, Sequence[float]], name: str) -> Non
         values = np.asarray(history.get(key, ()), float)
         epochs = np.arange(1, len(values) + 1)
         marker = "o" if len(values) <= 30 else None
-        axes.plot(
-            epochs, values, dashes, color=color, label=label, marker=marker, markersize=3, linewidth=1.5
-        )
+        axes.plot(epochs, values, dashes, color=color, label=label, marker=marker, markersize=3, linewidth=1.5)
 
 
 def _mark_phases(axes: Axes, phases: Iterable[Mapping[str, Any]], with_names: bool) -> None:

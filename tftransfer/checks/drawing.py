@@ -34,9 +34,7 @@ def png(drawn: Figure) -> bytes:
     with warnings.catch_warnings():
         # A label in a script that the font lacks is drawn as boxes; the tables beside it show it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        crop: dict[str, Any] = (
-            {"bbox_inches": "tight", "pad_inches": 0.08} if drawn.get_layout_engine() else {}
-        )
+        crop: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.08} if drawn.get_layout_engine() else {}
         drawn.savefig(buffer, format="png", metadata={"Software": None}, **crop)
     return buffer.getvalue()
 

@@ -52,15 +52,12 @@ def confident_mistakes(task: Task, targets: np.ndarray, probabilities: np.ndarra
     ]
 
 
-def label_mistakes(
-    task: Task, truth: np.ndarray, given: np.ndarray, probabilities: np.ndarray
-) -> list[Mistake]:
+def label_mistakes(task: Task, truth: np.ndarray, given: np.ndarray, probabilities: np.ndarray) -> list[Mistake]:
     """Rank examples by how far the probability of their worst wrong label is from the truth."""
     gaps = np.where(truth != given, np.abs(probabilities - truth), 0.0).max(axis=1)
     ranked = [int(i) for i in np.argsort(-gaps, kind="stable") if (truth[i] != given[i]).any()]
     return [
-        Mistake(i, _names(task, truth[i]), _names(task, given[i]), f"off by {100 * gaps[i]:.0f} points")
-        for i in ranked
+        Mistake(i, _names(task, truth[i]), _names(task, given[i]), f"off by {100 * gaps[i]:.0f} points") for i in ranked
     ]
 
 

@@ -44,16 +44,12 @@ def performance(
         The task's metrics with 95 % intervals, tables, pictures and the check `finite_outputs`.
     """
     finite = np.isfinite(probabilities).all(axis=-1)
-    check = Check(
-        "finite_outputs", bool(finite.all()), {"examples": len(finite), "not_finite": int((~finite).sum())}
-    )
+    check = Check("finite_outputs", bool(finite.all()), {"examples": len(finite), "not_finite": int((~finite).sum())})
     if not len(examples):
         return Findings()
     if not finite.all():
         names = task.measure(examples.targets, np.zeros_like(probabilities))
-        return Findings(
-            {name: Number(None, method="none: outputs not finite") for name in names}, checks=(check,)
-        )
+        return Findings({name: Number(None, method="none: outputs not finite") for name in names}, checks=(check,))
     if task.kind == "regression":
         return _regression(task, examples, probabilities, max_mistakes) + Findings(checks=(check,))
     describe = _single_label if task.kind == "single_label" else _multi_label
@@ -119,9 +115,7 @@ def _macro_statistics(truth: np.ndarray, given: np.ndarray) -> dict[str, Callabl
     }
 
 
-def _weighted_average_precision(
-    truth: np.ndarray, probabilities: np.ndarray
-) -> Callable[[np.ndarray], float]:
+def _weighted_average_precision(truth: np.ndarray, probabilities: np.ndarray) -> Callable[[np.ndarray], float]:
     """Return the mean average precision as a function of how often each example counts."""
     order = np.argsort(-probabilities, axis=0, kind="stable")
     sorted_truth = np.take_along_axis(truth, order, axis=0)
@@ -155,9 +149,7 @@ def _label_table(
 ) -> Table:
     columns = {
         **_rates((truth * given).sum(axis=0), truth.sum(axis=0), given.sum(axis=0)),
-        "average precision": [
-            _average_precision(truth[:, i], probabilities[:, i]) for i in range(len(labels))
-        ],
+        "average precision": [_average_precision(truth[:, i], probabilities[:, i]) for i in range(len(labels))],
         "test examples": truth.sum(axis=0).astype(int),
     }
     note = (
@@ -246,9 +238,7 @@ def _regression_metrics(task: Task, targets: np.ndarray, predicted: np.ndarray) 
     known = {
         "mean_absolute_error": intervals.mean(np.abs(predicted - targets).astype(float).mean(axis=1)),
         "root_mean_squared_error": _root(intervals.mean(squares / task.num_outputs, at_least=30)),
-        "r_squared": intervals.transformed(
-            intervals.ratio(squares, spread), lambda unexplained: 1 - unexplained
-        ),
+        "r_squared": intervals.transformed(intervals.ratio(squares, spread), lambda unexplained: 1 - unexplained),
     }
     return {name: known.get(name, Number(value)) for name, value in task.measure(targets, predicted).items()}
 

@@ -88,9 +88,7 @@ def compare_probe(
 def draw_per_class(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Draw the indices of `count` examples of each class, without replacement."""
     rng = np.random.default_rng([seed, count])
-    return np.concatenate(
-        [rng.permutation(np.flatnonzero(labels == label))[:count] for label in np.unique(labels)]
-    )
+    return np.concatenate([rng.permutation(np.flatnonzero(labels == label))[:count] for label in np.unique(labels)])
 
 
 def _accuracy(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
@@ -124,8 +122,7 @@ def _check(
         for name, array in arrays.items():
             if len(array) != len(targets):
                 raise InputError(
-                    f"`{argument}[{name!r}]` must have one row per label, {len(targets)}. "
-                    f"Received: {len(array)} rows"
+                    f"`{argument}[{name!r}]` must have one row per label, {len(targets)}. Received: {len(array)} rows"
                 )
     smallest = int(np.unique(labels, return_counts=True)[1].min())
     if draws < 1 or not 1 <= min(per_class) <= max(per_class) <= smallest:

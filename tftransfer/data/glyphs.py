@@ -165,9 +165,7 @@ def _fonts_for(character: str) -> list[str]:
 def _glyph(character: str, font: str, extra_width: int) -> Image.Image:
     """Render a character in the middle of the canvas, its longer side `GLYPH` pixels."""
     large = Image.new("L", (160, 160))
-    ImageDraw.Draw(large).text(
-        (80, 80), character, 255, _typeface(font), anchor="mm", stroke_width=extra_width
-    )
+    ImageDraw.Draw(large).text((80, 80), character, 255, _typeface(font), anchor="mm", stroke_width=extra_width)
     large = large.crop(large.getbbox())
     scale = GLYPH / max(large.size)
     small = large.resize([max(2, round(side * scale)) for side in large.size], Image.Resampling.BOX)

@@ -211,9 +211,7 @@ def to_array(library: ctypes.CDLL, tensor: int) -> np.ndarray:
         return np.frombuffer(content, _TYPES[kind]).reshape(shape)
     array = np.empty(math.prod(shape), object)
     for number, place in enumerate(_string_places(library, tensor, array.size)):
-        array[number] = ctypes.string_at(
-            library.TF_StringGetDataPointer(place), library.TF_StringGetSize(place)
-        )
+        array[number] = ctypes.string_at(library.TF_StringGetDataPointer(place), library.TF_StringGetSize(place))
     return array.reshape(shape)
 
 

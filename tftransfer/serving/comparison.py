@@ -92,9 +92,7 @@ def difference(expected: Answers, received: Answers, threshold: float | None = N
 def identical(expected: Answers, received: Answers) -> bool:
     """Tell whether two sets of answers are the same bit for bit."""
     return not _mismatch(expected, received) and all(
-        one.tolist() == received[name].tolist()
-        if one.dtype == object
-        else one.tobytes() == received[name].tobytes()
+        one.tolist() == received[name].tolist() if one.dtype == object else one.tobytes() == received[name].tobytes()
         for name, one in expected.items()
     )
 

@@ -61,9 +61,7 @@ def keras_answers(
 
 
 @contextlib.contextmanager
-def graph_session(
-    directory: Path, signatures: Mapping[str, Signature]
-) -> Iterator[Callable[[Request], Answers]]:
+def graph_session(directory: Path, signatures: Mapping[str, Signature]) -> Iterator[Callable[[Request], Answers]]:
     """Load a SavedModel into a graph session and give the function that answers requests."""
     with quiet(), tf.Graph().as_default(), tf.compat.v1.Session() as session:
         tf.compat.v1.saved_model.load(session, ["serve"], os.fspath(directory))

@@ -44,9 +44,7 @@ def read(directory: Path) -> Any:
     try:
         return saved_model_pb2.SavedModel.FromString(file.read_bytes())
     except OSError as error:
-        raise InputError(
-            f"{directory} is no SavedModel: {file.name} cannot be read ({error.strerror})"
-        ) from None
+        raise InputError(f"{directory} is no SavedModel: {file.name} cannot be read ({error.strerror})") from None
     except DecodeError:
         raise InputError(f"{directory} is no SavedModel: {file.name} is damaged") from None
 
@@ -72,9 +70,7 @@ def check_labels(saved_model: Any, task: Task) -> Check | None:
         return None
     labels = tuple(label.encode() for label in task.labels)
     found = any(texts == labels for texts in _text_constants(saved_model.meta_graphs[0].graph_def))
-    detail = (
-        {"labels": len(labels)} if found else {"problem": "the labels are not in the graph in this order"}
-    )
+    detail = {"labels": len(labels)} if found else {"problem": "the labels are not in the graph in this order"}
     return Check("labels in the graph", found, detail)
 
 
@@ -109,9 +105,7 @@ def _problems(saved_model: Any, task: Task | None) -> Iterator[str]:
         yield from (f"{name}: {problem}" for problem in _output_problems(definitions[name], task))
 
 
-def _input_problems(
-    definition: Any, name: str, kind: tf.DType, shape: tuple[int | None, ...]
-) -> Iterator[str]:
+def _input_problems(definition: Any, name: str, kind: tf.DType, shape: tuple[int | None, ...]) -> Iterator[str]:
     if list(definition.inputs) != [name]:
         yield f"expected the input `{name}`, found {sorted(definition.inputs)}"
         return

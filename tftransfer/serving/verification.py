@@ -138,18 +138,14 @@ def verify(
     threshold = getattr(task, "threshold", None)  # only tasks with several labels have one
     case = _Case(loaders.as_texts(encoded), pixels, threshold, repeats, tuple(batch_sizes))
     expect = partial(_keras_answers, model, task, from_logits, case)
-    return Verification(
-        (*checks, *_check_answers(directory, structure.signatures(saved_model), case, expect))
-    )
+    return Verification((*checks, *_check_answers(directory, structure.signatures(saved_model), case, expect)))
 
 
 def made_up_pictures(seed: int = 0) -> list[bytes]:
     """Return a few encoded pictures of random colours, in sizes and formats that exercise the decoder."""
     generator = np.random.default_rng(seed)
     pictures = []
-    for number, (height, width, channels) in enumerate(
-        ((48, 64, 3), (131, 97, 3), (40, 40, 1), (300, 200, 3))
-    ):
+    for number, (height, width, channels) in enumerate(((48, 64, 3), (131, 97, 3), (40, 40, 1), (300, 200, 3))):
         coarse = generator.uniform(0, 255, (1, 6, 6, channels))
         smooth = tf.cast(tf.image.resize(coarse, (height, width), "bicubic")[0], tf.uint8)
         encode = tf.io.encode_png if number % 2 else tf.io.encode_jpeg
@@ -159,13 +155,9 @@ def made_up_pictures(seed: int = 0) -> list[bytes]:
 
 def _check_arguments(repeats: int, batch_sizes: Sequence[int]) -> None:
     if repeats < 2:
-        raise InputError(
-            f"`repeats` must be at least 2: one answer proves nothing. Received: repeats={repeats}"
-        )
+        raise InputError(f"`repeats` must be at least 2: one answer proves nothing. Received: repeats={repeats}")
     if not batch_sizes or min(batch_sizes) < 0:
-        raise InputError(
-            f"`batch_sizes` must be numbers from 0. Received: batch_sizes={tuple(batch_sizes)!r}"
-        )
+        raise InputError(f"`batch_sizes` must be numbers from 0. Received: batch_sizes={tuple(batch_sizes)!r}")
 
 
 def _check_answers(
@@ -205,9 +197,7 @@ def _keras_answers(
         return None
     pixels = [request.values for request in case.requests if request.signature == PIXELS]
     answers = loaders.keras_answers(model, task, from_logits, pixels)
-    return [
-        answer for answer in answers for _ in (BYTES, PIXELS)
-    ]  # both signatures must answer as Keras does
+    return [answer for answer in answers for _ in (BYTES, PIXELS)]  # both signatures must answer as Keras does
 
 
 def _check_keras(case: _Case, expect: Callable[[], list[Answers] | None], received: list[Answers]) -> Check:
@@ -230,9 +220,7 @@ def _check_c_library(case: _Case, wait: Callable[[], list[Answers | int]], recei
     good = [answer for answer in answers[: len(received)] if not isinstance(answer, int)]
     refused = [answer for answer in answers[len(received) :] if answer == _INVALID_ARGUMENT]
     if len(good) != len(received) or len(refused) != len(case.broken):
-        counts = (
-            f"{len(good)} of {len(received)} answered, {len(refused)} of {len(case.broken)} broken refused"
-        )
+        counts = f"{len(good)} of {len(received)} answered, {len(refused)} of {len(case.broken)} broken refused"
         return Check(name, False, {"problem": counts})
     return case.check(name, zip(received, good, strict=True))
 

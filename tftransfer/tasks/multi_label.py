@@ -41,9 +41,7 @@ class MultiLabel:
     def __post_init__(self) -> None:
         check_labels(self.labels, at_least=1)
         if not 0 <= self.label_smoothing < 1:
-            raise InputError(
-                f"`label_smoothing` must be in [0, 1). Received: label_smoothing={self.label_smoothing}"
-            )
+            raise InputError(f"`label_smoothing` must be in [0, 1). Received: label_smoothing={self.label_smoothing}")
         if not 0 < self.threshold < 1:
             raise InputError(f"`threshold` must be in (0, 1). Received: threshold={self.threshold}")
 

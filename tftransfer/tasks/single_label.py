@@ -37,9 +37,7 @@ class SingleLabel:
     def __post_init__(self) -> None:
         check_labels(self.labels, at_least=2)
         if not 0 <= self.label_smoothing < 1:
-            raise InputError(
-                f"`label_smoothing` must be in [0, 1). Received: label_smoothing={self.label_smoothing}"
-            )
+            raise InputError(f"`label_smoothing` must be in [0, 1). Received: label_smoothing={self.label_smoothing}")
 
     @property
     def kind(self) -> str:
@@ -143,9 +141,7 @@ class SmoothedCrossentropy(keras.losses.Loss):
 def check_labels(labels: Sequence[str], at_least: int) -> None:
     """Refuse label names that are too few or that occur twice."""
     if len(labels) < at_least:
-        raise InputError(
-            f"`labels` must name at least {at_least} classes. Received: labels={tuple(labels)!r}"
-        )
+        raise InputError(f"`labels` must name at least {at_least} classes. Received: labels={tuple(labels)!r}")
     twice = sorted({label for label in labels if list(labels).count(label) > 1})
     if twice:
         raise InputError(f"`labels` must be unique. Received twice: {', '.join(map(repr, twice))}")
