@@ -122,14 +122,14 @@ def partial(
 
 
 def freeze_then_unfreeze(
-    augmentation: str = "light", epochs: int | None = None, learning_rate: float | None = None
+    augmentation: str = "strong", epochs: int | None = None, learning_rate: float | None = None
 ) -> Strategy:
     """Probe first, then train everything from there: a good default from a few hundred examples up.
 
     Starting from a trained head keeps the first steps from spoiling the features.
 
     Args:
-        augmentation: One of `AUGMENTATIONS`, for the second phase. Defaults to `"light"`.
+        augmentation: One of `AUGMENTATIONS`, for the second phase. Defaults to `"strong"`.
         epochs: Total passes over the training split, shared one to two. Defaults to 30.
         learning_rate: Peak rate of the second phase; the probe's is ten times as high. Defaults to 1e-3.
 
