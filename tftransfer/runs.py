@@ -207,7 +207,7 @@ def print_table(console: Console, table: Table) -> None:
     """Print a table of the report on the terminal."""
     shown = ConsoleTable(title=table.title, title_justify="left")
     for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if number == 0 else "right")
+        shown.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in table.rows:
         shown.add_row(*(_cell(cell, column in table.percent) for cell, column in zip(row, table.columns, strict=True)))
     console.print(shown)
