@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python recipes/image_classification.py $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope $(TESTS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --shard $(SHARD) $(TESTS)

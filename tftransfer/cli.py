@@ -54,9 +54,9 @@ def recipe_parser(name: str, description: str, *, epochs_help: str = "the strate
         help="NAME[:OPTION=VALUE,...] (default: freeze_then_unfreeze; for the demo's digits without flips)",
     )
     add("--epochs", type=int, help=f"total over all phases (default: {epochs_help})")
-    add("--batch-size", type=int, default=32, help="examples per step over all devices (default: %(default)s)")
+    add("--batch-size", type=at_least(1), default=32, help="examples per step over all devices (default: %(default)s)")
     add("--learning-rate", type=float, help="peak of the last phase (default: the strategy's own)")
-    add("--seed", type=int, default=0, help="decides every random choice (default: %(default)s)")
+    add("--seed", type=at_least(0), default=0, help="decides every random choice (default: %(default)s)")
     add("--devices", default="auto", help="auto, cpu, gpu or a number of devices (default: %(default)s)")
     add(
         "--precision",
@@ -76,6 +76,22 @@ def recipe_parser(name: str, description: str, *, epochs_help: str = "the strate
     )
     add("--quiet", action="store_true", help="print errors only")
     return parser
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """Return a function that reads a whole number from `smallest` up.
+
+    Example:
+        >>> at_least(1)("32")
+        32
+    """
+
+    def whole_number(text: str) -> int:
+        if not text.isdigit() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {smallest}. Received: {text!r}")
+        return int(text)
+
+    return whole_number
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -179,7 +195,7 @@ def _parser() -> Parser:
     export.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     verify = _command(commands, "verify", "compare what serves with what was trained")
     verify.add_argument("path", type=Path, metavar="RUN|VERSION_DIR", help="a run's folder or one serving/N")
-    verify.add_argument("--repeats", type=int, default=50, help="identical requests (default: %(default)s)")
+    verify.add_argument("--repeats", type=at_least(2), default=50, help="identical requests (default: %(default)s)")
     return parser
 
 

@@ -136,7 +136,7 @@ def _read_picture(file: Path, image_size: tuple[int, int]) -> np.ndarray:
     try:
         return images.decode_picture(tf.constant(contents), image_size).numpy()
     except tf.errors.InvalidArgumentError as error:
-        raise InputError(f"{file} cannot be decoded: {error.message.splitlines()[0]}") from None
+        raise InputError(f"{file} cannot be used: {audit.explain(error, contents)}") from None
 
 
 def _answer_rows(files: Sequence[Path], answers: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -173,7 +173,7 @@ def finish(run: Run, model: keras.Model, task: Task, data: Data, history: traini
     report = _report(run, task, data, history, network, findings)
     provenance = {
         "backbone": network.backbone,
-        "weights": weights.describe_weights(network.backbone, network.weights),
+        "weights": weights.describe_weights(network.backbone, network.weights, image_size=network.image_size),
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,

@@ -105,7 +105,7 @@ def test_the_run_predicts_evaluates_and_verifies(finished, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == "file,label,probability"
     assert cli.main(["evaluate", str(finished), "--data", "demo", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["examples"] == 360
-    assert cli.main(["verify", str(finished), "--repeats", "3", "--json"]) == 0
+    assert cli.main(["verify", str(finished), "--repeats", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"]
 
 
@@ -222,7 +222,8 @@ def _bad(name, folder):
         "unknown strategy": (["--strategy", "half"], "`strategy`"),
         "unknown option": (["--epoch", "3"], "--epoch"),
         "unknown devices": (["--devices", "tpus"], "`devices`"),
-        "zero batch": (["--batch-size", "0"], "batch_size"),
+        "zero batch": (["--batch-size", "0"], "--batch-size"),
+        "negative seed": (["--seed", "-1"], "--seed"),
     }[name]
 
 
@@ -236,7 +237,7 @@ def _contents(folder):
         "missing folder", "empty folder", "one class", "empty class", "class of one", "labels that training lacks",
         "missing column", "bad encoding", "missing file", "unknown backbone", "weights of another network",
         "missing weights", "image too small", "zero epochs", "unwritable folder", "another run", "unknown strategy",
-        "unknown option", "unknown devices", "zero batch",
+        "unknown option", "unknown devices", "zero batch", "negative seed",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_2(recipe, tmp_path, capsys, name):

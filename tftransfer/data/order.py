@@ -145,5 +145,6 @@ def _read(
         fn_output_signature=tf.TensorSpec((*examples.pictures.image_size, 3), tf.float32),
         parallel_iterations=_PARALLEL_PICTURES,
     )
-    targets, weights = tf.constant(examples.targets), tf.constant(examples.weights)
+    with tf.init_scope():  # captured tensors: constants of the graph may not exceed two gigabytes
+        targets, weights = tf.constant(examples.targets), tf.constant(examples.weights)
     return pictures, tf.gather(targets, chosen), tf.gather(weights, chosen)
