@@ -95,13 +95,16 @@ _TWO_DEVICES = """
     def trained(devices):
         keras.utils.set_random_seed(0)
         with distribution.devices(devices) as chosen:
-            model = builders.image_classifier("MobileNet-0.25", 3, image_size=32, weights=None, dropout=0.0)
+            model = builders.image_classifier("MobileNet-0.25", 3, image_size=32, weights="demo", dropout=0.0)
+        began = [w.numpy() for w in model.weights]
         before = [w.numpy() for w in model.weights if "moving" in w.path]
         phases = (strategies.Phase("probe", "head", 2, 0.01), strategies.Phase("tune", "all", 2, 1e-4))
         history = training.fine_tune(model, task, data, phases, batch_size=8)
         after = [w.numpy() for w in model.weights if "moving" in w.path]
         frozen = all(np.array_equal(one, two) for one, two in zip(before, after))
-        return chosen, history, [w.numpy() for w in model.weights], frozen
+        ended = [w.numpy() for w in model.weights]
+        assert any(not np.array_equal(old, new) for old, new in zip(began, ended)), "nothing was learned"
+        return chosen, history, ended, frozen
 
     one, history_one, weights_one, frozen_one = trained("1")
     two, history_two, weights_two, frozen_two = trained("2")
@@ -115,7 +118,7 @@ _TWO_DEVICES = """
 def test_two_devices_train_as_one():
     """A process of its own: logical devices can be set before TensorFlow is used only."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_TWO_DEVICES)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", textwrap.dedent(_TWO_DEVICES)], capture_output=True, text=True, check=False, timeout=400
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

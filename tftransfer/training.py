@@ -196,12 +196,22 @@ class _Trainee(keras.Model):
         share = here * replicas / everywhere
         with tf.GradientTape() as tape:
             outputs = self(inputs, training=True)
+            # Keras' losses are divided by the number of devices already, because gradients are summed over them.
             loss = self.compute_loss(inputs, targets, outputs, weights * share, training=True)
-            scaled = self.optimizer.scale_loss(loss / replicas)
+            scaled = self.optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled, self.trainable_weights)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
-        self._loss_tracker.update_state(loss, sample_weight=everywhere / replicas)
+        self._loss_tracker.update_state(loss * replicas, sample_weight=everywhere / replicas)
         return self.compute_metrics(inputs, targets, outputs, sample_weight=weights)
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Create metrics from one device's share of a batch; Keras averages the shares, which fails if they differ."""
+        strategy = self.distribute_strategy
+        if iterator is not None and strategy.num_replicas_in_sync > 1:
+            _, _, batches = next(iter(iterator))
+            data_batch = keras.tree.map_structure(lambda x: strategy.experimental_local_results(x)[0], next(batches))
+            iterator = None
+        super()._maybe_symbolic_build(iterator, data_batch)
 
 
 def _run_phase(run: _Run, phase: Phase, number: int, first_epoch: int) -> tuple[dict[str, list[float]], PhaseRecord]:
