@@ -131,7 +131,7 @@ def freeze_then_unfreeze(
     Args:
         augmentation: One of `AUGMENTATIONS`, for the second phase. Defaults to `"strong"`.
         epochs: Total passes over the training split, shared one to two. Defaults to 30.
-        learning_rate: Peak rate of the second phase; the probe's is twenty times as high. Defaults to 5e-4.
+        learning_rate: Peak rate of the second phase; the probe's is thirty times as high. Defaults to 3e-4.
 
     Source: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features" (LP-FT), arXiv:2202.10054.
 
@@ -139,8 +139,8 @@ def freeze_then_unfreeze(
         >>> [(phase.selector, phase.epochs) for phase in freeze_then_unfreeze(epochs=6)]
         [('head', 2), ('all', 4)]
     """
-    probe = Phase("probe", "head", 10, 1e-2, weight_decay=1.0)
-    tune = Phase("fine-tune", "all", 20, 5e-4, layer_decay=0.9, weight_decay=0.05, augmentation=augmentation)
+    probe = Phase("probe", "head", 10, 9e-3, weight_decay=1.0)
+    tune = Phase("fine-tune", "all", 20, 3e-4, layer_decay=0.9, weight_decay=0.05, augmentation=augmentation)
     return _scaled((probe, tune), epochs, learning_rate)
 
 
@@ -211,8 +211,8 @@ def with_learning_rate(strategy: Strategy, rate: float) -> Strategy:
     """Set the last phase's peak learning rate; the earlier ones keep their ratio to it.
 
     Example:
-        >>> [phase.learning_rate for phase in with_learning_rate(freeze_then_unfreeze(), 0.001)]
-        [0.02, 0.001]
+        >>> [round(phase.learning_rate, 6) for phase in with_learning_rate(freeze_then_unfreeze(), 0.001)]
+        [0.03, 0.001]
     """
     factor = rate / strategy[-1].learning_rate
     return tuple(dataclasses.replace(phase, learning_rate=phase.learning_rate * factor) for phase in strategy)
