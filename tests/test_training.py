@@ -1,4 +1,6 @@
 import csv
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -178,3 +180,29 @@ def test_a_model_with_other_outputs_is_refused(small_network, small_task, small_
 def test_bad_batch_sizes_are_refused(small_network, small_task, small_data):
     with pytest.raises(InputError, match="batch_size"):
         training.fine_tune(small_network(), small_task, small_data, (Phase("probe"),), batch_size=0)
+
+
+_INTERRUPTED = """
+import sys
+from tftransfer import cli
+cli.import_tensorflow()
+import keras
+import tftransfer as tft
+
+class Interrupt(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        raise KeyboardInterrupt
+
+data, task = tft.data.load("demo", image_size=(32, 32), limit=64)
+model = tft.builders.image_classifier("MobileNet-0.25", 10, image_size=32, weights=None)
+probe = tft.strategies.linear_probe()
+sys.exit(cli.guarded(lambda: tft.fine_tune(model, task, data, probe, callbacks=[Interrupt()], batch_size=4)))
+"""
+
+
+def test_an_interrupted_process_ends():
+    """A Python generator as input would keep it from ending: its thread waits for an interpreter that shuts down."""
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 75, done.stderr

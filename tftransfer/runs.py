@@ -246,7 +246,7 @@ def _report(
         metrics=findings.metrics,
         seconds={
             "decode": data.seconds,
-            "extract": sum(record.extract_seconds for record in history.phases),
+            "extract": None,  # the frozen part runs while the rest trains: its time cannot be told apart
             "train": sum(record.seconds for record in history.phases),
             "total": time.monotonic() - run.began,
         },

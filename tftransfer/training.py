@@ -6,7 +6,7 @@ import csv
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ class PhaseRecord:
         frozen_share: Share of the parameters that ran as constants, in [0, 1].
         epochs: Epochs that were run.
         best_epoch: The epoch of the phase whose weights were kept; 0 if those it began with were better.
-        extract_seconds: What running the frozen part took, some of it while the rest trained.
         seconds: What the phase took.
     """
 
@@ -45,7 +44,6 @@ class PhaseRecord:
     frozen_share: float
     epochs: int
     best_epoch: int
-    extract_seconds: float
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -56,7 +54,6 @@ class PhaseRecord:
             "epochs_planned": self.phase.epochs,
             "best_epoch": self.best_epoch,
             "frozen_share": self.frozen_share,
-            "extract_seconds": self.extract_seconds,
             "seconds": self.seconds,
         }
 
@@ -162,24 +159,6 @@ class _Run:
         return min(per_epoch, self.max_steps), 1
 
 
-class Stopwatch:
-    """Add up the seconds that calls of a function take."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def timed(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Return the function with its calls timed."""
-
-        def call(argument: Any) -> Any:
-            began = time.monotonic()
-            result = function(argument)
-            self.seconds += time.monotonic() - began
-            return result
-
-        return call
-
-
 class _Trainee(keras.Model):
     """The part of a network that trains, while it trains; never saved or returned.
 
@@ -222,8 +201,7 @@ def _run_phase(run: _Run, phase: Phase, number: int, first_epoch: int) -> tuple[
     steps_per_epoch, epochs = run.steps(phase)
     last_epoch = first_epoch + epochs
     trainee = _compiled(run, phase, parts.trained, steps_per_epoch * epochs)
-    extraction = Stopwatch()
-    training, validation = _inputs(run, phase, number, parts, extraction)
+    training, validation = _inputs(run, phase, number, parts)
     keep = KeepBest(trainee, phase.patience)
     keep.consider(0, trainee.evaluate(validation, return_dict=True, verbose=0)["loss"])
     logs = trainee.fit(
@@ -242,15 +220,12 @@ def _run_phase(run: _Run, phase: Phase, number: int, first_epoch: int) -> tuple[
         parts.frozen_share,
         epochs=len(logs["loss"]),
         best_epoch=keep.best_epoch,
-        extract_seconds=extraction.seconds,
         seconds=time.monotonic() - began,
     )
     return logs, record
 
 
-def _inputs(
-    run: _Run, phase: Phase, number: int, parts: prefix.Cut, extraction: Stopwatch
-) -> tuple[tf.data.Dataset, tf.data.Dataset]:
+def _inputs(run: _Run, phase: Phase, number: int, parts: prefix.Cut) -> tuple[tf.data.Dataset, tf.data.Dataset]:
     """Return what goes into the trained part: the training batches of the whole phase, and the validation batches."""
     steps_per_epoch, epochs = run.steps(phase)
     training = order.batches(
@@ -265,23 +240,21 @@ def _inputs(
     validation = order.in_order(run.data.validation, even_batch(len(run.data.validation), run.batch_size, replicas))
     if parts.frozen is None:
         return training, validation
-    infer = extraction.timed(prefix.as_constant_function(parts.frozen))
-    return _through(infer, parts.frozen, training), _through(infer, parts.frozen, validation)
+    infer = prefix.as_constant_function(parts.frozen)
+    return _through(infer, training), _through(infer, validation)
 
 
-def _through(
-    infer: Callable[[tf.Tensor], list[tf.Tensor]], frozen: keras.Model, batches: tf.data.Dataset
-) -> tf.data.Dataset:
-    """Run batches through the frozen part, outside `fit`: on a GPU if there is one, ahead of the training step."""
+def _through(infer: Callable[[tf.Tensor], list[tf.Tensor]], batches: tf.data.Dataset) -> tf.data.Dataset:
+    """Run batches through the frozen part in the input pipeline: outside `fit`, ahead of the training step.
 
-    def generate() -> Iterator[Batch]:
-        for pictures, targets, weights in batches:
-            yield _unpacked(infer(pictures)), targets, weights
+    No Python runs there: a generator's thread would keep an interrupted process from ending. On a machine with GPUs
+    the pipeline still runs on the processor.
+    """
 
-    features = _unpacked([tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in frozen.outputs])
-    signature = (features, *batches.element_spec[1:])
-    outputs = tf.data.Dataset.from_generator(generate, output_signature=signature)
-    return outputs.apply(tf.data.experimental.assert_cardinality(batches.cardinality())).prefetch(tf.data.AUTOTUNE)
+    def extract(pictures: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> Batch:
+        return _unpacked(infer(pictures)), targets, weights
+
+    return batches.map(extract, num_parallel_calls=1, deterministic=True).prefetch(tf.data.AUTOTUNE)
 
 
 def _unpacked(tensors: list[Any]) -> Any:
