@@ -54,7 +54,7 @@ def test_history_holds_one_list_per_metric_over_all_phases(small_network, small_
     assert {"loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"} <= set(history)
     assert {len(values) for values in history.values()} == {5}
     assert [record.epochs for record in history.phases] == [2, 3]
-    rows = list(csv.DictReader((tmp_path / "history.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "history.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5"]
     assert [row["phase"] for row in rows] == ["probe", "probe", "fine-tune", "fine-tune", "fine-tune"]
     assert list((tmp_path / "logs").rglob("events.*"))

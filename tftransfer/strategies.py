@@ -192,7 +192,7 @@ def with_epochs(strategy: Strategy, total: int) -> Strategy:
 
     Example:
         >>> [phase.epochs for phase in with_epochs(freeze_then_unfreeze(), 10)]
-        [3, 7]
+        [4, 6]
     """
     if not isinstance(total, int) or total < len(strategy):
         raise InputError(

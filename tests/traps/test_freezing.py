@@ -112,5 +112,5 @@ def test_gamma_can_train_while_statistics_stay(small_network):
 
 def test_mobilenets_batch_norm_is_slow():
     """keras.applications' MobileNets: momentum 0.999, too slow to pretrain from scratch with."""
-    model = keras.applications.MobileNet(alpha=0.25, include_top=False, weights=None, input_shape=(32, 32, 3))
-    assert model.get_layer("conv1_bn").momentum == pytest.approx(0.999)
+    model = keras.applications.MobileNetV2(alpha=0.35, include_top=False, weights=None, input_shape=(32, 32, 3))
+    assert model.get_layer("bn_Conv1").momentum == pytest.approx(0.999)
