@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ import keras
 from tftransfer import __version__, tasks
 from tftransfer.errors import InputError
 from tftransfer.report import Number, Report
+from tftransfer.weights import digest
 
 MANIFEST = "manifest.json"
 MODEL = "model.keras"
@@ -209,12 +209,6 @@ def digests(folder: Path) -> dict[str, str]:
         for path, name in names.items()
         if not name.startswith(("manifest.", "logs/", "checkpoints/", "."))
     }
-
-
-def digest(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -211,7 +211,7 @@ def feature_levels(model: keras.Model) -> dict[int, str]:
         >>> feature_levels(backbones.build("ResNet50", (64, 64)))[8]
         'conv3_block4_out'
     """
-    nodes = _nodes(model)
+    nodes = nodes_in_order(model)
     strides = _strides(nodes)
     ends = {nodes[position].operation.name for position in _cuts(model, nodes)}
     levels: dict[int, str] = {}
@@ -235,7 +235,7 @@ def level_output(model: keras.Model, name: str) -> keras.KerasTensor:
     Returns:
         Its output, `(batch, rows, columns, channels)`.
     """
-    return next(node.outputs[0] for node in _nodes(model) if node.operation.name == name)
+    return next(node.outputs[0] for node in nodes_in_order(model) if node.operation.name == name)
 
 
 def _is_feature_map(node: Any) -> bool:
@@ -271,7 +271,7 @@ def _stride(operation: keras.Operation) -> float:
     return 1 / factor if isinstance(operation, keras.layers.Conv2DTranspose) else factor
 
 
-def _nodes(model: keras.Model) -> list:
+def nodes_in_order(model: keras.Model) -> list:
     """Return the graph's nodes in topological order; layers shared with other models have more nodes."""
     by_depth = model._nodes_by_depth
     return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
@@ -293,7 +293,7 @@ def _cuts(model: keras.Model, nodes: list) -> Iterator[int]:
 
 def _segments(model: keras.Model) -> list[list[str]]:
     """Divide the operations at the cuts: a chain's steps are alone, a block with branches stays together."""
-    nodes = _nodes(model)
+    nodes = nodes_in_order(model)
     segments, start = [], 0
     for position in _cuts(model, nodes):
         segments.append([node.operation.name for node in nodes[start : position + 1]])

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+from tftransfer.depth import nodes_in_order
 from tftransfer.errors import InputError
 from tftransfer.trainable import trained_variables
 
@@ -102,7 +103,7 @@ def _operations_above(model: keras.Model) -> set[int]:
     """Return the ids of the operations that train, and of all that come after one of them."""
     frozen_below = _operations_with_frozen_weights_after(model)
     above: set[int] = set()
-    for node in _nodes_in_order(model):
+    for node in nodes_in_order(model):
         operation = node.operation
         active = isinstance(operation, _STOCHASTIC) and id(operation) not in frozen_below
         follows = any(id(parent.operation) in above for parent in node.parent_nodes)
@@ -114,7 +115,7 @@ def _operations_above(model: keras.Model) -> set[int]:
 def _operations_with_frozen_weights_after(model: keras.Model) -> set[int]:
     """Return the ids of the operations after which, somewhere, a layer comes whose weights are all frozen."""
     before_frozen: set[int] = set()
-    for node in reversed(_nodes_in_order(model)):
+    for node in reversed(nodes_in_order(model)):
         operation = node.operation
         frozen = bool(getattr(operation, "weights", [])) and not _trains(operation)
         if id(operation) in before_frozen or frozen:
@@ -135,15 +136,10 @@ def _trains(operation: keras.Operation) -> bool:
     return isinstance(operation, keras.Layer) and bool(trained_variables(operation))
 
 
-def _nodes_in_order(model: keras.Model) -> list:
-    """Return the nodes of a functional model from its inputs to its outputs."""
-    return [node for depth in sorted(model._nodes_by_depth, reverse=True) for node in model._nodes_by_depth[depth]]
-
-
 def _crossing_tensors(model: keras.Model, above: set[int]) -> list[keras.KerasTensor]:
     """Return the tensors that the upper part takes from below, each once, in order."""
     crossing: dict[int, keras.KerasTensor] = {}
-    for node in _nodes_in_order(model):
+    for node in nodes_in_order(model):
         if id(node.operation) in above:
             for tensor in node.input_tensors:
                 if id(tensor._keras_history.operation) not in above:

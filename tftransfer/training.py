@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -153,7 +152,7 @@ class _Run:
 
     def steps(self, phase: Phase) -> tuple[int, int]:
         """Return `(steps per epoch, epochs)` of a phase."""
-        per_epoch = math.ceil(len(self.data.train) / self.batch_size)
+        per_epoch = order.steps_per_epoch(len(self.data.train), self.batch_size)
         if self.max_steps is None:
             return per_epoch, phase.epochs
         return min(per_epoch, self.max_steps), 1
