@@ -12,22 +12,14 @@ labelled digits per class scores 0.97 (raw pixels 0.90, random weights 0.57; mea
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
 import json
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-import PIL
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
+import tftransfer as tft
 from tftransfer import cli
-from tftransfer.checks.probe import ProbeRow, compare_probe
-from tftransfer.data import glyphs
 
 if TYPE_CHECKING:
     import keras
@@ -54,6 +46,8 @@ def main() -> None:
     import keras
     import tensorflow as tf
 
+    from tftransfer.data import glyphs
+
     tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(options.seed)
     count, batch_size = (64, 32) if options.smoke else (PICTURES, 64)
@@ -69,8 +63,8 @@ def main() -> None:
         loss=[keras.losses.SparseCategoricalCrossentropy(from_logits=True) for _ in trainer.outputs],
     )
     trainer.fit(pictures, [labels, labels], batch_size=batch_size, epochs=epochs, verbose=0 if options.quiet else 2)
-    facts = {"pictures": count, "epochs": epochs, "classes": len(names), "drawn": DRAWN, "colour": COLOUR}
-    write(options, backbone, {**facts, "printed": len(glyphs.PRINTED)})
+    source = {"pictures": count, "epochs": epochs, "classes": len(names), "drawn": DRAWN, "colour": COLOUR}
+    write(options, backbone, {**source, "printed": len(glyphs.PRINTED), "fonts": glyphs.fonts()})
 
 
 def new_backbone(image_size: int) -> keras.Model:
@@ -126,123 +120,24 @@ def one_cycle(steps: int) -> keras.optimizers.schedules.CosineDecay:
     )
 
 
-def write(options: argparse.Namespace, backbone: keras.Model, facts: dict) -> None:
-    """Write the weights, and the card with what was measured, as JSON and as text."""
+def write(options: argparse.Namespace, backbone: keras.Model, source: dict) -> None:
+    """Write the weights, and the card with what was measured on the real digits, as JSON and as text."""
     import keras
-    import tensorflow as tf
+
+    from tftransfer.checks import demo
 
     options.out.mkdir(parents=True, exist_ok=True)
     weights = options.out / "demo_backbone.weights.h5"
     backbone.save_weights(weights)
-    card = {
-        "backbone": f"MobileNet-{ALPHA}",
-        "image_size": options.image_size,
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "seed": options.seed,
-        "source": {
-            **facts,
-            "fonts": {
-                name: {"sha256": glyphs.font_sha256(name), "licence": licence}
-                for name, (_, licence) in glyphs.FONTS.items()
-            },
-        },
-        "probe": [dataclasses.asdict(row) for row in compare(backbone, draws=1 if options.smoke else 5)],
-        "versions": {
-            "python": platform.python_version(),
-            "keras": keras.__version__,
-            "tensorflow": tf.__version__,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-            "matplotlib": matplotlib.__version__,
-        },
-    }
-    (options.out / "demo_backbone.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    (options.out / "DEMO_BACKBONE.md").write_text(as_text(card, weights.stat().st_size), encoding="utf-8")
-
-
-def compare(backbone: keras.Model, draws: int) -> list[ProbeRow]:
-    """Probe real digits: labelled ones are drawn from the demo's training part, the test part is scored."""
-    import keras
-
-    digits = load_digits()
-    parts = train_test_split(np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
+    size = (options.image_size, options.image_size)
+    digits, _ = tft.data.load("demo", image_size=size)
     keras.utils.set_random_seed(0)
-    networks = {"demo backbone": backbone, "random weights": new_backbone(backbone.input_shape[1])}
-    features = {name: pooled_features(network, digits.images) for name, network in networks.items()}
-    features["raw pixels"] = digits.data
-    (train, train_labels), (test, test_labels) = (
-        ({name: values[part] for name, values in features.items()}, digits.target[part]) for part in parts
-    )
-    return compare_probe(train, train_labels, test, test_labels, draws=draws)
-
-
-def pooled_features(backbone: keras.Model, digits: np.ndarray) -> np.ndarray:
-    """Run digits `(n, 8, 8)` with values 0 to 16 through a network and average over places."""
-    import tensorflow as tf
-
-    pictures = np.repeat(digits[..., None] * 255 / 16, 3, axis=-1)
-    pictures = tf.image.resize(pictures, backbone.input_shape[1:3], antialias=True)
-    batches = tf.data.Dataset.from_tensor_slices(pictures / 127.5 - 1).batch(256)
-    return np.concatenate([backbone(batch, training=False).numpy().mean(axis=(1, 2)) for batch in batches])
-
-
-def as_text(card: dict, size: int) -> str:
-    """Write the card for people."""
-    rows = [
-        "| {features} | {per_class} | {mean:.3f} | {low:.3f} to {high:.3f} |".format(**row) for row in card["probe"]
-    ]
-    source = card["source"]
-    return CARD.format(
-        **{key: card[key] for key in ("backbone", "image_size", "sha256", "seed")},
-        **{key: source[key] for key in ("pictures", "classes", "printed", "drawn", "epochs")},
-        megabytes=size / 1e6,
-        table="\n".join(rows),
-        licences="; ".join(sorted({font["licence"] for font in source["fonts"].values()})),
-        versions=", ".join(f"{name} {version}" for name, version in card["versions"].items()),
-    )
-
-
-CARD = """# The demo backbone
-
-`demo_backbone.weights.h5` ({megabytes:.2f} MB) holds the weights of
-`keras.applications.MobileNet(alpha=0.25, include_top=False)` ({backbone}) for RGB pictures of {image_size}
-x {image_size} pixels, scaled to [-1, 1]. This project pretrained it itself, so that demos, tests and
-tutorials show transfer learning without a download.
-
-## How it was made
-    python recipes/pretrain_demo_backbone.py --out tftransfer/assets
-
-remakes this file, the weights and `demo_backbone.json`; the same seed ({seed}) gives the same bits on the
-same machine and versions ({versions}). SHA-256 of the weights:
-`{sha256}`
-
-The source is {pictures:,} generated pictures of {classes} classes, seen in {epochs} epochs
-(`tftransfer.data.glyphs.generated_signs`): {printed} printed letters and signs (Latin, Greek, Cyrillic,
-punctuation, mathematics) in the fonts that Matplotlib ships, and {drawn} characters invented by formula,
-one to three pen strokes each, freshly handwritten in every picture. No digit and no other character of a
-number category is among them; some letters do look like digits, above all the Cyrillic З (like 3) and Ч (like
-4) and the Latin O, S, Z and B. No photograph and no data set of people took part. Half of the pictures pass
-through 8 x 8 pixels, as the demo's digits do: the recipe was made for that demo, and its settings were chosen
-on the training part of those digits.
-
-## What it is good for
-Logistic regression on few labelled examples per class of scikit-learn's real handwritten digits (draws from
-the demo's training part, accuracy on its test part of 360; mean and range of five draws; protocol in
-`tftransfer.checks.probe`):
-
-| features | per class | mean accuracy | range |
-|---|---|---|---|
-{table}
-
-## Limits
-It has seen single characters only, most of them light on dark. It is no substitute for ImageNet weights:
-for photographs, take those. A test part of 360 has a standard error of about one point.
-
-## Licences
-The weights and the generated pictures carry this project's licence. The fonts are not part of them; they
-were rendered under their own licences ({licences}); names and SHA-256 of every font file are in
-`demo_backbone.json`.
-"""
+    trained, random = (tft.backbones.build(f"MobileNet-{ALPHA}", size, file) for file in (weights, None))
+    probe = demo.compare_networks(digits, trained, random, draws=1 if options.smoke else 5)
+    facts = {"image_size": options.image_size, "seed": options.seed, "source": source, "probe": probe}
+    card = demo.card(f"MobileNet-{ALPHA}", weights, **facts)
+    (options.out / "demo_backbone.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    (options.out / "DEMO_BACKBONE.md").write_text(demo.card_text(card, weights.stat().st_size), encoding="utf-8")
 
 
 if __name__ == "__main__":

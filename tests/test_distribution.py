@@ -98,7 +98,7 @@ _TWO_DEVICES = """
             model = builders.image_classifier("MobileNet-0.25", 3, image_size=32, weights="demo", dropout=0.0)
         began = [w.numpy() for w in model.weights]
         before = [w.numpy() for w in model.weights if "moving" in w.path]
-        phases = (strategies.Phase("probe", "head", 2, 0.01), strategies.Phase("tune", "all", 2, 1e-4))
+        phases = (strategies.Phase("probe", "head", 2, 0.01), strategies.Phase("tune", "all", 2, 1e-4, averaging=0.5))
         history = training.fine_tune(model, task, data, phases, batch_size=8)
         after = [w.numpy() for w in model.weights if "moving" in w.path]
         frozen = all(np.array_equal(one, two) for one, two in zip(before, after))

@@ -79,6 +79,8 @@ def test_bad_learning_rates_are_refused(rate):
         {"weight_decay": -1.0},
         {"schedule": "step"},
         {"patience": -1},
+        {"averaging": -1.0},
+        {"averaging": float("inf")},
         {"epochs": 1.5},
         {"augmentation": "heavy"},
     ],

@@ -106,6 +106,26 @@ def _validation_loss(model: keras.Model, data) -> float:
     return float(loss(data.validation.targets, model(pictures.astype(np.float32))))
 
 
+def test_averaged_weights_are_the_moving_average_by_hand(small_network, small_task, small_data):
+    steps = []
+
+    class Collect(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            steps.append(_value(self.model, "logits/kernel"))
+
+    model = small_network()
+    phase = Phase("probe", "head", 2, 0.05, averaging=1.5)
+    history = training.fine_tune(model, small_task, small_data, (phase,), callbacks=[Collect()], batch_size=8)
+    assert history.phases[0].best_epoch == 2
+    assert len(steps) == 6  # three an epoch
+    average = steps[0]
+    for weights in steps[1:]:
+        average = average + (1 - np.exp(-1 / 4.5)) * (weights - average)
+    np.testing.assert_allclose(_value(model, "logits/kernel"), average, atol=1e-6)
+    assert np.abs(average - steps[-1]).max() > 1e-3
+    assert history["val_loss"][-1] == pytest.approx(_validation_loss(model, small_data), rel=1e-5)
+
+
 def test_patience_ends_a_phase_early(small_network, small_task, small_data):
     phase = Phase("ruin", "all", 30, 5.0, warmup=0, patience=2)
     history = training.fine_tune(small_network(), small_task, small_data, (phase,), batch_size=8)

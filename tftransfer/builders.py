@@ -107,6 +107,8 @@ def _image_size(backbone: str, image_size: tuple[int, int] | int | None) -> tupl
         natural = backbones.backbone(backbone).natural_size
         return natural, natural
     pair = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(pair) == 3:
+        backbones.check_channels(pair[2])  # Keras' `input_shape`: say first what is wrong with its last number
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise InputError(
             f"`image_size` must be a positive whole number or (height, width). Received: image_size={image_size!r}"

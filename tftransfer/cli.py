@@ -174,8 +174,7 @@ def _run(options: argparse.Namespace) -> int:
     import_tensorflow()
     from tftransfer import commands
 
-    function = {"backbones": commands.list_backbones}.get(options.command) or getattr(commands, options.command)
-    return function(options)
+    return getattr(commands, options.command)(options)
 
 
 def _parser() -> Parser:

@@ -17,7 +17,8 @@ import psutil
 import tensorflow as tf
 from rich.console import Console
 
-from tftransfer import backbones, bundles, distribution, prefix, runs, serving, training, weights
+from tftransfer import bundles, distribution, prefix, runs, serving, training, weights
+from tftransfer.backbones import backbone, names
 from tftransfer.builders import outputs_are_logits
 from tftransfer.checks import performance
 from tftransfer.data import audit, images, load_for
@@ -54,9 +55,9 @@ def _embedded_damage() -> str | None:
     return None
 
 
-def list_backbones(options: argparse.Namespace) -> int:
+def backbones(options: argparse.Namespace) -> int:
     """List the rows of the backbone table."""
-    records = [backbones.backbone(name) for name in backbones.names()]
+    records = [backbone(name) for name in names()]
     columns = ("backbone", "family", "natural size", "smallest size", "preprocessing")
     rows = tuple((r.name, r.family, r.natural_size, r.smallest_size, r.preprocessing) for r in records)
     content = [dict(zip(columns, row, strict=True)) for row in rows]

@@ -29,6 +29,8 @@ class Phase:
         weight_decay: Decoupled weight decay of AdamW, from 0. Defaults to 1e-4.
         augmentation: One of `AUGMENTATIONS`. Defaults to `"none"`.
         patience: Epochs without a better validation loss before the phase ends; 0 for never. Defaults to 0.
+        averaging: Epochs over which the weights are averaged: validation and the result use an exponential moving
+            average that forgets at this pace (Polyak & Juditsky 1992, doi:10.1137/0330046). Defaults to 0: none.
         train_batch_norm: Whether BatchNorm's statistics move in the layers that train. Defaults to False.
 
     Example:
@@ -46,6 +48,7 @@ class Phase:
     weight_decay: float = 1e-4
     augmentation: str = "none"
     patience: int = 0
+    averaging: float = 0.0
     train_batch_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -59,6 +62,8 @@ class Phase:
         _check(0 <= self.warmup < 1, "warmup", "in [0, 1)", self.warmup)
         _check(self.weight_decay >= 0, "weight_decay", "a number from 0", self.weight_decay)
         _check(self.patience >= 0, "patience", "a whole number from 0", self.patience)
+        averages = math.isfinite(self.averaging) and self.averaging >= 0
+        _check(averages, "averaging", "a number of epochs from 0", self.averaging)
 
 
 Strategy = tuple[Phase, ...]

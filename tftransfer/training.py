@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -199,7 +200,7 @@ def _run_phase(run: _Run, phase: Phase, number: int, first_epoch: int) -> tuple[
     _seed_generators(run.model, run.seed, number)
     steps_per_epoch, epochs = run.steps(phase)
     last_epoch = first_epoch + epochs
-    trainee = _compiled(run, phase, parts.trained, steps_per_epoch * epochs)
+    trainee = _compiled(run, phase, parts.trained, steps_per_epoch, epochs)
     training, validation = _inputs(run, phase, number, parts)
     keep = KeepBest(trainee, phase.patience)
     keep.consider(0, trainee.evaluate(validation, return_dict=True, verbose=0)["loss"])
@@ -271,24 +272,27 @@ def even_batch(count: int, batch_size: int, replicas: int) -> int:
     return next(size for size in sizes if size == 1 or count % size == 0 or count % size >= replicas)
 
 
-def _compiled(run: _Run, phase: Phase, part: keras.Model, steps: int) -> keras.Model:
+def _compiled(run: _Run, phase: Phase, part: keras.Model, steps_per_epoch: int, epochs: int) -> keras.Model:
     from_logits = builders.outputs_are_logits(run.model)
     with distribution.strategy_of(run.model).scope():
         trainee = _Trainee(_unpacked(part.inputs), _unpacked(part.outputs), name="trainee")
         trainee.dtype_policy = run.model.dtype_policy  # Keras scales the loss of float16 models by this
         trainee.compile(
-            optimizer=_optimizer(run.model, phase, steps),
+            optimizer=_optimizer(run.model, phase, steps_per_epoch, epochs),
             loss=run.task.loss(from_logits),
             metrics=run.task.metrics(from_logits),
         )
     return trainee
 
 
-def _optimizer(model: keras.Model, phase: Phase, steps: int) -> keras.optimizers.Optimizer:
+def _optimizer(model: keras.Model, phase: Phase, steps_per_epoch: int, epochs: int) -> keras.optimizers.Optimizer:
+    averaged_steps = phase.averaging * steps_per_epoch
     return LayerwiseAdamW(
-        learning_rate=learning_rate(phase, steps),
+        learning_rate=learning_rate(phase, steps_per_epoch * epochs),
         weight_decay=phase.weight_decay,
         multipliers=trainable.rate_multipliers(model, phase.layer_decay),
+        use_ema=averaged_steps > 0,
+        ema_momentum=math.exp(-1 / averaged_steps) if averaged_steps else 0.99,
     )
 
 
@@ -318,6 +322,8 @@ def _callbacks(
     run: _Run, phase: Phase, keep: KeepBest, trainee: keras.Model, last_epoch: int, steps: int
 ) -> keras.callbacks.CallbackList:
     own: list[keras.callbacks.Callback] = [LearningRateLog(), keep]
+    if phase.averaging:
+        own.insert(0, keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
     if run.output:
         own.append(keras.callbacks.TensorBoard(str(run.output / "logs"), write_graph=False))
     if not run.quiet:

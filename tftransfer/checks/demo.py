@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -13,6 +20,7 @@ from tftransfer.report import Findings, Number, Table
 
 PER_CLASS = (1, 5, 10)
 _SIDE = 8  # the digits' own size
+_DECIDE = ("keras", "tensorflow", "numpy", "pillow", "matplotlib")  # packages that the weights depend on
 
 
 def demo_comparison(data: Data, image_size: tuple[int, int]) -> Findings:
@@ -28,14 +36,68 @@ def demo_comparison(data: Data, image_size: tuple[int, int]) -> Findings:
         A table of test accuracies at 1, 5 and 10 labelled digits per class (as far as there are that many): mean over
         five draws with their range.
     """
-    smallest = int(np.bincount(data.train.targets).min())
-    per_class = tuple(count for count in PER_CLASS if count <= smallest)
     card = weights.demo_card()
     random = backbones.build(card["backbone"], image_size, None)
     embedded = backbones.build(card["backbone"], image_size, "demo")
+    return Findings(tables=(_table(compare_networks(data, embedded, random), len(data.test)),))
+
+
+def compare_networks(data: Data, embedded: keras.Model, random: keras.Model, draws: int = 5) -> list[ProbeRow]:
+    """Probe the digits on two networks and on raw pixels; labelled digits come from the training split.
+
+    Args:
+        data: The demo's data at the networks' image size.
+        embedded: A network with the weights in question, from pixels in [0, 255] to features.
+        random: The same network with random weights.
+        draws: How often labelled digits are drawn. Defaults to 5.
+
+    Returns:
+        One row per kind of features and number of labelled digits per class, see `compare_probe`.
+    """
+    smallest = int(np.bincount(data.train.targets).min())
+    per_class = tuple(count for count in PER_CLASS if count <= smallest)
     train, test = (_features(examples, embedded, random) for examples in (data.train, data.test))
-    rows = compare_probe(train, data.train.targets, test, data.test.targets, per_class)
-    return Findings(tables=(_table(rows, len(data.test)),))
+    return compare_probe(train, data.train.targets, test, data.test.targets, per_class, draws)
+
+
+def card(
+    backbone: str, file: Path, *, image_size: int, seed: int, source: dict[str, Any], probe: Sequence[ProbeRow]
+) -> dict[str, Any]:
+    """Describe embedded weights: which network, how they were made, what they are worth.
+
+    Args:
+        backbone: The row of the backbone table.
+        file: The weights.
+        image_size: Side of the pictures they were made for, in pixels.
+        seed: The seed of every random choice.
+        source: What the network was pretrained on.
+        probe: From `compare_networks`.
+
+    Returns:
+        What `demo_backbone.json` holds.
+    """
+    return {
+        "backbone": backbone,
+        "image_size": image_size,
+        "sha256": weights.digest(file),
+        "seed": seed,
+        "source": source,
+        "probe": [asdict(row) for row in probe],
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _DECIDE}},
+    }
+
+
+def card_text(card: Mapping[str, Any], size: int) -> str:
+    """Write the card for people; `size` is that of the weights in bytes."""
+    template = resources.files("tftransfer").joinpath("assets/demo_card.txt").read_text(encoding="utf-8")
+    line = "| {features} | {per_class} | {mean:.3f} | {low:.3f} to {high:.3f} |"
+    return template.format(
+        **{**card, **card["source"]},
+        megabytes=size / 1e6,
+        table="\n".join(line.format(**row) for row in card["probe"]),
+        licences="; ".join(sorted({font["licence"] for font in card["source"]["fonts"].values()})),
+        made_with=", ".join(f"{name} {version}" for name, version in card["versions"].items()),
+    )
 
 
 def _features(examples: Examples, embedded: keras.Model, random: keras.Model) -> dict[str, np.ndarray]:

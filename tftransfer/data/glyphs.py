@@ -127,6 +127,11 @@ def warn_of_other_fonts() -> None:
 
 
 @cache
+def fonts() -> dict[str, dict[str, str]]:
+    """Return the SHA-256 and the licence of every font that characters are rendered in."""
+    return {name: {"sha256": font_sha256(name), "licence": licence} for name, (_, licence) in FONTS.items()}
+
+
 def font_sha256(name: str) -> str:
     """Give the SHA-256 of one of Matplotlib's font files."""
     return hashlib.sha256(_font_file(name).read_bytes()).hexdigest()

@@ -1,0 +1,103 @@
+import io
+import math
+
+import keras
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tftransfer.callbacks import HeedStop, KeepBest, LearningRateLog, Progress, callback_list
+
+
+@pytest.fixture
+def line():
+    """A compiled network of one weight, which stands for what was learned."""
+    inputs = keras.Input((1,))
+    model = keras.Model(inputs, keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")(inputs))
+    model.compile(optimizer=keras.optimizers.SGD(0.1), loss="mse")
+    return model
+
+
+def _weight(model: keras.Model) -> float:
+    return float(model.get_weights()[0][0, 0])
+
+
+def _epochs(keep: KeepBest, losses: list[float]) -> None:
+    """Pretend to train: after epoch n the weight is n."""
+    for number, loss in enumerate(losses, start=1):
+        keep.model.set_weights([np.full((1, 1), number, np.float32)])
+        keep.on_epoch_end(number - 1, {"val_loss": loss})
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        ([0.9, 0.5, 0.7], 2),
+        ([0.5, 0.5], 1),  # ties keep the earlier weights
+        ([1.0, 2.0], 0),  # what training began with counts
+        ([math.nan, 0.9, math.inf], 2),
+    ],
+)
+def test_the_best_weights_come_back(line, losses, kept):
+    keep = KeepBest(line)
+    keep.consider(0, 1.0)
+    _epochs(keep, losses)
+    keep.on_train_end()
+    assert (keep.best_epoch, _weight(line)) == (kept, kept)
+
+
+def test_numbers_that_are_none_never_win(line):
+    keep = KeepBest(line)
+    keep.consider(0, math.nan)
+    _epochs(keep, [math.nan, 3.0, math.nan])
+    keep.on_train_end()
+    assert _weight(line) == 2
+
+
+@pytest.mark.parametrize(("patience", "stops"), [(0, False), (3, False), (2, True)])
+def test_patience_counts_epochs_without_a_better_value(line, patience, stops):
+    keep = KeepBest(line, patience)
+    keep.consider(0, 1.0)
+    line.stop_training = False
+    _epochs(keep, [0.5, 0.6, 0.7])
+    assert line.stop_training is stops
+
+
+def test_the_rate_is_in_the_logs(line):
+    logs = {}
+    callback = LearningRateLog()
+    callback.set_model(line)
+    callback.on_epoch_end(0, logs)
+    assert logs["learning_rate"] == pytest.approx(0.1)
+
+
+def test_progress_leaves_one_line_per_epoch(line):
+    out = io.StringIO()
+    progress = Progress("probe", 2, Console(file=out, width=200))
+    data = np.ones((4, 1), np.float32)
+    line.fit(data, data, epochs=2, validation_data=(data, data), callbacks=[progress], verbose=0)
+    lines = out.getvalue().splitlines()
+    assert [text.split("  ")[0] for text in lines] == ["probe: epoch 1 of 2", "probe: epoch 2 of 2"]
+    first = [part.split()[0] for part in lines[0].split("  ")[1:-1]]
+    assert first == ["loss", "val_loss"]
+
+
+def test_users_callbacks_see_the_whole_model_and_ours_the_part_that_trains(line):
+    whole = keras.Model(line.input, line.output)
+    ours, theirs = keras.callbacks.Callback(), keras.callbacks.Callback()
+    callback_list([ours], [theirs], line, whole, {"epochs": 3, "steps": 2})
+    assert ours.model is line
+    assert theirs.model is whole
+    assert theirs.params["epochs"] == 3
+
+
+def test_a_stop_on_the_whole_model_is_heeded_within_an_epoch(line):
+    whole = keras.Model(line.input, line.output)
+    heed = HeedStop(whole)
+    heed.set_model(line)
+    line.stop_training = False
+    heed.on_train_batch_end(0)
+    assert not line.stop_training
+    whole.stop_training = True
+    heed.on_train_batch_end(1)
+    assert line.stop_training
