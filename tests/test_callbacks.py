@@ -22,28 +22,32 @@ def _weight(model: keras.Model) -> float:
     return float(model.get_weights()[0][0, 0])
 
 
-def _epochs(keep: KeepBest, losses: list[float]) -> None:
+def _epochs(keep: KeepBest, losses: list[float], error: float = 0.0) -> None:
     """Pretend to train: after epoch n the weight is n."""
     for number, loss in enumerate(losses, start=1):
         keep.model.set_weights([np.full((1, 1), number, np.float32)])
-        keep.on_epoch_end(number - 1, {"val_loss": loss})
+        keep.on_epoch_end(number - 1, {"val_loss": loss, "val_loss_error": error})
 
 
 @pytest.mark.parametrize(
-    ("losses", "kept"),
+    ("losses", "error", "kept"),
     [
-        ([0.9, 0.5, 0.7], 2),
-        ([0.5, 0.5], 1),  # ties keep the earlier weights
-        ([1.0, 2.0], 0),  # what training began with counts
-        ([math.nan, 0.9, math.inf], 2),
+        ([0.9, 0.5, 0.7], 0.0, 2),
+        ([0.5, 0.5], 0.0, 2),  # the later of equals
+        ([1.1, 2.0], 0.0, 0),  # what training began with counts
+        ([math.nan, 0.9, math.inf], 0.0, 2),
+        ([0.5, 0.59, 0.61], 0.1, 2),  # within one standard error of the lowest
+        ([0.5, 0.59, 0.2, 0.31], 0.1, 3),  # of the lowest of all, not of an earlier one
+        ([0.5, 0.7], math.nan, 1),
+        ([1.05, 1.2], 0.1, 1),
     ],
 )
-def test_the_best_weights_come_back(line, losses, kept):
+def test_the_best_weights_come_back(line, losses, error, kept):
     keep = KeepBest(line)
-    keep.consider(0, 1.0)
-    _epochs(keep, losses)
+    keep.consider(0, 1.0, error)
+    _epochs(keep, losses, error)
     keep.on_train_end()
-    assert (keep.best_epoch, _weight(line)) == (kept, kept)
+    assert (keep.kept_epoch, _weight(line)) == (kept, kept)
 
 
 def test_numbers_that_are_none_never_win(line):
@@ -55,7 +59,7 @@ def test_numbers_that_are_none_never_win(line):
 
 
 @pytest.mark.parametrize(("patience", "stops"), [(0, False), (3, False), (2, True)])
-def test_patience_counts_epochs_without_a_better_value(line, patience, stops):
+def test_patience_counts_epochs_without_a_lower_loss(line, patience, stops):
     keep = KeepBest(line, patience)
     keep.consider(0, 1.0)
     line.stop_training = False

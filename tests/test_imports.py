@@ -14,7 +14,7 @@ PACKAGE = Path(tftransfer.__file__).parent
 LAYERS = (
     {"errors"},
     {"report", "report_html", "strategies"},
-    {"tasks", "heads", "optimizers"},
+    {"tasks", "heads", "optimizers", "metrics"},
     {"data"},
     {"depth", "weights"},
     {"weight_files"},

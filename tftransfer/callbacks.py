@@ -13,39 +13,54 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 Logs = dict[str, float] | None
+_NOT_SHOWN = ("learning_rate", "loss_error", "val_loss_error")
 
 
 class KeepBest(keras.callbacks.Callback):
-    """Restore the weights with the lowest validation loss when training ends, and stop when it no longer falls.
+    """Restore the best weights when training ends: the last whose validation loss chance can't tell from the lowest.
 
-    Unlike `keras.callbacks.EarlyStopping` it counts the weights that training began with, if they are shown to
-    `consider` first; ties keep the earlier weights.
+    On few validation examples the lowest of many losses is luck, mostly an early epoch at a high learning rate; so the
+    latest epoch within one standard error of the lowest is kept. With many examples the error is small and the lowest
+    loss decides. The weights that training began with count too, if they are shown to `consider` first.
 
     Args:
         model: The model that will be trained.
-        patience: Epochs without a better value before training stops; 0 for never. Defaults to 0.
+        patience: Epochs without a lower loss before training stops; 0 for never. Defaults to 0.
+
+    Source: the one-standard-error rule, Breiman et al. 1984, "Classification and Regression Trees", section 3.4.3.
     """
 
     def __init__(self, model: keras.Model, patience: int = 0) -> None:
         super().__init__()
         self.set_model(model)
         self.patience = patience
-        self.best = math.inf
-        self.best_epoch = 0
-        self.epochs = 0
+        self.kept_epoch = 0
+        self._epoch = 0
+        self._lowest = math.inf
+        self._lowest_epoch = 0
+        self._most = math.inf  # the highest loss that counts as good as the lowest
         self._weights: list[np.ndarray] = []
 
-    def consider(self, epoch: int, loss: float) -> None:
-        """Keep the model's weights if their validation loss is the best so far; one that is no number never is."""
-        if loss < self.best or not self._weights:
-            self.best = loss if math.isfinite(loss) else math.inf
-            self.best_epoch = epoch
+    def consider(self, epoch: int, loss: float, error: float = 0.0) -> None:
+        """Keep the model's weights if their validation loss is within reach of the lowest; NaN and infinity never are.
+
+        Args:
+            epoch: Counted from 1 within the phase; 0 for the weights that it begins with.
+            loss: The validation loss.
+            error: Its standard error. Defaults to 0.
+        """
+        if math.isfinite(loss) and loss < self._lowest:
+            self._lowest, self._lowest_epoch = loss, epoch
+            self._most = loss + (error if math.isfinite(error) else 0.0)
+        if not self._weights or (math.isfinite(loss) and loss <= self._most):
+            self.kept_epoch = epoch
             self._weights = self.model.get_weights()
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        self.epochs += 1
-        self.consider(self.epochs, (logs or {}).get("val_loss", math.inf))
-        if self.patience and self.epochs - self.best_epoch >= self.patience:
+        logs = logs or {}
+        self._epoch += 1
+        self.consider(self._epoch, logs.get("val_loss", math.inf), logs.get("val_loss_error", 0.0))
+        if self.patience and self._epoch - self._lowest_epoch >= self.patience:
             self.model.stop_training = True
 
     def on_train_end(self, logs: Logs = None) -> None:
@@ -91,7 +106,7 @@ class Progress(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         if self._bar:
             self._bar.stop()
-        shown = {name: value for name, value in (logs or {}).items() if name != "learning_rate"}
+        shown = {name: value for name, value in (logs or {}).items() if name not in _NOT_SHOWN}
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in sorted(shown.items(), key=_training_first))
         seconds = f"{time.monotonic() - self._began:.1f} s"
         self.console.print(f"{self._title(epoch)}  {numbers}  {seconds}", highlight=False, soft_wrap=True)

@@ -19,6 +19,7 @@ from tftransfer import builders, distribution, prefix, trainable
 from tftransfer.callbacks import KeepBest, LearningRateLog, Progress, callback_list
 from tftransfer.data import Data, Examples, order
 from tftransfer.errors import InputError
+from tftransfer.metrics import LossError
 from tftransfer.optimizers import LayerwiseAdamW
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
@@ -97,8 +98,9 @@ def fine_tune(
     """Train a model in place, phase by phase.
 
     Each phase sets what trains, cuts the network below it, runs the frozen part as a function of constants outside
-    `fit`, compiles the rest once and trains it. At its end the weights with the lowest validation loss are restored;
-    those that the phase began with count too, so that no phase ends worse on validation than it began.
+    `fit`, compiles the rest once and trains it. At its end the best weights by validation loss are restored, the latest
+    where chance can't tell epochs apart (`callbacks.KeepBest`); those that the phase began with count too, so that no
+    phase ends worse on validation than it began by more than one standard error.
 
     Args:
         model: From a builder, or any functional model from pictures to the task's outputs; left uncompiled.
@@ -203,7 +205,8 @@ def _run_phase(run: _Run, phase: Phase, number: int, first_epoch: int) -> tuple[
     trainee = _compiled(run, phase, parts.trained, steps_per_epoch, epochs)
     training, validation = _inputs(run, phase, number, parts)
     keep = KeepBest(trainee, phase.patience)
-    keep.consider(0, trainee.evaluate(validation, return_dict=True, verbose=0)["loss"])
+    before = trainee.evaluate(validation, return_dict=True, verbose=0)
+    keep.consider(0, before["loss"], before["loss_error"])
     logs = trainee.fit(
         training,
         shuffle=False,  # the batches come in the order that the seed decides
@@ -219,7 +222,7 @@ def _run_phase(run: _Run, phase: Phase, number: int, first_epoch: int) -> tuple[
         audit,
         parts.frozen_share,
         epochs=len(logs["loss"]),
-        best_epoch=keep.best_epoch,
+        best_epoch=keep.kept_epoch,
         seconds=time.monotonic() - began,
     )
     return logs, record
@@ -274,13 +277,15 @@ def even_batch(count: int, batch_size: int, replicas: int) -> int:
 
 def _compiled(run: _Run, phase: Phase, part: keras.Model, steps_per_epoch: int, epochs: int) -> keras.Model:
     from_logits = builders.outputs_are_logits(run.model)
+    loss = run.task.loss(from_logits)
     with distribution.strategy_of(run.model).scope():
         trainee = _Trainee(_unpacked(part.inputs), _unpacked(part.outputs), name="trainee")
         trainee.dtype_policy = run.model.dtype_policy  # Keras scales the loss of float16 models by this
         trainee.compile(
             optimizer=_optimizer(run.model, phase, steps_per_epoch, epochs),
-            loss=run.task.loss(from_logits),
+            loss=loss,
             metrics=run.task.metrics(from_logits),
+            weighted_metrics=[LossError(loss)],
         )
     return trainee
 

@@ -46,7 +46,25 @@ def test_without_flip_left_stays_left(name):
     ramp = np.repeat(np.linspace(0, 255, 32)[None, :, None], 32, axis=0).repeat(3, axis=2).astype(np.float32)
     for seed in range(20):
         changed = augment(ramp, name, [seed, 0]).numpy()
-        assert changed[8:24, -6:].mean() > changed[8:24, :6].mean() or "strong" in name
+        assert np.corrcoef(changed.mean(axis=(0, 2)), np.arange(32))[0, 1] > 0.5
+
+
+def test_with_flip_left_is_right_in_about_half_of_the_pictures():
+    ramp = np.repeat(np.linspace(0, 255, 32)[None, :, None], 32, axis=0).repeat(3, axis=2).astype(np.float32)
+    changed = [augment(ramp, "strong", [seed, 0]).numpy().mean(axis=(0, 2)) for seed in range(40)]
+    mirrored = sum(np.corrcoef(columns, np.arange(32))[0, 1] < 0 for columns in changed)
+    assert 10 <= mirrored <= 30
+
+
+def test_shrinking_shows_more_than_the_picture():
+    """A disc's area, over many draws: half are cropped and larger, half are shrunk and smaller, none is lost."""
+    rows, columns = np.mgrid[:48, :48]
+    disc = np.repeat(255.0 * ((rows - 23.5) ** 2 + (columns - 23.5) ** 2 < 64)[..., None], 3, axis=2)
+    zoom = Augmentation("zoom", zoom=0.4, shrink=0.3)
+    areas = np.array([augment(disc, zoom, [seed, 0]).numpy().sum() for seed in range(60)]) / disc.sum()
+    assert 1 / 1.3**2 - 0.05 < areas.min() < 0.8
+    assert 1.5 < areas.max() < 1 / 0.6**2 + 0.1
+    assert 20 <= (areas < 1).sum() <= 40
 
 
 def test_a_rotation_turns_about_the_middle():

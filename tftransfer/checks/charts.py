@@ -28,7 +28,7 @@ def learning_curves(history: Mapping[str, Sequence[float]], phases: Iterable[Map
     Returns:
         A picture with one panel for the loss and one for the first metric that has a validation value.
     """
-    metrics = [name for name in history if f"val_{name}" in history and name != "loss"][:1]
+    metrics = [name for name in history if f"val_{name}" in history and name not in ("loss", "loss_error")][:1]
     names = ["loss", *metrics]
     drawn = drawing.figure(height=2.3 * len(names) + 0.2)
     panels = drawn.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]

@@ -19,6 +19,8 @@ class Augmentation:
         name: What the strategy and the manifest call it.
         flip: Whether half of the pictures are mirrored left to right; wrong for letters, digits and signs.
         zoom: Up to which share a side is cropped (and, at random places, the crop stretched back), in [0, 1).
+        shrink: Up to which share more than a side is seen, the picture mirrored at its edges, in [0, 1); with it, half
+            of the pictures are cropped and half are shrunk, so that things keep their size on average.
         aspect: Up to which share height and width are cropped differently, in [0, 1).
         rotation: Up to how many degrees a picture is turned, to either side.
         shift: Up to which share of a side a picture is moved in either direction, in [0, 1).
@@ -30,6 +32,7 @@ class Augmentation:
     name: str = "none"
     flip: bool = False
     zoom: float = 0.0
+    shrink: float = 0.0
     aspect: float = 0.0
     rotation: float = 0.0
     shift: float = 0.0
@@ -45,13 +48,14 @@ class Augmentation:
 
     @property
     def turns(self) -> bool:
-        """Whether pictures are turned, or moved beyond their edges, which costs more than to crop them."""
-        return bool(self.rotation or self.shift)
+        """Whether pictures are turned, or seen beyond their edges, which costs more than to crop them."""
+        return bool(self.rotation or self.shift or self.shrink)
 
 
 _LIGHT: dict[str, Any] = {"zoom": 0.15, "brightness": 0.05, "contrast": 0.1}
 _STRONG: dict[str, Any] = {
     "zoom": 0.4,
+    "shrink": 0.3,
     "aspect": 0.2,
     "shift": 0.1,
     "rotation": 15.0,
@@ -125,11 +129,13 @@ def augment(picture: tf.Tensor, strength: str | Augmentation, seed: tf.Tensor) -
 
 
 def _scales(policy: Augmentation, draws: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return which share of width and height is kept; a negative width is mirrored."""
-    kept = 1 - policy.zoom * tf.abs(draws[0])
-    across = kept * (1 - policy.aspect * tf.nn.relu(draws[1]))
+    """Return which share of width and height is seen; a negative width is mirrored."""
+    seen = 1 - policy.zoom * tf.abs(draws[0])
+    if policy.shrink:
+        seen = tf.where(draws[0] < 0, seen, 1 + policy.shrink * draws[0])
+    across = seen * (1 - policy.aspect * tf.nn.relu(draws[1]))
     mirror = tf.where((draws[2] < 0) & policy.flip, -1.0, 1.0)
-    return mirror * across, kept * (1 - policy.aspect * tf.nn.relu(-draws[1]))
+    return mirror * across, seen * (1 - policy.aspect * tf.nn.relu(-draws[1]))
 
 
 def _crop(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tensor:
@@ -144,8 +150,8 @@ def _crop(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tens
 def _turn(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tensor:
     """Crop, mirror, turn and shift in one projective transform, from places of the result."""
     scale_x, scale_y = _scales(policy, draws)
-    # A crop lies anywhere inside the picture; a shift may leave it.
-    free_x, free_y = (1 - tf.abs(scale_x)) / 2 + policy.shift, (1 - scale_y) / 2 + policy.shift
+    # A crop lies anywhere inside the picture, a shrunk picture anywhere inside the view; a shift may leave either.
+    free_x, free_y = tf.abs(1 - tf.abs(scale_x)) / 2 + policy.shift, tf.abs(1 - scale_y) / 2 + policy.shift
     height, width = picture.shape[0], picture.shape[1]
     middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
     to_x, to_y = middle_x + draws[3] * free_x * width, middle_y + draws[4] * free_y * height
