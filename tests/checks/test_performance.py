@@ -11,7 +11,7 @@ from sklearn import metrics as sklearn_metrics
 from tftransfer.checks.charts import confusion_picture
 from tftransfer.checks.performance import learning_curves, performance
 from tftransfer.data.examples import Examples, Pictures
-from tftransfer.report import Findings, Report
+from tftransfer.report import Findings
 from tftransfer.tasks import MultiLabel, Regression, SingleLabel
 
 AWKWARD = (
@@ -80,22 +80,11 @@ def test_every_metric_of_the_task_has_its_value_and_an_interval_around_it(kind):
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_same_input_same_findings_and_a_report_keeps_them(kind):
+def test_same_input_same_findings_and_a_report_keeps_them(kind, kept_by_a_report):
     task, targets, probabilities = CASES[kind](count=40)
     found = performance(task, examples(targets), probabilities, train_targets=targets)
     assert found == performance(task, examples(targets), probabilities, train_targets=targets)
-    report = Report(
-        "t",
-        "b",
-        [],
-        True,
-        {},
-        found.metrics,
-        checks=found.checks,
-        tables=found.tables,
-        pictures=found.pictures,
-    )
-    assert Report.from_json(report.to_json()) == report
+    assert kept_by_a_report(found)
     for picture in found.pictures:
         width, _ = Image.open(io.BytesIO(picture.png)).size
         assert 500 <= width <= 900

@@ -90,6 +90,22 @@ def bomb():
     return png_bomb()
 
 
+@pytest.fixture(scope="session")
+def odd_files(encoded, bomb):
+    """Files by name that are broken (the first four) or unusual but readable."""
+    return {
+        "truncated.jpg": encoded["jpeg"][:-200],
+        "page.jpg": b"<!DOCTYPE html>\n<html>",
+        "empty.jpg": b"",
+        "bomb.png": bomb,
+        "alpha.webp": encoded["webp_rgba"],
+        "deep.png": encoded["png_gray_16"],
+        "cmyk.jpg": encoded["jpeg_cmyk"],
+        "moving.gif": encoded["gif_animated"],
+        "really_png.jpg": encoded["png"],
+    }
+
+
 @pytest.fixture
 def make_folder(tmp_path):
     """Return a function that writes PNG files `FOLDER/NUMBER.png` from `{folder: count}`."""
