@@ -27,7 +27,7 @@ def test_epochs_follow_the_phases_own_share():
 def test_learning_rate_is_the_last_phases_and_the_ratio_stays():
     probe, tune = strategies.freeze_then_unfreeze(learning_rate=2e-4)
     assert tune.learning_rate == pytest.approx(2e-4)
-    assert probe.learning_rate == pytest.approx(9 * 2e-4)
+    assert probe.learning_rate == pytest.approx(18 * 2e-4)
 
 
 def test_augmentations_are_those_of_the_data_package():

@@ -136,7 +136,7 @@ def freeze_then_unfreeze(
     Args:
         augmentation: One of `AUGMENTATIONS`, for the second phase. Defaults to `"strong"`.
         epochs: Total passes over the training split, shared one to two. Defaults to 30.
-        learning_rate: Peak rate of the second phase; the probe's is nine times as high. Defaults to 1e-3.
+        learning_rate: Peak rate of the second phase; the probe's is 18 times as high. Defaults to 5e-4.
 
     Source: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features" (LP-FT), arXiv:2202.10054.
 
@@ -146,7 +146,7 @@ def freeze_then_unfreeze(
     """
     probe = Phase("probe", "head", 10, 9e-3, weight_decay=1.0)
     tune = Phase(
-        "fine-tune", "all", 20, 1e-3, layer_decay=0.9, weight_decay=0.05, augmentation=augmentation, averaging=4.0
+        "fine-tune", "all", 20, 5e-4, layer_decay=0.9, weight_decay=0.05, augmentation=augmentation, averaging=4.0
     )
     return _scaled((probe, tune), epochs, learning_rate)
 
