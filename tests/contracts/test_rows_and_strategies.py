@@ -76,7 +76,7 @@ def test_two_steps_move_what_trains_and_nothing_else(network, name):
         before = {w.path: w.numpy() for w in network.weights}
         training.fine_tune(network, TASK, data, (phase,), batch_size=4, max_steps=2)
         frozen = _frozen(network)
-        assert frozen
+        assert frozen or phase.selector == "all"  # then only BatchNorm's statistics are frozen, where there are any
         for path, value in frozen.items():
             np.testing.assert_array_equal(value, before[path], err_msg=path)
         assert any("moving" in path for path in frozen) == any("moving" in path for path in before)
@@ -96,7 +96,8 @@ def test_a_moved_statistic_would_be_seen(small_network):
 @_both(NETWORKS)
 def test_overfits_a_batch(network):
     data = _data(network.input_shape[1])
-    phase = Phase("all", "all", 25, 2e-3, warmup=0.1)
+    rate = 2e-3 if any("moving" in w.path for w in network.weights) else 2e-4  # VGG diverges where others learn
+    phase = Phase("all", "all", 25, rate, warmup=0.1)
     history = training.fine_tune(network, TASK, data, (phase,), batch_size=12)
     assert min(history["val_loss"]) < 0.5 * history["loss"][0]
 
