@@ -35,9 +35,15 @@ PEAK_LEARNING_RATE = 0.3  # SGD; with Adam at 1e-3 this network did not leave it
 def main() -> None:
     """Generate, train, measure, write."""
     parser = cli.Parser(prog=f"recipes/{NAME}.py", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="decides every random choice (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the pictures (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=64, help="pixels, from 32 (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=cli.at_least(0), default=0, help="decides every random choice (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--epochs", type=cli.at_least(1), default=8, help="passes over the pictures (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--image-size", type=cli.at_least(32), default=64, help="pixels, from 32 (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("saved_models") / NAME, help="folder (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="64 pictures and two steps; every file is written")
     parser.add_argument("--quiet", action="store_true", help="print errors only")

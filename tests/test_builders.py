@@ -55,6 +55,41 @@ def test_uint8_and_float_pixels_give_the_same_answer(pictures):
     np.testing.assert_array_equal(model(pictures), model(pictures.astype(np.uint8)))
 
 
+def _dense(activation: str | None = None):
+    inputs = keras.Input((4,))
+    return inputs, keras.layers.Dense(3, activation=activation)(inputs)
+
+
+@pytest.mark.parametrize(
+    ("after", "activation", "logits"),
+    [
+        (lambda x: x, None, True),
+        (lambda x: x, "softmax", False),
+        (keras.ops.softmax, None, False),
+        (keras.activations.sigmoid, None, False),
+        (keras.layers.Activation("linear", dtype="float32"), "softmax", False),
+        (keras.layers.Activation("linear", dtype="float32"), None, True),
+        (keras.layers.Reshape((3, 1)), "softmax", False),
+        (lambda x: keras.ops.cast(x, "float32"), "sigmoid", False),
+        (lambda x: keras.ops.reshape(x, (-1, 3)), None, True),
+        (keras.layers.Softmax(), None, False),
+        (keras.layers.Rescaling(2.0), None, True),
+    ],
+)
+def test_logits_are_told_from_probabilities(after, activation, logits):
+    inputs, x = _dense(activation)
+    assert builders.outputs_are_logits(keras.Model(inputs, after(x))) == logits
+
+
+@pytest.mark.parametrize("activation", [None, "softmax"])
+def test_logits_are_told_through_nested_models(activation):
+    inner = keras.Model(*_dense(activation))
+    sequential = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, activation=activation)])
+    inputs = keras.Input((4,))
+    for nested in (inner, sequential):
+        assert builders.outputs_are_logits(keras.Model(inputs, nested(inputs))) == (activation is None)
+
+
 _LOADED_ELSEWHERE = """
 import sys
 import keras

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import subprocess
 import sys
 
@@ -6,7 +7,8 @@ import keras
 import numpy as np
 import pytest
 
-from tftransfer import strategies, training
+from tftransfer import builders, strategies, tasks, training
+from tftransfer.data import Data
 from tftransfer.errors import InputError
 from tftransfer.strategies import Phase
 
@@ -226,3 +228,93 @@ def test_an_interrupted_process_ends():
         [sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 75, done.stderr
+
+
+def test_the_groups_step_at_the_rates_that_layer_decay_asks_for(small_network, small_task, small_data):
+    """SGD-like: in its first step AdamW moves every weight by its rate, whatever the gradient."""
+    model = small_network()
+    before = {weight.path: weight.numpy() for weight in model.weights}
+    phase = Phase("all", "all", 1, 1e-3, layer_decay=0.5, schedule="constant", warmup=0, weight_decay=0.0)
+    training.fine_tune(model, small_task, small_data, (phase,), batch_size=24, max_steps=1)
+    steps = [
+        np.median(np.abs(_value(model, path) - before[path]))
+        for path in ("logits/kernel", "conv_3/kernel", "conv_2/kernel", "conv_1/kernel")
+    ]
+    depth = [steps[n + 1] / steps[n] for n in range(3)]
+    assert depth == pytest.approx([0.25, 0.25, 0.25], rel=0.01)  # each normalisation layer is a group of its own
+
+
+def test_example_weights_decide_what_is_learned(small_network, small_task, small_data):
+    """Two examples alike but for their labels: the heavier one wins."""
+    pictures = small_data.train.pictures
+    twice = dataclasses.replace(
+        pictures,
+        names=pictures.names[:2],
+        load=lambda index: pictures.load(index * 0),
+    )
+
+    def answer(weights: list[float]) -> int:
+        keras.utils.set_random_seed(0)
+        model = small_network()
+        train = dataclasses.replace(
+            small_data.train, pictures=twice, targets=np.array([0, 1], np.int32), weights=np.array(weights, np.float32)
+        )
+        data = dataclasses.replace(small_data, train=train, validation=train)
+        training.fine_tune(model, small_task, data, (Phase("probe", "head", 30, 0.1, warmup=0),), batch_size=2)
+        return int(training.predict(model, small_task, train).argmax(axis=-1)[0])
+
+    assert answer([5.0, 1.0]) == 0
+    assert answer([1.0, 5.0]) == 1
+
+
+def test_a_sequential_model_is_trained_in_place(small_network, small_task, small_data):
+    layers = keras.layers
+    model = keras.Sequential([keras.Input((32, 32, 3)), layers.Rescaling(1 / 255), layers.Flatten(), layers.Dense(3)])
+    before = model.get_weights()
+    training.fine_tune(model, small_task, small_data, (Phase("probe", "all", 1, 0.01),), batch_size=8)
+    assert not np.array_equal(before[0], model.get_weights()[0])
+
+
+def test_a_subclassed_model_is_refused(small_task, small_data):
+    class Own(keras.Model):
+        def call(self, inputs):
+            return inputs
+
+    with pytest.raises(InputError, match="functional model"):
+        training.fine_tune(Own(), small_task, small_data, (Phase("probe"),))
+
+
+@pytest.mark.parametrize(
+    "callback", [keras.callbacks.ReduceLROnPlateau(), keras.callbacks.LearningRateScheduler(lambda epoch: 0.1)]
+)
+def test_callbacks_that_set_the_rate_are_refused(small_network, small_task, small_data, callback):
+    with pytest.raises(InputError, match=f"{type(callback).__name__}.*schedule"):
+        training.fine_tune(small_network(), small_task, small_data, (Phase("probe"),), callbacks=[callback])
+
+
+def test_a_metric_that_is_logged_now_and_then_is_undefined_elsewhere(small_network, small_task, small_data, tmp_path):
+    class Sometimes(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 1:
+                logs["sometimes"] = 1.0
+
+    strategy = (Phase("one", "head", 2), Phase("two", "head", 1))
+    history = training.fine_tune(
+        small_network(), small_task, small_data, strategy, callbacks=[Sometimes()], output=tmp_path
+    )
+    assert {len(values) for values in history.values()} == {3}
+    assert len((tmp_path / "history.csv").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e10])
+def test_numbers_are_learned_in_any_unit(small_network, make_examples, unit):
+    generator = np.random.default_rng(0)
+    brightness = generator.uniform(0, 200, (48, 1)).astype(np.float32)
+    pictures = np.broadcast_to(brightness[:, :, None, None], (48, 32, 32, 3)).astype(np.uint8)
+    targets = (brightness * unit).astype(np.float32)
+    train, rest = make_examples(pictures[:32], targets[:32]), make_examples(pictures[32:], targets[32:])
+    data = Data("brightness", ("value",), train, rest, rest, found=48)
+    task = tasks.Regression()
+    model = builders.in_units_of(small_network(num_classes=1), train.targets)
+    training.fine_tune(model, task, data, (Phase("all", "all", 20, 0.02),), batch_size=8)
+    assert task.measure(rest.targets, training.predict(model, task, rest))["r_squared"] > 0.8

@@ -96,10 +96,27 @@ def outputs_are_logits(model: keras.Model) -> bool:
     Returns:
         True if the last layer applies no activation.
     """
-    last = model.output._keras_history.operation  # the layer that made the output, whatever its place in `layers`
-    if isinstance(last, (keras.layers.Softmax, keras.layers.Activation)):
-        return getattr(last, "activation", None) is keras.activations.linear
-    return getattr(last, "activation", keras.activations.linear) is keras.activations.linear
+    return _is_plain(model.output)
+
+
+# Operations after which outputs are what they were: reshaped, renamed or of another type.
+_PASSING = (keras.layers.Reshape, keras.layers.Flatten, keras.layers.Identity)
+_PASSING_OPERATIONS = ("Cast", "Copy", "Identity", "Reshape", "Squeeze")
+_ACTIVATIONS = ("Exp", "HardSigmoid", "LogSigmoid", "LogSoftmax", "Relu", "Sigmoid", "Softmax", "Softplus", "Tanh")
+
+
+def _is_plain(output: keras.KerasTensor) -> bool:
+    """Tell whether no activation was applied to an output, looking through what does not change it."""
+    last, node, index = output._keras_history  # the operation that made it, whatever its place in `layers`
+    if isinstance(last, keras.Model):
+        return _is_plain(last.outputs[index])
+    if isinstance(last, keras.layers.Softmax) or type(last).__name__ in _ACTIVATIONS:
+        return False
+    if getattr(last, "activation", keras.activations.linear) is not keras.activations.linear:
+        return False
+    passes = isinstance(last, (*_PASSING, keras.layers.Activation)) or type(last).__name__ in _PASSING_OPERATIONS
+    before = last._inbound_nodes[node].input_tensors if passes else []
+    return _is_plain(before[0]) if before else True
 
 
 def _image_size(backbone: str, image_size: tuple[int, int] | int | None) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,7 @@ def describe_hardware() -> dict[str, Any]:
     """Return what this machine offers: processors and GPUs by name, with compute capability where known."""
     gpus = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices("GPU")]
     return {
-        "logical_cpus": len(tf.config.list_logical_devices("CPU")),
+        "processors": os.cpu_count(),
         "gpus": [details.get("device_name", "GPU") for details in gpus],
         "compute_capability": [list(details.get("compute_capability", ())) for details in gpus],
         "tpus": len(tf.config.list_physical_devices("TPU")),

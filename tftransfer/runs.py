@@ -94,6 +94,7 @@ def choose_network(options: argparse.Namespace) -> Network:
     wants_demo = options.weights == "demo" or (options.weights is None and options.data == "demo")
     name = options.backbone or (card["backbone"] if wants_demo else "MobileNetV2")
     kind = options.weights or ("demo" if wants_demo and name == card["backbone"] else "imagenet")
+    name = backbones.backbone(name).name  # "MobileNet-1.0" is Keras' "MobileNet"
     natural = card["image_size"] if kind == "demo" else backbones.backbone(name).natural_size
     return Network(name, None if kind == "none" else kind, options.image_size or (natural, natural))
 

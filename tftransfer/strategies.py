@@ -221,6 +221,7 @@ def with_learning_rate(strategy: Strategy, rate: float) -> Strategy:
         >>> [round(phase.learning_rate, 6) for phase in with_learning_rate(freeze_then_unfreeze(), 0.001)]
         [0.018, 0.001]
     """
+    _check(math.isfinite(rate) and rate > 0, "learning_rate", "a number above 0", rate)
     factor = rate / strategy[-1].learning_rate
     return tuple(dataclasses.replace(phase, learning_rate=phase.learning_rate * factor) for phase in strategy)
 

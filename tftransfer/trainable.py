@@ -244,7 +244,7 @@ def _position(name: str, names: list[str], groups: tuple[backbones.Group, ...]) 
 def _refuse_empty(
     model: keras.Model, selector: str, matches: Callable[[keras.Layer, keras.Variable], bool], head: set[int]
 ) -> None:
-    if selector == "head":
+    if selector in ("head", "all"):
         return
     for layer in weight_layers(model):
         if id(layer) not in head and any(matches(layer, variable) for variable in layer._trainable_variables):

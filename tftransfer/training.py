@@ -60,7 +60,10 @@ class PhaseRecord:
 
 
 class History(dict[str, list[float]]):
-    """One list per metric over all phases, such as `history["val_loss"]`; `phases` holds a record for each phase."""
+    """One list per metric over all phases, such as `history["val_loss"]`; `phases` holds a record for each phase.
+
+    An epoch for which a metric is not known, such as one that a user's callback logs now and then, holds NaN.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,9 +71,14 @@ class History(dict[str, list[float]]):
 
     def add(self, logs: dict[str, list[float]], record: PhaseRecord) -> None:
         """Append one phase."""
+        before = sum(phase.epochs for phase in self.phases)
         for name, values in logs.items():
-            self.setdefault(name, []).extend(float(value) for value in values)
+            known = self.setdefault(name, [])
+            known += [math.nan] * (before - len(known))
+            known.extend(float(value) for value in values)
         self.phases.append(record)
+        for values in self.values():
+            values += [math.nan] * (before + record.epochs - len(values))
 
     def write_csv(self, path: Path) -> None:
         """Write a row per epoch: the phase's name, the epoch counted over all phases, and every metric."""
@@ -128,7 +136,8 @@ def fine_tune(
         >>> len(history["loss"])
         1
     """
-    _check(model, task, data, batch_size)
+    model = _functional(model)
+    _check(model, task, data, batch_size, callbacks)
     folder = Path(output) if output else None
     run = _Run(model, task, data, tuple(callbacks), seed, batch_size, max_steps, quiet, folder)
     history = History()
@@ -277,7 +286,7 @@ def even_batch(count: int, batch_size: int, replicas: int) -> int:
 
 def _compiled(run: _Run, phase: Phase, part: keras.Model, steps_per_epoch: int, epochs: int) -> keras.Model:
     from_logits = builders.outputs_are_logits(run.model)
-    loss = run.task.loss(from_logits)
+    loss = run.task.loss(from_logits, run.data.train.targets)
     with distribution.strategy_of(run.model).scope():
         trainee = _Trainee(_unpacked(part.inputs), _unpacked(part.outputs), name="trainee")
         trainee.dtype_policy = run.model.dtype_policy  # Keras scales the loss of float16 models by this
@@ -347,7 +356,35 @@ def _seed_generators(model: keras.Model, seed: int, phase: int) -> None:
         variable.assign(np.array(words, variable.dtype))
 
 
-def _check(model: keras.Model, task: Task, data: Data, batch_size: int) -> None:
+def _functional(model: keras.Model) -> keras.Model:
+    """Return a model whose graph is known; it shares its layers with the one that was given."""
+    if isinstance(model, keras.Sequential) and model.built:
+        return keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+    if not hasattr(model, "_nodes_by_depth"):
+        raise InputError(
+            "`model` must be a functional model, `keras.Model(inputs, outputs)`, or a built Sequential one: others "
+            f"can't be cut at the layers that train. Received: model={type(model).__name__}"
+        )
+    return model
+
+
+# They set the rate of a compiled model; here it is the phase's, and the whole model is never compiled.
+_RATE_CALLBACKS = (
+    keras.callbacks.LearningRateScheduler,
+    keras.callbacks.ReduceLROnPlateau,
+    keras.callbacks.TensorBoard,
+)
+
+
+def _check(
+    model: keras.Model, task: Task, data: Data, batch_size: int, callbacks: Sequence[keras.callbacks.Callback]
+) -> None:
+    for callback in callbacks:
+        if isinstance(callback, _RATE_CALLBACKS):
+            raise InputError(
+                f"`callbacks` can't hold {type(callback).__name__}, which needs the optimizer of a compiled model: use "
+                "a phase's `learning_rate` and `schedule`, and `output` for TensorBoard's logs"
+            )
     if model.output_shape[-1] != task.num_outputs:
         raise InputError(
             f"the model gives {model.output_shape[-1]} outputs, but the task has {task.num_outputs}: "

@@ -11,7 +11,7 @@ from tftransfer import backbones, builders, serving, strategies, tasks, training
 from tftransfer.data import Data, Examples, Pictures
 from tftransfer.strategies import Phase
 
-# The demo's network, a plain MobileNet and one without BatchNorm; one row of each other family is slow.
+# The demo's network and one with residual blocks; one row of each other family is slow.
 QUICK = (("MobileNet-0.25", "demo"), ("MobileNetV2-0.35", None))
 SLOW = (
     "ConvNeXtTiny",
@@ -63,9 +63,35 @@ def _pair(parameter):
     return pytest.param(parameter.values, id=parameter.id, marks=parameter.marks)
 
 
-def _frozen(model: keras.Model) -> dict[str, np.ndarray]:
-    trained = {variable.path for variable in model.trainable_variables}
-    return {w.path: w.numpy() for w in model.weights if w.path not in trained and "seed_generator" not in w.path}
+class _Watch(keras.callbacks.Callback):
+    """Keep the whole model's weights as they are after each step, before any are restored or averaged."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.weights = {weight.path: weight.numpy() for weight in self.model.weights}
+
+
+def _should_train(model: keras.Model, selector: str) -> set[str]:
+    """Return the paths of the weights that a selector means, found from layer names, not from any flag."""
+    groups = backbones.depth_groups(model)
+    kept = {"head": (), "all": groups}.get(selector)
+    chosen = groups[-int(selector.removeprefix("last:")) :] if kept is None else kept
+    names = {name for group in chosen for name in group.layers} | {"logits"}
+    found = {w.path for layer in model.layers if layer.name in names for w in layer.weights}
+    return {path for path in found if "moving" not in path and "seed_generator" not in path}
+
+
+def _moved(network: keras.Model, phase: Phase, data: Data) -> set[str]:
+    before = {weight.path: weight.numpy() for weight in network.weights}
+    watch = _Watch()
+    training.fine_tune(network, TASK, data, (phase,), batch_size=4, max_steps=2, callbacks=[watch])
+    for weight in network.weights:  # what was kept at the end is frozen in the same places
+        if np.array_equal(watch.weights[weight.path], before[weight.path]) and "seed_generator" not in weight.path:
+            np.testing.assert_array_equal(weight, before[weight.path], err_msg=weight.path)
+    return {
+        path
+        for path, value in watch.weights.items()
+        if not np.array_equal(value, before[path]) and "seed_generator" not in path
+    }
 
 
 @_both(NETWORKS)
@@ -73,13 +99,19 @@ def _frozen(model: keras.Model) -> dict[str, np.ndarray]:
 def test_two_steps_move_what_trains_and_nothing_else(network, name):
     data = _data(network.input_shape[1])
     for phase in strategies.parse(name):
-        before = {w.path: w.numpy() for w in network.weights}
-        training.fine_tune(network, TASK, data, (phase,), batch_size=4, max_steps=2)
-        frozen = _frozen(network)
-        assert frozen or phase.selector == "all"  # then only BatchNorm's statistics are frozen, where there are any
-        for path, value in frozen.items():
-            np.testing.assert_array_equal(value, before[path], err_msg=path)
-        assert any("moving" in path for path in frozen) == any("moving" in path for path in before)
+        expected = _should_train(network, phase.selector)
+        moved = _moved(network, phase, data)
+        assert moved <= expected
+        kernels = {path for path in expected if path.endswith("kernel")}
+        assert kernels <= moved  # offsets may have no gradient in two steps
+
+
+def test_a_selector_that_trains_too_much_would_be_seen(small_network):
+    """The promise above can fail: what "all" moves is more than "head" means, and a rate of nearly zero moves less."""
+    network = small_network()
+    data = _data(32)
+    assert not _moved(network, Phase("all", "all"), data) <= _should_train(network, "head")
+    assert not {"logits/kernel"} <= _moved(network, Phase("probe", "head", learning_rate=1e-30), data)
 
 
 def test_a_moved_statistic_would_be_seen(small_network):

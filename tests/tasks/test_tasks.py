@@ -110,6 +110,16 @@ def test_multi_label_measures_equal_scikit_learn():
     )
 
 
+def test_one_label_alone_is_measured_by_its_presence():
+    task = tasks.MultiLabel(("round",))
+    truth = np.array([[1.0]] * 10 + [[0.0]] * 30, np.float32)
+    scores = np.array([[0.9]] * 5 + [[0.1]] * 35, np.float32)
+    measured = task.measure(truth, scores)
+    assert measured["macro_recall"] == 0.5
+    assert measured["macro_precision"] == 1.0
+    assert measured["macro_f1"] == pytest.approx(2 / 3)
+
+
 def test_multi_label_answers_are_padded():
     task = tasks.MultiLabel(("a", "b", "c"))
     answers = task.answers(tf.constant([[0.1, 0.9, 0.6]]), False)

@@ -117,7 +117,9 @@ def brier_scores(task: Task, targets: np.ndarray, probabilities: np.ndarray) -> 
     """
     if task.kind == "multi_label":
         return ((probabilities - targets) ** 2).mean(axis=-1)
-    return ((probabilities - np.eye(task.num_outputs)[targets]) ** 2).sum(axis=-1)
+    given = probabilities.astype(np.float64)
+    chosen = given[np.arange(len(targets)), targets]
+    return (given**2).sum(axis=-1) + 1 - 2 * chosen  # the squared distance to the target's row of the unit matrix
 
 
 def _bin_numbers(confidence: np.ndarray, bins: int) -> np.ndarray:

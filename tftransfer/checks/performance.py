@@ -19,6 +19,7 @@ from tftransfer.tasks import Task
 __all__ = ["learning_curves", "performance"]
 
 _CLASSES_IN_TABLE = 15  # of a confusion matrix; and beyond it the table of classes begins with the worst
+_CLASSES_IN_PICTURE = 300  # of a confusion matrix: beyond it a cell is smaller than a pixel
 _ENOUGH_FOR_LOSSES = 100
 _RATE_COLUMNS = ("recall", "precision", "F1", "average precision")
 
@@ -65,15 +66,22 @@ def _single_label(
 ) -> Findings:
     targets, predicted = examples.targets, probabilities.argmax(axis=-1)
     matrix = sklearn_metrics.confusion_matrix(targets, predicted, labels=range(task.num_outputs))
-    one_hot = np.eye(task.num_outputs, dtype=np.float32)
-    metrics = _classification_metrics(task, targets, probabilities, one_hot[targets], one_hot[predicted])
+    truth, given = (_one_hot(classes, task.num_outputs) for classes in (targets, predicted))
+    metrics = _classification_metrics(task, targets, probabilities, truth, given)
     in_train = None if train_targets is None else np.bincount(train_targets, minlength=task.num_outputs)
     classes = _class_table(task.labels, matrix, in_train)
     small = len(task.labels) <= _CLASSES_IN_TABLE
     tables = (classes, _confusion_table(task.labels, matrix)) if small else (classes,)
-    picture = confusion_picture(matrix, task.labels)
+    pictures = (confusion_picture(matrix, task.labels),) if len(task.labels) <= _CLASSES_IN_PICTURE else ()
     wrong = confident_mistakes(task, targets, probabilities)[:max_mistakes]
-    return Findings(metrics, tables, (picture,)) + show(examples, wrong, "The most confident mistakes")
+    return Findings(metrics, tables, pictures) + show(examples, wrong, "The most confident mistakes")
+
+
+def _one_hot(classes: np.ndarray, count: int) -> np.ndarray:
+    """Return `(n, count)` zeros and ones, without a square matrix of all classes."""
+    hot = np.zeros((len(classes), count), np.float32)
+    hot[np.arange(len(classes)), classes] = 1
+    return hot
 
 
 def _classification_metrics(

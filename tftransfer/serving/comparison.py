@@ -14,6 +14,7 @@ Answers = Mapping[str, np.ndarray]
 TOLERANCE = 1e-5
 # What is chosen from the probabilities, and jumps where two of them change places.
 _CHOSEN = ("label", "labels", "scores")
+_PROBABILITIES = ("probability", "probabilities", "scores")
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Difference:
     """How far two sets of answers are apart.
 
     Args:
-        maximum: The largest difference of two numbers, relative for numbers beyond 1; infinite where one of
-            them is not finite.
+        maximum: The largest difference of two probabilities, or of two numbers against the largest of their kind;
+            infinite where one of them is not finite.
         texts: How many texts differ.
         ties: How many examples have such close probabilities that their labels could not be compared.
         problem: Why the answers cannot be compared at all. Defaults to none.
@@ -85,7 +86,7 @@ def difference(expected: Answers, received: Answers, threshold: float | None = N
         if one.dtype == object:
             texts += int((one != other).sum())
         else:
-            maximum = max(maximum, _largest_number(one, other))
+            maximum = max(maximum, _largest_number(name, one, other))
     return Difference(maximum, texts, int(ties.sum()))
 
 
@@ -107,11 +108,13 @@ def _mismatch(expected: Answers, received: Answers) -> str:
     return ""
 
 
-def _largest_number(expected: np.ndarray, received: np.ndarray) -> float:
+def _largest_number(name: str, expected: np.ndarray, received: np.ndarray) -> float:
     if not (np.isfinite(expected).all() and np.isfinite(received).all()):
         return math.inf
     one, other = expected.astype(np.float64), received.astype(np.float64)
-    return float((np.abs(one - other) / np.maximum(1, np.abs(one))).max(initial=0.0))
+    # Probabilities are compared as they are; numbers in units of their own against the largest of their kind.
+    unit = np.maximum(1, np.abs(one)) if name in _PROBABILITIES else np.abs(one).max(initial=0.0) or 1.0
+    return float((np.abs(one - other) / unit).max(initial=0.0))
 
 
 def _ties(expected: Answers, received: Answers, threshold: float | None) -> np.ndarray:

@@ -50,8 +50,8 @@ class Task(Protocol):
         """Return `(n,)` float32, each example's weight in the loss."""
         ...
 
-    def loss(self, from_logits: bool) -> keras.losses.Loss:
-        """Return the training loss."""
+    def loss(self, from_logits: bool, targets: np.ndarray | None = None) -> keras.losses.Loss:
+        """Return the training loss; the training split's targets tell numbers their scale."""
         ...
 
     def metrics(self, from_logits: bool) -> list[keras.metrics.Metric]:

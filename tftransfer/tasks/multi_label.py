@@ -70,7 +70,7 @@ class MultiLabel:
         weights = np.where(count > 0, inverse, 1.0)
         return (weights / weights.mean()).astype(np.float32)
 
-    def loss(self, from_logits: bool) -> keras.losses.Loss:
+    def loss(self, from_logits: bool, targets: np.ndarray | None = None) -> keras.losses.Loss:
         """Return binary cross-entropy over the labels."""
         return keras.losses.BinaryCrossentropy(from_logits=from_logits, label_smoothing=self.label_smoothing)
 
@@ -109,8 +109,10 @@ class MultiLabel:
         """
         predicted = (probabilities >= self.threshold).astype(int)
         truth = targets.astype(int)
+        # One column would be read as two classes, present and absent: the numbers of "present" are the macro averages.
+        average = "macro" if self.num_outputs > 1 else "binary"
         precision, recall, f1, _ = sklearn_metrics.precision_recall_fscore_support(
-            truth, predicted, average="macro", zero_division=0
+            truth, predicted, average=average, zero_division=0
         )
         return {
             "accuracy": float((predicted == truth).all(axis=1).mean()),

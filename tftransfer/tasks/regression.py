@@ -14,6 +14,28 @@ from tftransfer.errors import InputError
 from tftransfer.tasks.single_label import check_labels
 
 
+class ScaledSquaredError(keras.losses.Loss):
+    """The mean squared error of numbers that are divided by a scale each.
+
+    Args:
+        scale: One number above 0 per output.
+
+    Example:
+        >>> float(ScaledSquaredError((10.0,))([[0.0]], [[20.0]]))
+        4.0
+    """
+
+    def __init__(self, scale: tuple[float, ...]) -> None:
+        super().__init__(name="scaled_squared_error")
+        self._scale = scale
+
+    def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+        """Return `(batch,)`, the mean over the outputs."""
+        y_true, y_pred = keras.ops.convert_to_tensor(y_true), keras.ops.convert_to_tensor(y_pred)
+        error = (keras.ops.cast(y_true, "float32") - keras.ops.cast(y_pred, "float32")) / self._scale
+        return keras.ops.mean(keras.ops.square(error), axis=-1)
+
+
 @dataclass(frozen=True)
 class Regression:
     """One number per name in `labels`, in the units of the data.
@@ -60,9 +82,13 @@ class Regression:
         """Return ones."""
         return np.ones(len(targets), np.float32)
 
-    def loss(self, from_logits: bool) -> keras.losses.Loss:
-        """Return the mean squared error."""
-        return keras.losses.MeanSquaredError()
+    def loss(self, from_logits: bool, targets: np.ndarray | None = None) -> keras.losses.Loss:
+        """Return the mean squared error, each number in units of its deviation in `targets` `(n, numbers)`.
+
+        So training does not depend on the units of the data: in metres and in micrometres it takes the same steps.
+        """
+        deviation = np.ones(self.num_outputs) if targets is None else targets.std(axis=0, dtype=np.float64)
+        return ScaledSquaredError(tuple(np.where(deviation > 0, deviation, 1.0).tolist()))
 
     def metrics(self, from_logits: bool) -> list[keras.metrics.Metric]:
         """Return the mean absolute error."""

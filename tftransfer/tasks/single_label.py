@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ class SingleLabel:
         counts = np.bincount(targets, minlength=self.num_outputs)
         return (len(targets) / np.count_nonzero(counts) / counts[targets]).astype(np.float32)
 
-    def loss(self, from_logits: bool) -> keras.losses.Loss:
+    def loss(self, from_logits: bool, targets: np.ndarray | None = None) -> keras.losses.Loss:
         """Return cross-entropy on class numbers, smoothed if asked."""
         if not self.label_smoothing:
             return keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits)
@@ -142,7 +143,7 @@ def check_labels(labels: Sequence[str], at_least: int) -> None:
     """Refuse label names that are too few or that occur twice."""
     if len(labels) < at_least:
         raise InputError(f"`labels` must name at least {at_least} classes. Received: labels={tuple(labels)!r}")
-    twice = sorted({label for label in labels if list(labels).count(label) > 1})
+    twice = sorted(label for label, count in Counter(labels).items() if count > 1)
     if twice:
         raise InputError(f"`labels` must be unique. Received twice: {', '.join(map(repr, twice))}")
 
