@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, nargs="*", default=(), help="sizes of hidden layers in the head")
     parser.add_argument("--dropout", type=float, default=0.2, help="share dropped in the head (default: %(default)s)")
     parser.add_argument("--label-smoothing", type=float, default=0.0, help="in [0, 1) (default: %(default)s)")
+    parser.add_argument("--patience", type=cli.at_least(1), help="end a phase after so many epochs without progress")
     parser.add_argument("--balance", action="store_true", help="give every class the same total weight")
     options = cli.parse(parser)
     import keras  # after TensorFlow was loaded quietly

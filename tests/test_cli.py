@@ -1,7 +1,9 @@
 import argparse
+import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -120,3 +122,37 @@ def test_recipes_share_the_options_of_the_contract():
         "--dry-run",
         "--quiet",
     } <= options
+
+
+def test_doctor_says_what_is_there(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["tensorflow"] == tensorflow_version()
+    assert found["devices"]["processors"] == os.cpu_count()
+    assert found["embedded_weights"] == "intact"
+    assert found["memory_gib"]["total"] > 0
+    assert isinstance(found["missing"], dict)
+
+
+def tensorflow_version() -> str:
+    return metadata.version("tensorflow")
+
+
+def test_doctor_fails_where_the_embedded_weights_are_damaged(capsys, monkeypatch):
+    from tftransfer import weights
+
+    def damaged(name):
+        raise InputError("damaged")
+
+    monkeypatch.setattr(weights, "check_demo", damaged)
+    assert cli.main(["doctor"]) == 1
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_backbones_lists_every_row(capsys):
+    from tftransfer import backbones
+
+    assert cli.main(["backbones", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["backbone"] for row in rows] == list(backbones.names())
+    assert all(row["natural size"] >= row["smallest size"] > 0 for row in rows)

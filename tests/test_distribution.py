@@ -69,6 +69,28 @@ def test_unknown_precision_is_refused():
         pass
 
 
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_a_network_trains_in_mixed_precision(small_task, small_data, precision):
+    from tftransfer import builders, training
+    from tftransfer.strategies import Phase
+
+    with distribution.devices("cpu", precision):
+        model = builders.image_classifier("MobileNet-0.25", 3, image_size=32, weights="demo", dropout=0.0)
+    phase = Phase("probe", "head", 10, 0.05, warmup=0)
+    losses = training.fine_tune(model, small_task, small_data, (phase,), batch_size=8)["loss"]
+    assert losses[-1] < 0.8 * losses[0]
+    assert model.get_layer("logits").kernel.dtype == "float32"
+
+
+def test_a_model_of_another_strategy_is_refused(small_network):
+    import tensorflow as tf
+
+    model = small_network()
+    other = tf.distribute.OneDeviceStrategy("/cpu:0")
+    with other.scope(), pytest.raises(InputError, match="same `with tft.devices"):
+        distribution.strategy_of(model)
+
+
 _TWO_DEVICES = """
     import json, sys
     from tftransfer import cli

@@ -75,14 +75,14 @@ def strategy_of(model: keras.Model) -> tf.distribute.Strategy:
     Raises:
         InputError: If the model was built in one scope and this is called in another.
     """
-    built_in = model.distribute_strategy
     current = tf.distribute.get_strategy()
+    built_in = model._distribute_strategy  # Keras' own property answers with the current one where there was none
     if tf.distribute.has_strategy() and current is not built_in:
         raise InputError(
-            f"the model was built under {type(built_in).__name__} but is trained under {type(current).__name__}; "
+            f"the model was built under {type(built_in).__name__ if built_in else 'no strategy'} but is trained under {type(current).__name__}; "
             "build it inside the same `with tft.devices(...)` block"
         )
-    return built_in
+    return built_in or current
 
 
 def describe_hardware() -> dict[str, Any]:

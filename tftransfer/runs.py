@@ -106,7 +106,8 @@ def choose_strategy(options: argparse.Namespace) -> Strategy:
         InputError: If the strategy is not known, or a number is out of its range.
     """
     usual = "freeze_then_unfreeze:augmentation=light_no_flip" if options.data == "demo" else "freeze_then_unfreeze"
-    return strategies.parse(options.strategy or usual, options.epochs, options.learning_rate)
+    strategy = strategies.parse(options.strategy or usual, options.epochs, options.learning_rate)
+    return strategies.with_patience(strategy, options.patience) if options.patience else strategy
 
 
 def begin(run: Run, data: Data, devices: Devices) -> None:

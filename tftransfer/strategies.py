@@ -226,6 +226,16 @@ def with_learning_rate(strategy: Strategy, rate: float) -> Strategy:
     return tuple(dataclasses.replace(phase, learning_rate=phase.learning_rate * factor) for phase in strategy)
 
 
+def with_patience(strategy: Strategy, patience: int) -> Strategy:
+    """Let every phase end early, after so many epochs without a lower validation loss.
+
+    Example:
+        >>> [phase.patience for phase in with_patience(freeze_then_unfreeze(), 3)]
+        [3, 3]
+    """
+    return tuple(dataclasses.replace(phase, patience=patience) for phase in strategy)
+
+
 _SHARED_OPTIONS = ("epochs", "learning_rate")
 _TYPES = {"int": int, "float": float, "str": str}  # of an option, by its annotation
 

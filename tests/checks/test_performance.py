@@ -196,6 +196,12 @@ def test_labels_in_any_script_and_with_any_signs_are_drawn():
     assert picture.png.startswith(b"\x89PNG")
 
 
+def test_learning_curves_of_one_epoch_are_drawn():
+    history = {"loss": [0.69], "val_loss": [0.69], "accuracy": [0.5], "val_accuracy": [0.5]}
+    picture = learning_curves(history, [{"name": "linear probe", "epochs": 1}])
+    assert picture.png.startswith(b"\x89PNG")
+
+
 def test_learning_curves_tell_the_last_values_and_survive_odd_histories():
     history = {"loss": [2.0, 1.0, 0.5], "val_loss": [2.1, np.nan, 0.7], "accuracy": [0.2, 0.5, 0.8],
                "val_accuracy": [0.1, 0.4, 0.75], "learning_rate": [0.1, 0.1, 0.01]}  # fmt: skip

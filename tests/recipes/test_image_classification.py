@@ -262,3 +262,23 @@ def test_errors_of_a_real_process_are_one_line(repository, tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == ""
+
+
+def test_options_reach_the_network_the_task_and_the_phases(recipe, tmp_path):
+    options = ["--hidden", "8", "--dropout", "0.4", "--label-smoothing", "0.1", "--balance", "--patience", "3"]
+    photos = _photos(tmp_path / "photos")
+    out = tmp_path / "out"
+    assert recipe("--data", photos, *SMALL, *options, "--smoke", "--strategy", "linear_probe", "--out", out) == 0
+    run = bundles.load(out)
+    assert run.model.get_layer("head_hidden_1").units == 8
+    assert run.model.get_layer("head_dropout").rate == 0.4
+    assert (run.task.label_smoothing, run.task.balance) == (0.1, True)
+    assert [phase["patience"] for phase in run.manifest["strategy"]] == [3]
+
+
+def test_smoothing_is_refused_for_numbers(recipe, tmp_path, capsys):
+    photos = _photos(tmp_path / "photos", classes=("1", "2"))
+    code = recipe("--data", photos, *SMALL, "--task", "regression", "--balance", "--out", tmp_path / "out")
+    assert code == 2
+    assert "regression has none" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

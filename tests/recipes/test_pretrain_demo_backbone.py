@@ -8,6 +8,9 @@ import keras
 import numpy as np
 import pytest
 
+from tftransfer import backbones, data
+from tftransfer.checks import demo
+
 FILES = {"demo_backbone.weights.h5", "demo_backbone.json", "DEMO_BACKBONE.md"}
 
 
@@ -68,7 +71,29 @@ def test_packaged_weights_load_and_tell_pictures_apart(packaged, card):
 
 
 def test_packaged_backbone_earns_its_place(card):
-    mean = {(row["features"], row["per_class"]): row["mean"] for row in card["probe"]}
+    """Measured here and now, and what the card says."""
+    size = (card["image_size"], card["image_size"])
+    digits, _ = data.load("demo", image_size=size, seed=card["seed"])
+    keras.utils.set_random_seed(0)
+    random, embedded = (backbones.build(card["backbone"], size, weights) for weights in (None, "demo"))
+    rows = demo.compare_networks(digits, embedded, random)
+    mean = {(row.features, row.per_class): row.mean for row in rows}
     for count, margin in ((1, 0.05), (5, 0.05), (10, 0.01)):
         assert mean["demo backbone", count] >= mean["raw pixels", count] + margin
         assert mean["demo backbone", count] >= mean["random weights", count] + 0.15
+    for row in card["probe"]:
+        if row["features"] != "random weights":  # those are of another draw
+            assert mean[row["features"], row["per_class"]] == pytest.approx(row["mean"], abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "option", [["--image-size", "16"], ["--seed", "-1"], ["--epochs", "0"], ["--image-size", "64x64"]]
+)
+def test_bad_input_is_one_line_and_exit_2(repository, tmp_path, option):
+    recipe = repository / "recipes" / "pretrain_demo_backbone.py"
+    command = [sys.executable, str(recipe), *option, "--out", str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=repository, check=False)
+    assert run.returncode == 2
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert option[0] in run.stderr
+    assert not (tmp_path / "out").exists()

@@ -51,6 +51,7 @@ def _curve(axes: Axes, history: Mapping[str, Sequence[float]], name: str) -> Non
         epochs = np.arange(1, len(values) + 1)
         marker = "o" if len(values) <= 30 else None
         axes.plot(epochs, values, dashes, color=color, label=label, marker=marker, markersize=3, linewidth=1.5)
+    axes.set_xlim(0.4, max(len(history.get(name, ())), 1) + 0.6)  # also for one epoch, whose point is a place, no span
 
 
 def _mark_phases(axes: Axes, phases: Iterable[Mapping[str, Any]], with_names: bool) -> None:

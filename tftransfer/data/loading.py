@@ -123,6 +123,8 @@ def _task(listing: Listing, kind: str, label_smoothing: float, balance: bool) ->
     if kind == "auto":
         kind = "multi_label" if listing.several else "single_label"
     if kind == "regression":
+        if label_smoothing or balance:
+            raise InputError("`label_smoothing` and `balance` are for classes; regression has none: leave them out")
         count = listing.labels[0].count("|") + 1
         return tasks.Regression(("value",) if count == 1 else tuple(f"value_{i + 1}" for i in range(count)))
     _check_not_empty(listing, kind)
