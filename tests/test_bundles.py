@@ -18,7 +18,7 @@ def _report() -> Report:
 
 
 def _saved(folder, model, task):
-    bundles.begin(folder, CONFIGURATION)
+    bundles.begin(folder, CONFIGURATION, again=True)
     bundles.save(folder, model, task, _report(), configuration=CONFIGURATION, provenance={"data": {}})
 
 
@@ -76,6 +76,27 @@ def test_a_folder_is_claimed_by_one_run(tmp_path, small_network, small_task):
         bundles.claim(folder, {**CONFIGURATION, "seed": 1})
     _saved(folder, small_network(), small_task)
     assert bundles.claim(folder, CONFIGURATION)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("existing", [False, True])
+def test_of_two_runs_that_start_together_one_gets_the_folder(tmp_path, seed, existing):
+    folder = tmp_path if existing else tmp_path / "run"
+    second = {**CONFIGURATION, "seed": seed}
+    assert not bundles.claim(folder, CONFIGURATION)
+    assert not bundles.claim(folder, second)
+    bundles.begin(folder, CONFIGURATION)
+    with pytest.raises(InputError, match="another run"):
+        bundles.begin(folder, second)
+    assert bundles.read_manifest(folder)["configuration"] == CONFIGURATION
+
+
+def test_an_interrupted_run_begins_again_unless_it_was_finished_since(tmp_path, small_network, small_task):
+    bundles.begin(tmp_path, CONFIGURATION)
+    bundles.begin(tmp_path, CONFIGURATION, again=True)
+    _saved(tmp_path, small_network(), small_task)
+    with pytest.raises(InputError, match="another run"):
+        bundles.begin(tmp_path, CONFIGURATION, again=True)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):

@@ -70,10 +70,28 @@ def claim(folder: Path, configuration: Mapping[str, Any]) -> bool:
     return bool(manifest.get("complete"))
 
 
-def begin(folder: Path, configuration: Mapping[str, Any]) -> None:
-    """Make a run's folder and note in its manifest which run it holds."""
+def begin(folder: Path, configuration: Mapping[str, Any], *, again: bool = False) -> None:
+    """Make a run's folder and note in its manifest which run it holds; of several at the same time one succeeds.
+
+    Args:
+        folder: The run's folder; it need not exist.
+        configuration: Everything that decides the run's result.
+        again: Whether the folder held this run, interrupted, when it was claimed. Defaults to False.
+
+    Raises:
+        InputError: If another run began there, or this one was finished, since the folder was claimed.
+    """
+    taken = f"`out` {folder} was taken by another run in the meantime: choose a new folder"
+    if claim(folder, configuration):
+        raise InputError(taken)
+    if again and (folder / MANIFEST).is_file():
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MANIFEST, {"complete": False, "configuration": dict(configuration)})
+    try:
+        with (folder / MANIFEST).open("x", encoding="utf-8") as file:  # fails if the file exists: no two create it
+            file.write(_json({"complete": False, "configuration": dict(configuration)}))
+    except FileExistsError:
+        raise InputError(taken) from None
 
 
 def next_folder(root: Path, name: str) -> Path:
@@ -248,7 +266,7 @@ def _metric_line(name: str, number: Number) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON in one step: a reader sees the old file or the new one."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _json(content))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -256,6 +274,10 @@ def write_text(path: Path, text: str) -> None:
     staged = path.with_name(f".{path.name}.staged")
     staged.write_text(text, encoding="utf-8")
     os.replace(staged, path)
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _verdict(passed: bool | None) -> str:

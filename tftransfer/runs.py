@@ -38,6 +38,7 @@ class Run:
         finished: Whether the folder already holds this run, done.
         console: Where progress goes.
         began: When the call began, in seconds of the monotonic clock.
+        again: Whether the folder already holds this run, interrupted. Defaults to False.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Run:
     finished: bool
     console: Console
     began: float
+    again: bool = False
 
     @property
     def quiet(self) -> bool:
@@ -66,8 +68,9 @@ def prepare(name: str, options: argparse.Namespace) -> Run:
     given = {key: _plain(value) for key, value in vars(options).items() if key not in _NOT_CONFIGURATION}
     configuration = {"recipe": name, **given}
     folder = options.out or bundles.next_folder(Path("saved_models"), name)
+    again = (folder / bundles.MANIFEST).is_file()
     finished = bundles.claim(folder, configuration)
-    return Run(name, folder, configuration, finished, Console(quiet=options.quiet), time.monotonic())
+    return Run(name, folder, configuration, finished, Console(quiet=options.quiet), time.monotonic(), again)
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,12 @@ def begin(run: Run, data: Data, devices: Devices) -> None:
     """Say what was found and chosen, make the folder, and note which run it holds.
 
     From here on the run has passed every check of its input; before, nothing is written.
+
+    Raises:
+        InputError: If another run has taken the folder since `prepare`.
     """
     announce(run, data, devices)
-    bundles.begin(run.folder, run.configuration)
+    bundles.begin(run.folder, run.configuration, again=run.again)
 
 
 def show_finished(run: Run) -> int:
