@@ -25,6 +25,7 @@ from tftransfer.data import audit, images, load_for
 from tftransfer.errors import InputError
 from tftransfer.report import Table
 
+_BATCH_SIZE = 32  # pictures that `predict` holds at a time
 _OPTIONAL = {"pytest": "to run the tests (extra dev)"}
 
 
@@ -68,8 +69,7 @@ def backbones(options: argparse.Namespace) -> int:
 def predict(options: argparse.Namespace) -> int:
     """Print an answer for each picture."""
     bundle = bundles.load(options.run)
-    pictures = np.stack([_read_picture(file, bundle.image_size) for file in options.files])
-    outputs = prefix.as_constant_function(bundle.model)(tf.constant(pictures))[0]
+    outputs = _outputs(bundle, options.files)
     answers = bundle.task.answers(outputs, outputs_are_logits(bundle.model))
     rows = _answer_rows(options.files, {name: value.numpy() for name, value in answers.items()})
     if options.csv:
@@ -79,6 +79,14 @@ def predict(options: argparse.Namespace) -> int:
         return 0
     _show(options, rows, Table("", tuple(rows[0]), tuple(tuple(row.values()) for row in rows)))
     return 0
+
+
+def _outputs(bundle: bundles.Bundle, files: Sequence[Path]) -> tf.Tensor:
+    """Return the network's outputs for picture files; only one batch of pictures is in memory at a time."""
+    infer = prefix.as_constant_function(bundle.model)
+    batches = [files[begin : begin + _BATCH_SIZE] for begin in range(0, len(files), _BATCH_SIZE)]
+    pictures = (np.stack([_read_picture(file, bundle.image_size) for file in batch]) for batch in batches)
+    return tf.concat([infer(tf.constant(batch))[0] for batch in pictures], axis=0)
 
 
 def evaluate(options: argparse.Namespace) -> int:

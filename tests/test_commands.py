@@ -1,0 +1,54 @@
+"""Commands on a run's folder that was written without training."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tftransfer import bundles, cli, prefix
+from tftransfer.report import Report
+
+
+@pytest.fixture
+def run(tmp_path, small_network, small_task):
+    """A finished run without a SavedModel."""
+    folder = tmp_path / "run"
+    configuration = {"recipe": "image_classification", "seed": 0}
+    bundles.begin(folder, configuration)
+    data = {"name": "colours", "train": 24, "validation": 12, "test": 12, "quarantined": []}
+    report = Report("image_classification", "small", [], True, data, {})
+    bundles.save(folder, small_network(), small_task, report, configuration=configuration, provenance={"data": {}})
+    return folder
+
+
+def _pictures(folder, count):
+    generator = np.random.default_rng(0)
+    files = [folder / f"{number}.png" for number in range(count)]
+    for file in files:
+        file.write_bytes(tf.io.encode_png(generator.integers(0, 255, (32, 32, 3), np.uint8)).numpy())
+    return files
+
+
+def test_predict_takes_pictures_in_batches_and_answers_in_order(run, tmp_path, capsys, monkeypatch):
+    sizes = []
+    freeze = prefix.as_constant_function
+
+    def watched(network):
+        infer = freeze(network)
+        return lambda batch: sizes.append(len(batch)) or infer(batch)
+
+    monkeypatch.setattr(prefix, "as_constant_function", watched)
+    files = _pictures(tmp_path, 70)
+    assert cli.main(["predict", str(run), *map(str, files), "--csv"]) == 0
+    assert sizes == [32, 32, 6]
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["file"] for row in rows] == list(map(str, files))
+    assert cli.main(["predict", str(run), str(files[69]), "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)[0]
+    assert alone["label"] == rows[69]["label"]
+    assert alone["probability"] == pytest.approx(float(rows[69]["probability"]), abs=1e-4)
