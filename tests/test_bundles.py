@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -110,6 +111,20 @@ def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         bundles.claim(tmp_path / "file" / "run", CONFIGURATION)
+
+
+@pytest.mark.parametrize("name", ["a[b", "a]b", "a*b", "a?b", "a\\b", "caf\udce9", "[ab]/run"])
+def test_a_path_that_tensorflow_cannot_read_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="must be a path"):
+        bundles.claim(tmp_path / name, CONFIGURATION)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_whole_path_counts_not_only_what_was_given(tmp_path, monkeypatch):
+    (tmp_path / "[old]").mkdir()
+    monkeypatch.chdir(tmp_path / "[old]")
+    with pytest.raises(InputError, match="pattern"):
+        bundles.claim(Path("run"), CONFIGURATION)
 
 
 def test_numbers_count_up(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from tftransfer import bundles, distribution, runs
 from tftransfer.errors import InputError
+from tftransfer.report import Table
 
 
 def _prepared(folder, seed=0):
@@ -31,3 +32,17 @@ def test_of_two_runs_prepared_together_one_begins(tmp_path, small_data, seed):
 def test_an_interrupted_run_begins_again(tmp_path, small_data):
     _begin(_prepared(tmp_path), small_data)
     _begin(_prepared(tmp_path), small_data)
+
+
+def test_paths_and_labels_are_printed_as_they_are(capsys):
+    console = runs.literal_console()
+    text = "photos/[bold]:smile:[/]"
+    console.print(text, soft_wrap=True)
+    runs.print_table(console, Table(text, (text,), ((text,),), note=text))
+    assert capsys.readouterr().out.count(text) == 5
+
+
+def test_a_recipes_console_is_literal(tmp_path, capsys):
+    run = runs.prepare("image_classification", argparse.Namespace(out=tmp_path / ":smile:", quiet=False))
+    run.console.print(f"{run.folder}", soft_wrap=True)
+    assert capsys.readouterr().out == f"{tmp_path / ':smile:'}\n"

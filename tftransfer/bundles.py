@@ -22,6 +22,7 @@ from tftransfer.weights import digest
 
 MANIFEST = "manifest.json"
 MODEL = "model.keras"
+_PATTERN_CHARACTERS = frozenset("[]*?\\")
 PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "tensorflow-datasets")
 
 
@@ -54,8 +55,10 @@ def claim(folder: Path, configuration: Mapping[str, Any]) -> bool:
         True if this very run is finished there; False if it can begin (or begin again after an interruption).
 
     Raises:
-        InputError: If the folder holds another run or other files, or cannot be written.
+        InputError: If the folder holds another run or other files, or cannot be written, or TensorFlow could not
+            read its path.
     """
+    _check_path(folder)
     _check_writable(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return False
@@ -282,6 +285,20 @@ def _json(content: Mapping[str, Any]) -> str:
 
 def _verdict(passed: bool | None) -> str:
     return {True: "passed", False: "failed", None: "not judged"}[passed]
+
+
+def _check_path(folder: Path) -> None:
+    """Refuse a path under which TensorFlow could not load a SavedModel: it reads paths as patterns, in UTF-8."""
+    path = folder.absolute().as_posix()
+    if _PATTERN_CHARACTERS.intersection(path):
+        raise InputError(
+            f"`out` must be a path without any of {' '.join(sorted(_PATTERN_CHARACTERS))}, which TensorFlow takes for "
+            f"a pattern: it could not load the exported model. Received: out={path}"
+        )
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"`out` must be a path in UTF-8. Received: out={path!r}") from None
 
 
 def _check_writable(folder: Path) -> None:

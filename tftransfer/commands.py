@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import psutil
 import tensorflow as tf
-from rich.console import Console
 
 from tftransfer import bundles, distribution, prefix, runs, serving, training, weights
 from tftransfer.backbones import backbone, names
@@ -175,7 +174,7 @@ def _show(options: argparse.Namespace, content: Any, table: Table) -> None:
     if options.json:
         print(json.dumps(content, indent=1, ensure_ascii=False))
     elif not options.quiet:
-        runs.print_table(Console(), table)
+        runs.print_table(runs.literal_console(), table)
 
 
 def _line(content: Any) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import rich.markup
 from rich.console import Console
 from rich.table import Table as ConsoleTable
+from rich.text import Text
 
 from tftransfer import backbones, bundles, prefix, report_html, serving, strategies, trainable, training, weights
 from tftransfer.checks import calibration, charts, demo, performance
@@ -70,7 +70,12 @@ def prepare(name: str, options: argparse.Namespace) -> Run:
     folder = options.out or bundles.next_folder(Path("saved_models"), name)
     again = (folder / bundles.MANIFEST).is_file()
     finished = bundles.claim(folder, configuration)
-    return Run(name, folder, configuration, finished, Console(quiet=options.quiet), time.monotonic(), again)
+    return Run(name, folder, configuration, finished, literal_console(options.quiet), time.monotonic(), again)
+
+
+def literal_console(quiet: bool = False) -> Console:
+    """Return a console that prints paths and labels as they are, where rich would read `[bold]` and `:smile:`."""
+    return Console(quiet=quiet, markup=False, emoji=False)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def begin(run: Run, data: Data, devices: Devices) -> None:
 def show_finished(run: Run) -> int:
     """Print the report of a run that is already done."""
     report = Report.from_json(json.loads((run.folder / "report.json").read_text(encoding="utf-8")))
-    run.console.print(f"This run is finished: {run.folder}")
+    run.console.print(f"This run is finished: {run.folder}", soft_wrap=True)
     _print_metrics(run.console, report)
     return 0
 
@@ -139,7 +144,7 @@ def show_plan(run: Run, model: keras.Model, data: Data, strategy: Strategy, devi
         share = prefix.cut(model).frozen_share
         title = f"{phase.name}: {phase.epochs} epochs at {phase.learning_rate:g}, {share:.0%} runs as constants"
         print_table(run.console, audit_table(title, rows))
-    run.console.print(f"Nothing was written; the run would go to {run.folder}")
+    run.console.print(f"Nothing was written; the run would go to {run.folder}", soft_wrap=True)
     return 0
 
 
@@ -150,7 +155,7 @@ def announce(run: Run, data: Data, devices: Devices) -> None:
     counts = f"{len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test"
     console.print(f"Data: {data.name}, {len(data.labels)} labels, {counts}, {len(data.quarantined)} set aside")
     for item in data.quarantined[:5]:
-        console.print(f"  set aside: {item.file}: {item.reason}", markup=False)
+        console.print(f"  set aside: {item.file}: {item.reason}")
     if len(data.quarantined) > 5:
         console.print(f"  and {len(data.quarantined) - 5} more, all in the report")
 
@@ -221,12 +226,12 @@ def print_table(console: Console, table: Table) -> None:
         console.print(table.note, style="dim")
 
 
-def _cell(value: Any, percent: bool) -> str:
+def _cell(value: Any, percent: bool) -> Text:
     """Return a cell as text that rich takes literally."""
     if isinstance(value, Number):
         span = report_html.interval(value, percent)
-        return report_html.number(value.value, percent) + (f" ({span})" if span else "")
-    return rich.markup.escape(value if isinstance(value, str) else report_html.number(value, percent))
+        return Text(report_html.number(value.value, percent) + (f" ({span})" if span else ""))
+    return Text(value if isinstance(value, str) else report_html.number(value, percent))
 
 
 def _measure(model: keras.Model, task: Task, data: Data, history: training.History) -> Findings:
@@ -282,8 +287,8 @@ def _print_result(run: Run, report: Report, version: Path | None) -> None:
     failed = [check.name for check in report.checks if check.passed is False]
     if failed:
         run.console.print(f"Not passed: {', '.join(failed)}")
-    run.console.print(f"Report: {run.folder / 'report.html'}")
-    run.console.print(f"SavedModel: {version}, verified" if version else "SavedModel: not published, see the report")
+    run.console.print(f"Report: {run.folder / 'report.html'}", soft_wrap=True)
+    run.console.print(f"SavedModel: {version}, verified" if version else "SavedModel: not published, see the report", soft_wrap=True)
 
 
 def _print_metrics(console: Console, report: Report) -> None:
@@ -291,7 +296,7 @@ def _print_metrics(console: Console, report: Report) -> None:
     for name, number in report.metrics.items():
         span = f"  [{number.low:.4f}, {number.high:.4f}]" if number.low is not None else ""
         value = "undefined" if number.value is None else f"{number.value:.4f}"
-        console.print(f"  {name:<28} {value}{span}", highlight=False, markup=False)
+        console.print(f"  {name:<28} {value}{span}", highlight=False)
 
 
 def _plain(value: Any) -> Any:
