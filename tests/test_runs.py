@@ -8,16 +8,26 @@ import pytest
 
 from tftransfer import bundles, distribution, runs
 from tftransfer.errors import InputError
-from tftransfer.report import Table
+from tftransfer.report import Number, Report, Table
 
 
-def _prepared(folder, seed=0):
-    return runs.prepare("image_classification", argparse.Namespace(seed=seed, out=folder, quiet=True))
+def _prepared(folder, seed=0, quiet=True):
+    return runs.prepare("image_classification", argparse.Namespace(seed=seed, out=folder, quiet=quiet))
 
 
 def _begin(run, data):
     with distribution.devices("cpu") as devices:
         runs.begin(run, data, devices)
+
+
+def _finished(folder, model, task, **provenance):
+    """Write a finished run without training; returns the same command's second call."""
+    run = _prepared(folder)
+    bundles.begin(folder, run.configuration)
+    report = Report("image_classification", "small", [], True, {"name": "colours"}, {"accuracy": Number(0.5)})
+    provenance = {"data": {}, **provenance}
+    bundles.save(folder, model, task, report, configuration=run.configuration, provenance=provenance)
+    return _prepared(folder, quiet=False)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -46,3 +56,26 @@ def test_a_recipes_console_is_literal(tmp_path, capsys):
     run = runs.prepare("image_classification", argparse.Namespace(out=tmp_path / ":smile:", quiet=False))
     run.console.print(f"{run.folder}", soft_wrap=True)
     assert capsys.readouterr().out == f"{tmp_path / ':smile:'}\n"
+
+
+@pytest.mark.parametrize(("current", "code"), [("1", 0), (None, 1)])
+def test_a_finished_run_says_again_whether_it_was_published(
+    tmp_path, small_network, small_task, capsys, current, code
+):
+    run = _finished(tmp_path / "run", small_network(), small_task, current=current)
+    assert run.finished
+    assert runs.show_finished(run) == code
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed
+    assert ("not published" in printed) == bool(code)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", "5", '{"metrics": []}', "\xff"])
+def test_a_finished_run_without_its_report_is_bad_input(tmp_path, small_network, small_task, content):
+    run = _finished(tmp_path / "run", small_network(), small_task)
+    if content is None:
+        (run.folder / "report.json").unlink()
+    else:
+        (run.folder / "report.json").write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=r"report\.json"):
+        runs.show_finished(run)

@@ -22,6 +22,7 @@ from tftransfer.weights import digest
 
 MANIFEST = "manifest.json"
 MODEL = "model.keras"
+REPORT = "report.json"
 _PATTERN_CHARACTERS = frozenset("[]*?\\")
 PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "tensorflow-datasets")
 
@@ -123,7 +124,7 @@ def save(
         provenance: Decisions, data fingerprint and the weights that went in.
     """
     save_model(model, folder / MODEL)
-    write_json(folder / "report.json", report.to_json())
+    write_json(folder / REPORT, report.to_json())
     write_text(folder / "report.html", report.to_html())
     write_text(folder / "MODEL_CARD.md", model_card(report, provenance))
     manifest = {
@@ -210,6 +211,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is not a run's folder: it has no {MANIFEST}") from None
     except ValueError as error:
         raise InputError(f"{folder / MANIFEST} is not valid JSON: {error}") from None
+
+
+def read_report(folder: Path) -> Report:
+    """Read a finished run's report.
+
+    Raises:
+        InputError: If there is none, or it is damaged.
+    """
+    path = folder / REPORT
+    try:
+        return Report.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is no report of a run: {error}") from None
 
 
 def changed_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -129,11 +128,19 @@ def begin(run: Run, data: Data, devices: Devices) -> None:
 
 
 def show_finished(run: Run) -> int:
-    """Print the report of a run that is already done."""
-    report = Report.from_json(json.loads((run.folder / "report.json").read_text(encoding="utf-8")))
+    """Print the report of a run that is already done; returns the exit code: 1 if its export was not published.
+
+    Raises:
+        InputError: If the report is missing or damaged.
+    """
+    report = bundles.read_report(run.folder)
     run.console.print(f"This run is finished: {run.folder}", soft_wrap=True)
     _print_metrics(run.console, report)
-    return 0
+    if bundles.read_manifest(run.folder).get("current", True):
+        return 0
+    again = f"`tftransfer export {run.folder}` tries again"
+    run.console.print(f"SavedModel: not published, see the report; {again}", soft_wrap=True)
+    return 1
 
 
 def show_plan(run: Run, model: keras.Model, data: Data, strategy: Strategy, devices: Devices) -> int:
