@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -120,15 +122,39 @@ def run_recipe(main: Callable[[], int | None]) -> NoReturn:
 
 
 def guarded(main: Callable[[], int | None]) -> int:
-    """Call a function, and turn bad input into one line and exit code 2, an interruption into 75."""
+    """Call a function, and turn bad input into one line and exit code 2, an interruption into 75.
+
+    SIGTERM and SIGHUP, as batch systems and closed terminals send them, end it as Ctrl-C does.
+    """
     try:
-        return main() or DONE
+        with _signals_interrupt():
+            return main() or DONE
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("stopped; the same command with the same --out begins this run again", file=sys.stderr)
         return STOPPED
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt; one that is ignored, as under `nohup`, stays ignored."""
+    kept = {number: signal.getsignal(number) for number in _stop_signals()}
+    try:
+        for number in kept:
+            signal.signal(number, signal.default_int_handler)
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _stop_signals() -> list[int]:
+    if threading.current_thread() is not threading.main_thread():
+        return []  # Python lets only the main thread set handlers
+    known = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+    return [number for number in known if number and signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
 def import_tensorflow() -> None:
