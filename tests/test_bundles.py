@@ -134,7 +134,7 @@ def test_numbers_count_up(tmp_path):
     assert bundles.next_folder(tmp_path, "run").name == "run-008"
 
 
-@pytest.mark.parametrize("content", [None, "{"])
+@pytest.mark.parametrize("content", [None, "{", "[]", "5", '{"files": []}', '{"configuration": 1}'])
 def test_folders_without_a_manifest_are_refused(tmp_path, content):
     if content:
         (tmp_path / "manifest.json").write_text(content)
@@ -154,6 +154,32 @@ def test_the_manifest_is_sealed(tmp_path, small_network, small_task):
     assert sealed == [bundles.digest(tmp_path / "manifest.json"), "manifest.json"]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert set(manifest["files"]) == {"model.keras", "report.json", "report.html", "MODEL_CARD.md"}
+
+
+def test_a_changed_manifest_is_refused(tmp_path, small_network, small_task):
+    _saved(tmp_path, small_network(), small_task)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"red"', '"rot"'))
+    for use in (bundles.load, bundles.read_manifest, lambda folder: bundles.claim(folder, CONFIGURATION)):
+        with pytest.raises(InputError, match=r"was changed.*manifest\.sha256"):
+            use(tmp_path)
+    (tmp_path / "manifest.sha256").unlink()
+    assert bundles.read_manifest(tmp_path)["labels"] == ["rot", "green", "blue"]
+
+
+def test_an_interruption_leaves_no_wrong_seal(tmp_path, small_network, small_task, monkeypatch):
+    _saved(tmp_path, small_network(), small_task)
+    write = bundles.write_text
+
+    def stop(path, text):
+        if path.name == "manifest.sha256":
+            raise KeyboardInterrupt
+        write(path, text)
+
+    monkeypatch.setattr(bundles, "write_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bundles.refresh(tmp_path, current="2")
+    assert bundles.read_manifest(tmp_path)["current"] == "2"
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):

@@ -21,6 +21,7 @@ from tftransfer.report import Number, Report
 from tftransfer.weights import digest
 
 MANIFEST = "manifest.json"
+SEAL = "manifest.sha256"
 MODEL = "model.keras"
 REPORT = "report.json"
 _PATTERN_CHARACTERS = frozenset("[]*?\\")
@@ -152,8 +153,10 @@ def refresh(folder: Path, **changes: Any) -> None:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    # Whoever is interrupted between the steps leaves a manifest without a seal, never one with a wrong seal.
+    (folder / SEAL).unlink(missing_ok=True)
     write_json(folder / MANIFEST, manifest)
-    write_text(folder / "manifest.sha256", f"{digest(folder / MANIFEST)}  {MANIFEST}\n")
+    write_text(folder / SEAL, f"{digest(folder / MANIFEST)}  {MANIFEST}\n")
 
 
 def load(folder: str | os.PathLike[str]) -> Bundle:
@@ -200,17 +203,42 @@ def save_model(model: keras.Model, path: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a run's manifest.
+    """Read a run's manifest, and compare it with `manifest.sha256` if that is there.
 
     Raises:
-        InputError: If there is none, or it is not JSON.
+        InputError: If there is none, it was changed since it was written, or it is no manifest.
     """
+    path = folder / MANIFEST
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} is not a run's folder: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise InputError(f"{folder / MANIFEST} is not valid JSON: {error}") from None
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    _check_seal(folder)
+    if not _is_manifest(manifest):
+        raise InputError(f"{path} is no manifest of a run: it must be a JSON object")
+    return manifest
+
+
+def _is_manifest(content: Any) -> bool:
+    parts = ("configuration", "files")
+    return isinstance(content, dict) and all(isinstance(content.get(name, {}), dict) for name in parts)
+
+
+def _check_seal(folder: Path) -> None:
+    """Refuse a manifest that is not the one `manifest.sha256` was written for; without that file any is taken."""
+    seal = folder / SEAL
+    if not seal.is_file():
+        return
+    expected = seal.read_text(encoding="utf-8", errors="replace").split()[:1]
+    if expected != [digest(folder / MANIFEST)]:
+        raise InputError(
+            f"{folder / MANIFEST} was changed after the run wrote it (other SHA-256 than in {SEAL}): "
+            f"put it back, or remove {SEAL} to take it as it is"
+        )
 
 
 def read_report(folder: Path) -> Report:
