@@ -130,7 +130,8 @@ def test_the_whole_path_counts_not_only_what_was_given(tmp_path, monkeypatch):
 def test_numbers_count_up(tmp_path):
     assert bundles.next_folder(tmp_path, "run").name == "run-001"
     (tmp_path / "run-007").mkdir()
-    (tmp_path / "run-old").mkdir()
+    for name in ("old", "²"):
+        (tmp_path / f"run-{name}").mkdir()
     assert bundles.next_folder(tmp_path, "run").name == "run-008"
 
 
@@ -140,6 +141,12 @@ def test_folders_without_a_manifest_are_refused(tmp_path, content):
         (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(InputError, match=r"manifest\.json"):
         bundles.load(tmp_path)
+
+
+@pytest.mark.parametrize("manifest", [{}, {"task": None}, {"task": {"kind": "single_label"}}, {"task": {"kind": "?"}}])
+def test_a_manifest_without_a_task_is_refused(tmp_path, manifest):
+    with pytest.raises(InputError, match="task"):
+        bundles.task_of(tmp_path, manifest)
 
 
 def test_an_unfinished_run_is_refused(tmp_path):

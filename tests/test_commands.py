@@ -52,3 +52,19 @@ def test_predict_takes_pictures_in_batches_and_answers_in_order(run, tmp_path, c
     alone = json.loads(capsys.readouterr().out)[0]
     assert alone["label"] == rows[69]["label"]
     assert alone["probability"] == pytest.approx(float(rows[69]["probability"]), abs=1e-4)
+
+
+def test_a_model_that_is_not_the_trained_one_fails_verification(run, capsys):
+    assert cli.main(["export", str(run), "--quiet"]) == 0
+    for damage in (lambda file: file.write_bytes(b"changed"), lambda file: file.unlink()):
+        damage(run / "model.keras")
+        assert cli.main(["verify", str(run), "--repeats", "2", "--json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        failed = [check for check in found["checks"] if check["passed"] is False]
+        assert [check["name"] for check in failed] == ["files equal the manifest"]
+        assert failed[0]["metrics"]["changed"] == ["model.keras"]
+
+
+def test_a_run_without_a_savedmodel_is_bad_input_to_verify(run, capsys):
+    assert cli.main(["verify", str(run)]) == 2
+    assert "tftransfer export" in capsys.readouterr().err

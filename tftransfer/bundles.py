@@ -102,7 +102,7 @@ def begin(folder: Path, configuration: Mapping[str, Any], *, again: bool = False
 def next_folder(root: Path, name: str) -> Path:
     """Return `root/NAME-NNN` with the next free number."""
     numbers = [path.name.removeprefix(f"{name}-") for path in root.glob(f"{name}-*")]
-    return root / f"{name}-{max((int(number) for number in numbers if number.isdigit()), default=0) + 1:03d}"
+    return root / f"{name}-{max((int(number) for number in numbers if number.isdecimal()), default=0) + 1:03d}"
 
 
 def save(
@@ -169,13 +169,34 @@ def load(folder: str | os.PathLike[str]) -> Bundle:
         InputError: If the folder holds no finished run, or a file differs from the manifest.
     """
     path = Path(folder)
-    manifest = read_manifest(path)
-    if not manifest.get("complete") and MODEL not in manifest.get("files", {}):
-        raise InputError(f"the run in {path} is not finished: run its recipe again with `--out {path}`")
-    changed = changed_files(path, manifest)
-    if MODEL in changed:
+    manifest = finished_manifest(path)
+    if MODEL in changed_files(path, manifest):
         raise InputError(f"{path / MODEL} is not the file that the manifest names (other SHA-256, or missing)")
-    return Bundle(path, load_model(path / MODEL), tasks.from_json(manifest["task"]), manifest)
+    return Bundle(path, load_model(path / MODEL), task_of(path, manifest), manifest)
+
+
+def finished_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a finished run; its files may have changed.
+
+    Raises:
+        InputError: If the folder holds no finished run.
+    """
+    manifest = read_manifest(folder)
+    if not manifest.get("complete") and MODEL not in manifest.get("files", {}):
+        raise InputError(f"the run in {folder} is not finished: run its recipe again with `--out {folder}`")
+    return manifest
+
+
+def task_of(folder: Path, manifest: Mapping[str, Any]) -> tasks.Task:
+    """Return the task that a run's manifest describes.
+
+    Raises:
+        InputError: If it describes none that this version knows.
+    """
+    try:
+        return tasks.from_json(manifest["task"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / MANIFEST} describes no task: {error}") from None
 
 
 def load_model(path: str | os.PathLike[str]) -> keras.Model:

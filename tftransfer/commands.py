@@ -124,12 +124,15 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def _verify_run(folder: Path, repeats: int) -> serving.Verification:
-    bundle = bundles.load(folder)
-    changed = bundles.changed_files(folder, bundle.manifest)
+    manifest = bundles.finished_manifest(folder)
+    task = bundles.task_of(folder, manifest)
+    changed = bundles.changed_files(folder, manifest)
     newest = serving.newest_version(folder / "serving")
     if newest is None:
         raise InputError(f"{folder} holds no serving/N: run `tftransfer export {folder}` first")
-    verification = serving.verify(newest, model=bundle.model, task=bundle.task, repeats=repeats)
+    # A model that is not the one that was trained proves nothing; the SavedModel is then compared with itself.
+    model = None if bundles.MODEL in changed else bundles.load_model(folder / bundles.MODEL)
+    verification = serving.verify(newest, model=model, task=task, repeats=repeats)
     return verification.with_check("files equal the manifest", not changed, {"changed": changed})
 
 
