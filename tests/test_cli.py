@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 
+import keras
 import pytest
 
 from tftransfer import cli
@@ -60,10 +61,22 @@ def test_image_size(text, size):
     assert cli.image_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "a", "1x2x3", "-5", "12x", "1.5"])
+@pytest.mark.parametrize("text", ["", "0", "a", "1x2x3", "-5", "12x", "1.5", "²"])
 def test_bad_image_sizes_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="N or HxW"):
         cli.image_size(text)
+
+
+@pytest.mark.parametrize("text", ["-1", "4294967296", "²", "1.5", ""])
+def test_bad_seeds_are_refused(text, capsys):
+    parser = cli.recipe_parser("image_classification", "A recipe.")
+    assert _exit(lambda: parser.parse_args([f"--seed={text}"])) == 2
+    assert "from 0 to 4294967295" in capsys.readouterr().err
+
+
+def test_the_largest_seed_seeds_everything():
+    parser = cli.recipe_parser("image_classification", "A recipe.")
+    keras.utils.set_random_seed(parser.parse_args(["--seed", "4294967295"]).seed)
 
 
 def test_bad_input_becomes_one_line(capsys):
@@ -84,7 +97,9 @@ def test_an_interruption_is_75(capsys):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_ends_a_process_with_75(name):
-    code = "import time; from tftransfer import cli; cli.run_recipe(lambda: print('ready', flush=True) or time.sleep(60))"
+    code = (
+        "import time; from tftransfer import cli; cli.run_recipe(lambda: print('ready', flush=True) or time.sleep(60))"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(getattr(signal, name))

@@ -59,9 +59,7 @@ def test_a_recipes_console_is_literal(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("current", "code"), [("1", 0), (None, 1)])
-def test_a_finished_run_says_again_whether_it_was_published(
-    tmp_path, small_network, small_task, capsys, current, code
-):
+def test_a_finished_run_says_again_whether_it_was_published(tmp_path, small_network, small_task, capsys, current, code):
     run = _finished(tmp_path / "run", small_network(), small_task, current=current)
     assert run.finished
     assert runs.show_finished(run) == code

@@ -17,6 +17,7 @@ from tftransfer import __version__
 from tftransfer.errors import InputError
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +59,7 @@ def recipe_parser(name: str, description: str, *, epochs_help: str = "the strate
     add("--epochs", type=int, help=f"total over all phases (default: {epochs_help})")
     add("--batch-size", type=at_least(1), default=32, help="examples per step over all devices (default: %(default)s)")
     add("--learning-rate", type=float, help="peak of the last phase (default: the strategy's own)")
-    add("--seed", type=at_least(0), default=0, help="decides every random choice (default: %(default)s)")
+    add("--seed", type=at_least(0, LARGEST_SEED), default=0, help="decides every random choice (default: %(default)s)")
     add("--devices", default="auto", help="auto, cpu, gpu or a number of devices (default: %(default)s)")
     add(
         "--precision",
@@ -80,17 +81,19 @@ def recipe_parser(name: str, description: str, *, epochs_help: str = "the strate
     return parser
 
 
-def at_least(smallest: int) -> Callable[[str], int]:
-    """Return a function that reads a whole number from `smallest` up.
+def at_least(smallest: int, largest: int | None = None) -> Callable[[str], int]:
+    """Return a function that reads a whole number from `smallest` up, to `largest` if that is given.
 
     Example:
         >>> at_least(1)("32")
         32
     """
+    span = f"from {smallest}" + (f" to {largest}" if largest is not None else "")
 
     def whole_number(text: str) -> int:
-        if not text.isdigit() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {smallest}. Received: {text!r}")
+        # Not `isdigit`, which is true of "²" too.
+        if not text.isdecimal() or int(text) < smallest or (largest is not None and int(text) > largest):
+            raise argparse.ArgumentTypeError(f"expected a whole number {span}. Received: {text!r}")
         return int(text)
 
     return whole_number
@@ -104,7 +107,7 @@ def image_size(text: str) -> tuple[int, int]:
         ((224, 224), (96, 128))
     """
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise argparse.ArgumentTypeError(f"expected N or HxW in pixels, such as 224 or 96x128. Received: {text!r}")
     return int(sides[0]), int(sides[-1])
 

@@ -97,7 +97,7 @@ def describe_hardware() -> dict[str, Any]:
 
 def _strategy(choice: str) -> tuple[tf.distribute.Strategy, str, str]:
     """Return the strategy, the kind of device, and why."""
-    if choice not in DEVICE_CHOICES and not (choice.isdigit() and int(choice) > 0):
+    if choice not in DEVICE_CHOICES and not (choice.isdecimal() and int(choice) > 0):
         raise InputError(f"`devices` must be auto, cpu, gpu or a number from 1. Received: devices={choice!r}")
     if choice == "auto" and tf.config.list_physical_devices("TPU"):
         return _tpu_strategy(), "TPU", "TPU (recognised, untested)"
@@ -107,7 +107,7 @@ def _strategy(choice: str) -> tuple[tf.distribute.Strategy, str, str]:
         raise InputError("`devices` is gpu, but TensorFlow sees none on this machine; see `tftransfer doctor`")
     pool = cpus if choice == "cpu" or not gpus else gpus
     # Logical processors beyond the first exist only where somebody asked for them by number, as tests do.
-    count = int(choice) if choice.isdigit() else (len(gpus) if pool is gpus else 1)
+    count = int(choice) if choice.isdecimal() else (len(gpus) if pool is gpus else 1)
     if count > len(pool):
         raise InputError(
             f"`devices` asks for {count}, but there are {len(pool)} of kind {pool[0].device_type}. "

@@ -295,7 +295,9 @@ def _print_result(run: Run, report: Report, version: Path | None) -> None:
     if failed:
         run.console.print(f"Not passed: {', '.join(failed)}")
     run.console.print(f"Report: {run.folder / 'report.html'}", soft_wrap=True)
-    run.console.print(f"SavedModel: {version}, verified" if version else "SavedModel: not published, see the report", soft_wrap=True)
+    run.console.print(
+        f"SavedModel: {version}, verified" if version else "SavedModel: not published, see the report", soft_wrap=True
+    )
 
 
 def _print_metrics(console: Console, report: Report) -> None:
