@@ -58,6 +58,27 @@ def test_a_changed_file_is_named(tmp_path, small_network, small_task):
     assert bundles.changed_files(tmp_path, bundles.read_manifest(tmp_path)) == ["report.json"]
 
 
+def test_leftovers_of_an_interrupted_export_are_not_part_of_a_run(tmp_path):
+    for name in ("serving/.new-1f/saved_model.pb", "serving/1/saved_model.pb", "logs/events", ".hidden"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert set(bundles.digests(tmp_path)) == {"serving/1/saved_model.pb"}
+
+
+def test_older_versions_may_be_removed(tmp_path):
+    names = [f"serving/{version}/saved_model.pb" for version in (1, 2)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    manifest = {"current": "2", "files": bundles.digests(tmp_path)}
+    (tmp_path / names[0]).write_text("changed")
+    assert bundles.changed_files(tmp_path, manifest) == names[:1]
+    (tmp_path / names[0]).unlink()
+    assert bundles.changed_files(tmp_path, manifest) == []
+    (tmp_path / names[1]).unlink()
+    assert bundles.changed_files(tmp_path, manifest) == names[1:]
+
+
 def test_a_damaged_model_is_refused(tmp_path, small_network, small_task):
     _saved(tmp_path, small_network(), small_task)
     contents = bytearray((tmp_path / "model.keras").read_bytes())

@@ -278,23 +278,34 @@ def read_report(folder: Path) -> Report:
 
 
 def changed_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Return the files whose SHA-256 is not the manifest's, missing ones included."""
+    """Return the files whose SHA-256 is not the manifest's, missing ones included.
+
+    Versions of the SavedModel before the current one may be missing: model servers' housekeeping removes them.
+    """
     return [
         name
         for name, expected in manifest.get("files", {}).items()
-        if not (folder / name).is_file() or digest(folder / name) != expected
+        if (digest(folder / name) != expected if (folder / name).is_file() else not _is_old(name, manifest))
     ]
 
 
+def _is_old(name: str, manifest: Mapping[str, Any]) -> bool:
+    """Whether a file belongs to a version of the SavedModel that is not the manifest's `current`."""
+    match name.split("/"):
+        case ["serving", version, _, *_]:
+            return version != manifest.get("current", version)
+    return False
+
+
 def digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of a run but its manifest and its logs."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path: path.relative_to(folder).as_posix() for path in files}
-    return {
-        name: digest(path)
-        for path, name in names.items()
-        if not name.startswith(("manifest.", "logs/", "checkpoints/", "."))
-    }
+    """Return the SHA-256 of every file of a run but its manifest, its logs and what is hidden, such as leftovers."""
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix(): digest(folder / path) for path in files if not _is_left_out(path)}
+
+
+def _is_left_out(path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)
+    return hidden or path.parts[0] in ("logs", "checkpoints") or path.as_posix().startswith("manifest.")
 
 
 def versions() -> dict[str, str]:
