@@ -53,6 +53,7 @@ def main() -> int:
     if options.dry_run:
         return tft.runs.show_plan(run, model, data, strategy, devices)
 
+    tft.runs.check_strategy(model, strategy)
     tft.runs.begin(run, data, devices)
     history = tft.fine_tune(
         model,

@@ -115,6 +115,18 @@ def choose_strategy(options: argparse.Namespace) -> Strategy:
     return strategies.parse(options.strategy or usual, options.epochs, options.learning_rate)
 
 
+def check_strategy(model: keras.Model, strategy: Strategy) -> None:
+    """Refuse a strategy whose selectors do not fit a model, before anything is written.
+
+    What trains is set as the last phase sets it; `fine_tune` sets it anew.
+
+    Raises:
+        InputError: If a phase names groups or layers that the model lacks.
+    """
+    for phase in strategy:
+        trainable.set_trainable(model, phase.selector, train_batch_norm=phase.train_batch_norm)
+
+
 def begin(run: Run, data: Data, devices: Devices) -> None:
     """Say what was found and chosen, make the folder, and note which run it holds.
 

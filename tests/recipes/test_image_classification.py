@@ -224,6 +224,9 @@ def _bad(name, folder):
         "unknown devices": (["--devices", "tpus"], "`devices`"),
         "zero batch": (["--batch-size", "0"], "--batch-size"),
         "negative seed": (["--seed", "-1"], "--seed"),
+        "seed too large": (["--seed", "4294967296"], "4294967295"),
+        "more groups than there are": (["--strategy", "partial:last=50"], "last:50"),
+        "path that is a pattern": (["--out", folder / "run[1]"], "pattern"),
     }[name]
 
 
@@ -238,6 +241,7 @@ def _contents(folder):
         "missing column", "bad encoding", "missing file", "unknown backbone", "weights of another network",
         "missing weights", "image too small", "zero epochs", "unwritable folder", "another run", "unknown strategy",
         "unknown option", "unknown devices", "zero batch", "negative seed",
+        "seed too large", "more groups than there are", "path that is a pattern",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_2(recipe, tmp_path, capsys, name):
