@@ -210,6 +210,17 @@ def test_an_interruption_leaves_no_wrong_seal(tmp_path, small_network, small_tas
     assert bundles.read_manifest(tmp_path)["current"] == "2"
 
 
+def test_names_that_are_not_utf8_are_written_and_read_back(tmp_path):
+    content = {"file": "caf\udce9.png", "escaped": "a\\\udce9", "plain": "café ,"}
+    bundles.write_json(tmp_path / "report.json", content)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == content
+    bundles.write_text(tmp_path / "report.html", "caf\udce9")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == "caf\\udce9"
+    configuration = {**CONFIGURATION, "data": "caf\udce9"}
+    bundles.begin(tmp_path / "run", configuration)
+    assert not bundles.claim(tmp_path / "run", configuration)
+
+
 def test_a_file_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "model.keras").write_text("not a model")
     with pytest.raises(InputError, match="cannot be loaded"):

@@ -54,6 +54,14 @@ def test_predict_takes_pictures_in_batches_and_answers_in_order(run, tmp_path, c
     assert alone["probability"] == pytest.approx(float(rows[69]["probability"]), abs=1e-4)
 
 
+@pytest.mark.parametrize("form", ["--csv", "--json", None])
+def test_names_that_are_not_utf8_are_answered(run, tmp_path, capsys, form, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    file = _pictures(tmp_path, 1)[0].rename(tmp_path / "caf\udce9.png")
+    assert cli.main(["predict", str(run), str(file), *filter(None, [form])]) == 0
+    assert "caf\\udce9.png" in capsys.readouterr().out
+
+
 def test_a_model_that_is_not_the_trained_one_fails_verification(run, capsys):
     assert cli.main(["export", str(run), "--quiet"]) == 0
     for damage in (lambda file: file.write_bytes(b"changed"), lambda file: file.unlink()):

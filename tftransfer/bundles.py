@@ -93,7 +93,9 @@ def begin(folder: Path, configuration: Mapping[str, Any], *, again: bool = False
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with (folder / MANIFEST).open("x", encoding="utf-8") as file:  # fails if the file exists: no two create it
+        with (folder / MANIFEST).open(
+            "x", encoding="utf-8", errors="backslashreplace"
+        ) as file:  # x: only one can create it
             file.write(_json({"complete": False, "configuration": dict(configuration)}))
     except FileExistsError:
         raise InputError(taken) from None
@@ -349,9 +351,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text in one step: a reader sees the old file or the new one."""
+    """Write text in one step: a reader sees the old file or the new one.
+
+    Names of files that are not UTF-8 hold characters that UTF-8 lacks; they are written as `\\udcXX`, which is what
+    JSON reads.
+    """
     staged = path.with_name(f".{path.name}.staged")
-    staged.write_text(text, encoding="utf-8")
+    staged.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(staged, path)
 
 

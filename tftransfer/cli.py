@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -127,8 +128,11 @@ def run_recipe(main: Callable[[], int | None]) -> NoReturn:
 def guarded(main: Callable[[], int | None]) -> int:
     """Call a function, and turn bad input into one line and exit code 2, an interruption into 75.
 
-    SIGTERM and SIGHUP, as batch systems and closed terminals send them, end it as Ctrl-C does.
+    SIGTERM and SIGHUP, as batch systems and closed terminals send them, end it as Ctrl-C does. What the terminal
+    cannot show, such as names of files that are not UTF-8, is printed as `\\udcXX`.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _signals_interrupt():
             return main() or DONE
