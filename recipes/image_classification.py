@@ -54,6 +54,7 @@ def main() -> int:
     if options.dry_run:
         return tft.runs.show_plan(run, model, data, strategy, devices)
 
+    tft.runs.check_strategy(model, strategy)
     tft.runs.begin(run, data, devices)
     history = tft.fine_tune(
         model,
@@ -66,7 +67,7 @@ def main() -> int:
         max_steps=2 if options.smoke else None,
         quiet=options.quiet,
     )
-    return tft.runs.finish(run, model, task, data, history, network)
+    return tft.runs.finish(run, model, task, data, history, network, devices)
 
 
 if __name__ == "__main__":

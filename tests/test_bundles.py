@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -18,7 +19,7 @@ def _report() -> Report:
 
 
 def _saved(folder, model, task):
-    bundles.begin(folder, CONFIGURATION)
+    bundles.begin(folder, CONFIGURATION, again=True)
     bundles.save(folder, model, task, _report(), configuration=CONFIGURATION, provenance={"data": {}})
 
 
@@ -57,6 +58,27 @@ def test_a_changed_file_is_named(tmp_path, small_network, small_task):
     assert bundles.changed_files(tmp_path, bundles.read_manifest(tmp_path)) == ["report.json"]
 
 
+def test_leftovers_of_an_interrupted_export_are_not_part_of_a_run(tmp_path):
+    for name in ("serving/.new-1f/saved_model.pb", "serving/1/saved_model.pb", "logs/events", ".hidden"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert set(bundles.digests(tmp_path)) == {"serving/1/saved_model.pb"}
+
+
+def test_older_versions_may_be_removed(tmp_path):
+    names = [f"serving/{version}/saved_model.pb" for version in (1, 2)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    manifest = {"current": "2", "files": bundles.digests(tmp_path)}
+    (tmp_path / names[0]).write_text("changed")
+    assert bundles.changed_files(tmp_path, manifest) == names[:1]
+    (tmp_path / names[0]).unlink()
+    assert bundles.changed_files(tmp_path, manifest) == []
+    (tmp_path / names[1]).unlink()
+    assert bundles.changed_files(tmp_path, manifest) == names[1:]
+
+
 def test_a_damaged_model_is_refused(tmp_path, small_network, small_task):
     _saved(tmp_path, small_network(), small_task)
     contents = bytearray((tmp_path / "model.keras").read_bytes())
@@ -78,6 +100,27 @@ def test_a_folder_is_claimed_by_one_run(tmp_path, small_network, small_task):
     assert bundles.claim(folder, CONFIGURATION)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("existing", [False, True])
+def test_of_two_runs_that_start_together_one_gets_the_folder(tmp_path, seed, existing):
+    folder = tmp_path if existing else tmp_path / "run"
+    second = {**CONFIGURATION, "seed": seed}
+    assert not bundles.claim(folder, CONFIGURATION)
+    assert not bundles.claim(folder, second)
+    bundles.begin(folder, CONFIGURATION)
+    with pytest.raises(InputError, match="another run"):
+        bundles.begin(folder, second)
+    assert bundles.read_manifest(folder)["configuration"] == CONFIGURATION
+
+
+def test_an_interrupted_run_begins_again_unless_it_was_finished_since(tmp_path, small_network, small_task):
+    bundles.begin(tmp_path, CONFIGURATION)
+    bundles.begin(tmp_path, CONFIGURATION, again=True)
+    _saved(tmp_path, small_network(), small_task)
+    with pytest.raises(InputError, match="another run"):
+        bundles.begin(tmp_path, CONFIGURATION, again=True)
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds no run"):
@@ -91,19 +134,40 @@ def test_a_file_in_the_way_is_refused(tmp_path):
         bundles.claim(tmp_path / "file" / "run", CONFIGURATION)
 
 
+@pytest.mark.parametrize("name", ["a[b", "a]b", "a*b", "a?b", "a\\b", "caf\udce9", "[ab]/run"])
+def test_a_path_that_tensorflow_cannot_read_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="must be a path"):
+        bundles.claim(tmp_path / name, CONFIGURATION)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_whole_path_counts_not_only_what_was_given(tmp_path, monkeypatch):
+    (tmp_path / "[old]").mkdir()
+    monkeypatch.chdir(tmp_path / "[old]")
+    with pytest.raises(InputError, match="pattern"):
+        bundles.claim(Path("run"), CONFIGURATION)
+
+
 def test_numbers_count_up(tmp_path):
     assert bundles.next_folder(tmp_path, "run").name == "run-001"
     (tmp_path / "run-007").mkdir()
-    (tmp_path / "run-old").mkdir()
+    for name in ("old", "²"):
+        (tmp_path / f"run-{name}").mkdir()
     assert bundles.next_folder(tmp_path, "run").name == "run-008"
 
 
-@pytest.mark.parametrize("content", [None, "{"])
+@pytest.mark.parametrize("content", [None, "{", "[]", "5", '{"files": []}', '{"configuration": 1}'])
 def test_folders_without_a_manifest_are_refused(tmp_path, content):
     if content:
         (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(InputError, match=r"manifest\.json"):
         bundles.load(tmp_path)
+
+
+@pytest.mark.parametrize("manifest", [{}, {"task": None}, {"task": {"kind": "single_label"}}, {"task": {"kind": "?"}}])
+def test_a_manifest_without_a_task_is_refused(tmp_path, manifest):
+    with pytest.raises(InputError, match="task"):
+        bundles.task_of(tmp_path, manifest)
 
 
 def test_an_unfinished_run_is_refused(tmp_path):
@@ -118,6 +182,43 @@ def test_the_manifest_is_sealed(tmp_path, small_network, small_task):
     assert sealed == [bundles.digest(tmp_path / "manifest.json"), "manifest.json"]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert set(manifest["files"]) == {"model.keras", "report.json", "report.html", "MODEL_CARD.md"}
+
+
+def test_a_changed_manifest_is_refused(tmp_path, small_network, small_task):
+    _saved(tmp_path, small_network(), small_task)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"red"', '"rot"'))
+    for use in (bundles.load, bundles.read_manifest, lambda folder: bundles.claim(folder, CONFIGURATION)):
+        with pytest.raises(InputError, match=r"was changed.*manifest\.sha256"):
+            use(tmp_path)
+    (tmp_path / "manifest.sha256").unlink()
+    assert bundles.read_manifest(tmp_path)["labels"] == ["rot", "green", "blue"]
+
+
+def test_an_interruption_leaves_no_wrong_seal(tmp_path, small_network, small_task, monkeypatch):
+    _saved(tmp_path, small_network(), small_task)
+    write = bundles.write_text
+
+    def stop(path, text):
+        if path.name == "manifest.sha256":
+            raise KeyboardInterrupt
+        write(path, text)
+
+    monkeypatch.setattr(bundles, "write_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bundles.refresh(tmp_path, current="2")
+    assert bundles.read_manifest(tmp_path)["current"] == "2"
+
+
+def test_names_that_are_not_utf8_are_written_and_read_back(tmp_path):
+    content = {"file": "caf\udce9.png", "escaped": "a\\\udce9", "plain": "café ,"}
+    bundles.write_json(tmp_path / "report.json", content)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == content
+    bundles.write_text(tmp_path / "report.html", "caf\udce9")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == "caf\\udce9"
+    configuration = {**CONFIGURATION, "data": "caf\udce9"}
+    bundles.begin(tmp_path / "run", configuration)
+    assert not bundles.claim(tmp_path / "run", configuration)
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):

@@ -1,10 +1,13 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from importlib import metadata
 
+import keras
 import pytest
 
 from tftransfer import cli
@@ -60,10 +63,22 @@ def test_image_size(text, size):
     assert cli.image_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "a", "1x2x3", "-5", "12x", "1.5"])
+@pytest.mark.parametrize("text", ["", "0", "a", "1x2x3", "-5", "12x", "1.5", "²"])
 def test_bad_image_sizes_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="N or HxW"):
         cli.image_size(text)
+
+
+@pytest.mark.parametrize("text", ["-1", "4294967296", "²", "1.5", ""])
+def test_bad_seeds_are_refused(text, capsys):
+    parser = cli.recipe_parser("image_classification", "A recipe.")
+    assert _exit(lambda: parser.parse_args([f"--seed={text}"])) == 2
+    assert "from 0 to 4294967295" in capsys.readouterr().err
+
+
+def test_the_largest_seed_seeds_everything():
+    parser = cli.recipe_parser("image_classification", "A recipe.")
+    keras.utils.set_random_seed(parser.parse_args(["--seed", "4294967295"]).seed)
 
 
 def test_bad_input_becomes_one_line(capsys):
@@ -80,6 +95,39 @@ def test_an_interruption_is_75(capsys):
 
     assert cli.guarded(interrupt) == 75
     assert "begins this run again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_ends_a_process_with_75(name):
+    code = (
+        "import time; from tftransfer import cli; cli.run_recipe(lambda: print('ready', flush=True) or time.sleep(60))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(getattr(signal, name))
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert error.decode().splitlines() == ["stopped; the same command with the same --out begins this run again"]
+
+
+def test_handlers_are_put_back_and_ignored_signals_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    during = []
+    try:
+        cli.guarded(lambda: during.extend(map(signal.getsignal, (signal.SIGTERM, signal.SIGHUP))))
+        assert during == [signal.default_int_handler, signal.SIG_IGN]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_other_threads_set_no_handlers():
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(cli.guarded(lambda: 0)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
 
 
 def test_programming_errors_are_not_hidden():

@@ -47,7 +47,9 @@ def test_precision_follows_the_weakest_gpu(capabilities, precision):
     assert distribution._by_compute_capability(capabilities)[0] == precision
 
 
-@pytest.mark.parametrize(("choice", "said"), [("gpus", "auto, cpu, gpu"), ("0", "from 1"), ("99", "asks for 99")])
+@pytest.mark.parametrize(
+    ("choice", "said"), [("gpus", "auto, cpu, gpu"), ("0", "from 1"), ("99", "asks for 99"), ("²", "from 1")]
+)
 def test_bad_choices_are_refused(choice, said):
     with pytest.raises(InputError, match=said), distribution.devices(choice):
         pass

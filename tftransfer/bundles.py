@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +21,11 @@ from tftransfer.report import Number, Report
 from tftransfer.weights import digest
 
 MANIFEST = "manifest.json"
+SEAL = "manifest.sha256"
 MODEL = "model.keras"
+SAMPLES = "samples"
+REPORT = "report.json"
+_PATTERN_CHARACTERS = frozenset("[]*?\\")
 PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "tensorflow-datasets")
 
 
@@ -54,8 +58,10 @@ def claim(folder: Path, configuration: Mapping[str, Any]) -> bool:
         True if this very run is finished there; False if it can begin (or begin again after an interruption).
 
     Raises:
-        InputError: If the folder holds another run or other files, or cannot be written.
+        InputError: If the folder holds another run or other files, or cannot be written, or TensorFlow could not
+            read its path.
     """
+    _check_path(folder)
     _check_writable(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return False
@@ -70,16 +76,36 @@ def claim(folder: Path, configuration: Mapping[str, Any]) -> bool:
     return bool(manifest.get("complete"))
 
 
-def begin(folder: Path, configuration: Mapping[str, Any]) -> None:
-    """Make a run's folder and note in its manifest which run it holds."""
+def begin(folder: Path, configuration: Mapping[str, Any], *, again: bool = False) -> None:
+    """Make a run's folder and note in its manifest which run it holds; of several at the same time one succeeds.
+
+    Args:
+        folder: The run's folder; it need not exist.
+        configuration: Everything that decides the run's result.
+        again: Whether the folder held this run, interrupted, when it was claimed. Defaults to False.
+
+    Raises:
+        InputError: If another run began there, or this one was finished, since the folder was claimed.
+    """
+    taken = f"`out` {folder} was taken by another run in the meantime: choose a new folder"
+    if claim(folder, configuration):
+        raise InputError(taken)
+    if again and (folder / MANIFEST).is_file():
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MANIFEST, {"complete": False, "configuration": dict(configuration)})
+    try:
+        with (folder / MANIFEST).open(
+            "x", encoding="utf-8", errors="backslashreplace"
+        ) as file:  # x: only one can create it
+            file.write(_json({"complete": False, "configuration": dict(configuration)}))
+    except FileExistsError:
+        raise InputError(taken) from None
 
 
 def next_folder(root: Path, name: str) -> Path:
     """Return `root/NAME-NNN` with the next free number."""
     numbers = [path.name.removeprefix(f"{name}-") for path in root.glob(f"{name}-*")]
-    return root / f"{name}-{max((int(number) for number in numbers if number.isdigit()), default=0) + 1:03d}"
+    return root / f"{name}-{max((int(number) for number in numbers if number.isdecimal()), default=0) + 1:03d}"
 
 
 def save(
@@ -102,7 +128,7 @@ def save(
         provenance: Decisions, data fingerprint and the weights that went in.
     """
     save_model(model, folder / MODEL)
-    write_json(folder / "report.json", report.to_json())
+    write_json(folder / REPORT, report.to_json())
     write_text(folder / "report.html", report.to_html())
     write_text(folder / "MODEL_CARD.md", model_card(report, provenance))
     manifest = {
@@ -119,6 +145,18 @@ def save(
     _write_manifest(folder, manifest)
 
 
+def write_samples(folder: Path, samples: Sequence[bytes]) -> None:
+    """Keep a few pictures in a run's folder: later exports are verified on them."""
+    (folder / SAMPLES).mkdir(exist_ok=True)
+    for number, picture in enumerate(samples):
+        (folder / SAMPLES / f"{number}.png").write_bytes(picture)
+
+
+def read_samples(folder: Path) -> list[bytes]:
+    """Return the pictures that a run has kept; none for a run of an older version."""
+    return [file.read_bytes() for file in sorted((folder / SAMPLES).glob("*.png"))]
+
+
 def refresh(folder: Path, **changes: Any) -> None:
     """Bring a run's manifest up to date with its files, after a new version was published.
 
@@ -130,8 +168,10 @@ def refresh(folder: Path, **changes: Any) -> None:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    # Whoever is interrupted between the steps leaves a manifest without a seal, never one with a wrong seal.
+    (folder / SEAL).unlink(missing_ok=True)
     write_json(folder / MANIFEST, manifest)
-    write_text(folder / "manifest.sha256", f"{digest(folder / MANIFEST)}  {MANIFEST}\n")
+    write_text(folder / SEAL, f"{digest(folder / MANIFEST)}  {MANIFEST}\n")
 
 
 def load(folder: str | os.PathLike[str]) -> Bundle:
@@ -144,13 +184,34 @@ def load(folder: str | os.PathLike[str]) -> Bundle:
         InputError: If the folder holds no finished run, or a file differs from the manifest.
     """
     path = Path(folder)
-    manifest = read_manifest(path)
-    if not manifest.get("complete") and MODEL not in manifest.get("files", {}):
-        raise InputError(f"the run in {path} is not finished: run its recipe again with `--out {path}`")
-    changed = changed_files(path, manifest)
-    if MODEL in changed:
+    manifest = finished_manifest(path)
+    if MODEL in changed_files(path, manifest):
         raise InputError(f"{path / MODEL} is not the file that the manifest names (other SHA-256, or missing)")
-    return Bundle(path, load_model(path / MODEL), tasks.from_json(manifest["task"]), manifest)
+    return Bundle(path, load_model(path / MODEL), task_of(path, manifest), manifest)
+
+
+def finished_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a finished run; its files may have changed.
+
+    Raises:
+        InputError: If the folder holds no finished run.
+    """
+    manifest = read_manifest(folder)
+    if not manifest.get("complete") and MODEL not in manifest.get("files", {}):
+        raise InputError(f"the run in {folder} is not finished: run its recipe again with `--out {folder}`")
+    return manifest
+
+
+def task_of(folder: Path, manifest: Mapping[str, Any]) -> tasks.Task:
+    """Return the task that a run's manifest describes.
+
+    Raises:
+        InputError: If it describes none that this version knows.
+    """
+    try:
+        return tasks.from_json(manifest["task"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / MANIFEST} describes no task: {error}") from None
 
 
 def load_model(path: str | os.PathLike[str]) -> keras.Model:
@@ -178,37 +239,88 @@ def save_model(model: keras.Model, path: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a run's manifest.
+    """Read a run's manifest, and compare it with `manifest.sha256` if that is there.
 
     Raises:
-        InputError: If there is none, or it is not JSON.
+        InputError: If there is none, it was changed since it was written, or it is no manifest.
     """
+    path = folder / MANIFEST
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} is not a run's folder: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise InputError(f"{folder / MANIFEST} is not valid JSON: {error}") from None
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    _check_seal(folder)
+    if not _is_manifest(manifest):
+        raise InputError(f"{path} is no manifest of a run: it must be a JSON object")
+    return manifest
+
+
+def _is_manifest(content: Any) -> bool:
+    parts = ("configuration", "files")
+    return isinstance(content, dict) and all(isinstance(content.get(name, {}), dict) for name in parts)
+
+
+def _check_seal(folder: Path) -> None:
+    """Refuse a manifest that is not the one `manifest.sha256` was written for; without that file any is taken."""
+    seal = folder / SEAL
+    if not seal.is_file():
+        return
+    expected = seal.read_text(encoding="utf-8", errors="replace").split()[:1]
+    if expected != [digest(folder / MANIFEST)]:
+        raise InputError(
+            f"{folder / MANIFEST} was changed after the run wrote it (other SHA-256 than in {SEAL}): "
+            f"put it back, or remove {SEAL} to take it as it is"
+        )
+
+
+def read_report(folder: Path) -> Report:
+    """Read a finished run's report.
+
+    Raises:
+        InputError: If there is none, or it is damaged.
+    """
+    path = folder / REPORT
+    try:
+        return Report.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is no report of a run: {error}") from None
 
 
 def changed_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Return the files whose SHA-256 is not the manifest's, missing ones included."""
+    """Return the files whose SHA-256 is not the manifest's, missing ones included.
+
+    Versions of the SavedModel before the current one may be missing: model servers' housekeeping removes them.
+    """
     return [
         name
         for name, expected in manifest.get("files", {}).items()
-        if not (folder / name).is_file() or digest(folder / name) != expected
+        if (digest(folder / name) != expected if (folder / name).is_file() else not _is_old(name, manifest))
     ]
 
 
+def _is_old(name: str, manifest: Mapping[str, Any]) -> bool:
+    """Whether a file belongs to a version of the SavedModel that is not the manifest's `current`."""
+    match name.split("/"):
+        case ["serving", version, _, *_]:
+            return version != manifest.get("current", version)
+    return False
+
+
 def digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of a run but its manifest and its logs."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path: path.relative_to(folder).as_posix() for path in files}
-    return {
-        name: digest(path)
-        for path, name in names.items()
-        if not name.startswith(("manifest.", "logs/", "checkpoints/", "."))
-    }
+    """Return the SHA-256 of every file of a run but its manifest, its logs and what is hidden, such as leftovers."""
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix(): digest(folder / path) for path in files if not _is_left_out(path)}
+
+
+def _is_left_out(path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)
+    return hidden or path.parts[0] in ("logs", "checkpoints") or path.as_posix().startswith("manifest.")
 
 
 def versions() -> dict[str, str]:
@@ -248,18 +360,40 @@ def _metric_line(name: str, number: Number) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON in one step: a reader sees the old file or the new one."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _json(content))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text in one step: a reader sees the old file or the new one."""
+    """Write text in one step: a reader sees the old file or the new one.
+
+    Names of files that are not UTF-8 hold characters that UTF-8 lacks; they are written as `\\udcXX`, which is what
+    JSON reads.
+    """
     staged = path.with_name(f".{path.name}.staged")
-    staged.write_text(text, encoding="utf-8")
+    staged.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(staged, path)
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _verdict(passed: bool | None) -> str:
     return {True: "passed", False: "failed", None: "not judged"}[passed]
+
+
+def _check_path(folder: Path) -> None:
+    """Refuse a path under which TensorFlow could not load a SavedModel: it reads paths as patterns, in UTF-8."""
+    path = folder.absolute().as_posix()
+    if _PATTERN_CHARACTERS.intersection(path):
+        raise InputError(
+            f"`out` must be a path without any of {' '.join(sorted(_PATTERN_CHARACTERS))}, which TensorFlow takes for "
+            f"a pattern: it could not load the exported model. Received: out={path}"
+        )
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"`out` must be a path in UTF-8. Received: out={path!r}") from None
 
 
 def _check_writable(folder: Path) -> None:

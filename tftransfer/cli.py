@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +18,7 @@ from tftransfer import __version__
 from tftransfer.errors import InputError
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,7 +60,7 @@ def recipe_parser(name: str, description: str, *, epochs_help: str = "the strate
     add("--epochs", type=int, help=f"total over all phases (default: {epochs_help})")
     add("--batch-size", type=at_least(1), default=32, help="examples per step over all devices (default: %(default)s)")
     add("--learning-rate", type=float, help="peak of the last phase (default: the strategy's own)")
-    add("--seed", type=at_least(0), default=0, help="decides every random choice (default: %(default)s)")
+    add("--seed", type=at_least(0, LARGEST_SEED), default=0, help="decides every random choice (default: %(default)s)")
     add("--devices", default="auto", help="auto, cpu, gpu or a number of devices (default: %(default)s)")
     add(
         "--precision",
@@ -78,17 +82,19 @@ def recipe_parser(name: str, description: str, *, epochs_help: str = "the strate
     return parser
 
 
-def at_least(smallest: int) -> Callable[[str], int]:
-    """Return a function that reads a whole number from `smallest` up.
+def at_least(smallest: int, largest: int | None = None) -> Callable[[str], int]:
+    """Return a function that reads a whole number from `smallest` up, to `largest` if that is given.
 
     Example:
         >>> at_least(1)("32")
         32
     """
+    span = f"from {smallest}" + (f" to {largest}" if largest is not None else "")
 
     def whole_number(text: str) -> int:
-        if not text.isdigit() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {smallest}. Received: {text!r}")
+        # Not `isdigit`, which is true of "²" too.
+        if not text.isdecimal() or int(text) < smallest or (largest is not None and int(text) > largest):
+            raise argparse.ArgumentTypeError(f"expected a whole number {span}. Received: {text!r}")
         return int(text)
 
     return whole_number
@@ -102,7 +108,7 @@ def image_size(text: str) -> tuple[int, int]:
         ((224, 224), (96, 128))
     """
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise argparse.ArgumentTypeError(f"expected N or HxW in pixels, such as 224 or 96x128. Received: {text!r}")
     return int(sides[0]), int(sides[-1])
 
@@ -120,15 +126,42 @@ def run_recipe(main: Callable[[], int | None]) -> NoReturn:
 
 
 def guarded(main: Callable[[], int | None]) -> int:
-    """Call a function, and turn bad input into one line and exit code 2, an interruption into 75."""
+    """Call a function, and turn bad input into one line and exit code 2, an interruption into 75.
+
+    SIGTERM and SIGHUP, as batch systems and closed terminals send them, end it as Ctrl-C does. What the terminal
+    cannot show, such as names of files that are not UTF-8, is printed as `\\udcXX`.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return main() or DONE
+        with _signals_interrupt():
+            return main() or DONE
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("stopped; the same command with the same --out begins this run again", file=sys.stderr)
         return STOPPED
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt; one that is ignored, as under `nohup`, stays ignored."""
+    kept = {number: signal.getsignal(number) for number in _stop_signals()}
+    try:
+        for number in kept:
+            signal.signal(number, signal.default_int_handler)
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _stop_signals() -> list[int]:
+    if threading.current_thread() is not threading.main_thread():
+        return []  # Python lets only the main thread set handlers
+    known = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+    return [number for number in known if number and signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
 def import_tensorflow() -> None:

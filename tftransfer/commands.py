@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import psutil
 import tensorflow as tf
-from rich.console import Console
 
 from tftransfer import bundles, distribution, prefix, runs, serving, training, weights
 from tftransfer.backbones import backbone, names
@@ -25,6 +24,7 @@ from tftransfer.data import audit, images, load_for
 from tftransfer.errors import InputError
 from tftransfer.report import Table
 
+_BATCH_SIZE = 32  # pictures that `predict` holds at a time
 _OPTIONAL = {"pytest": "to run the tests (extra dev)"}
 
 
@@ -68,8 +68,7 @@ def backbones(options: argparse.Namespace) -> int:
 def predict(options: argparse.Namespace) -> int:
     """Print an answer for each picture."""
     bundle = bundles.load(options.run)
-    pictures = np.stack([_read_picture(file, bundle.image_size) for file in options.files])
-    outputs = prefix.as_constant_function(bundle.model)(tf.constant(pictures))[0]
+    outputs = _outputs(bundle, options.files)
     answers = bundle.task.answers(outputs, outputs_are_logits(bundle.model))
     rows = _answer_rows(options.files, {name: value.numpy() for name, value in answers.items()})
     if options.csv:
@@ -79,6 +78,14 @@ def predict(options: argparse.Namespace) -> int:
         return 0
     _show(options, rows, Table("", tuple(rows[0]), tuple(tuple(row.values()) for row in rows)))
     return 0
+
+
+def _outputs(bundle: bundles.Bundle, files: Sequence[Path]) -> tf.Tensor:
+    """Return the network's outputs for picture files; only one batch of pictures is in memory at a time."""
+    infer = prefix.as_constant_function(bundle.model)
+    batches = [files[begin : begin + _BATCH_SIZE] for begin in range(0, len(files), _BATCH_SIZE)]
+    pictures = (np.stack([_read_picture(file, bundle.image_size) for file in batch]) for batch in batches)
+    return tf.concat([infer(tf.constant(batch))[0] for batch in pictures], axis=0)
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -99,7 +106,8 @@ def evaluate(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     """Write the next SavedModel version of a run, verified before it is published."""
     bundle = bundles.load(options.run)
-    version, verification = serving.publish(bundle.model, bundle.task, bundle.folder / "serving")
+    samples = bundles.read_samples(bundle.folder)
+    version, verification = serving.publish(bundle.model, bundle.task, bundle.folder / "serving", samples)
     if version:
         bundles.refresh(bundle.folder, current=version.name)
     _show_verification(options, verification)
@@ -108,21 +116,29 @@ def export(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Verify one SavedModel, or a run: its files, and its newest SavedModel against its Keras model."""
-    if (options.path / "saved_model.pb").is_file():
-        verification = serving.verify(options.path, repeats=options.repeats)
-    else:
+    run = options.path.absolute().parent.parent
+    if not (options.path / "saved_model.pb").is_file():
         verification = _verify_run(options.path, options.repeats)
+    elif (run / bundles.MANIFEST).is_file():
+        verification = _verify_run(run, options.repeats, options.path)
+    else:
+        verification = serving.verify(options.path, repeats=options.repeats)
     _show_verification(options, verification)
     return 0 if verification.passed else 1
 
 
-def _verify_run(folder: Path, repeats: int) -> serving.Verification:
-    bundle = bundles.load(folder)
-    changed = bundles.changed_files(folder, bundle.manifest)
-    newest = serving.newest_version(folder / "serving")
+def _verify_run(folder: Path, repeats: int, version: Path | None = None) -> serving.Verification:
+    """Verify a run's files, and its newest SavedModel (or the one given) against its Keras model."""
+    manifest = bundles.finished_manifest(folder)
+    task = bundles.task_of(folder, manifest)
+    changed = bundles.changed_files(folder, manifest)
+    newest = version or serving.newest_version(folder / "serving")
     if newest is None:
         raise InputError(f"{folder} holds no serving/N: run `tftransfer export {folder}` first")
-    verification = serving.verify(newest, model=bundle.model, task=bundle.task, repeats=repeats)
+    # A model that is not the one that was trained proves nothing; the SavedModel is then compared with itself.
+    model = None if bundles.MODEL in changed else bundles.load_model(folder / bundles.MODEL)
+    samples = bundles.read_samples(folder)
+    verification = serving.verify(newest, model=model, task=task, samples=samples, repeats=repeats)
     return verification.with_check("files equal the manifest", not changed, {"changed": changed})
 
 
@@ -167,7 +183,7 @@ def _show(options: argparse.Namespace, content: Any, table: Table) -> None:
     if options.json:
         print(json.dumps(content, indent=1, ensure_ascii=False))
     elif not options.quiet:
-        runs.print_table(Console(), table)
+        runs.print_table(runs.literal_console(), table)
 
 
 def _line(content: Any) -> str:

@@ -79,8 +79,8 @@ def strategy_of(model: keras.Model) -> tf.distribute.Strategy:
     built_in = model._distribute_strategy  # Keras' own property answers with the current one where there was none
     if tf.distribute.has_strategy() and current is not built_in:
         raise InputError(
-            f"the model was built under {type(built_in).__name__ if built_in else 'no strategy'} but is trained under {type(current).__name__}; "
-            "build it inside the same `with tft.devices(...)` block"
+            f"the model was built under {type(built_in).__name__ if built_in else 'no strategy'} but is trained under "
+            f"{type(current).__name__}; build it inside the same `with tft.devices(...)` block"
         )
     return built_in or current
 
@@ -98,7 +98,7 @@ def describe_hardware() -> dict[str, Any]:
 
 def _strategy(choice: str) -> tuple[tf.distribute.Strategy, str, str]:
     """Return the strategy, the kind of device, and why."""
-    if choice not in DEVICE_CHOICES and not (choice.isdigit() and int(choice) > 0):
+    if choice not in DEVICE_CHOICES and not (choice.isdecimal() and int(choice) > 0):
         raise InputError(f"`devices` must be auto, cpu, gpu or a number from 1. Received: devices={choice!r}")
     if choice == "auto" and tf.config.list_physical_devices("TPU"):
         return _tpu_strategy(), "TPU", "TPU (recognised, untested)"
@@ -108,7 +108,7 @@ def _strategy(choice: str) -> tuple[tf.distribute.Strategy, str, str]:
         raise InputError("`devices` is gpu, but TensorFlow sees none on this machine; see `tftransfer doctor`")
     pool = cpus if choice == "cpu" or not gpus else gpus
     # Logical processors beyond the first exist only where somebody asked for them by number, as tests do.
-    count = int(choice) if choice.isdigit() else (len(gpus) if pool is gpus else 1)
+    count = int(choice) if choice.isdecimal() else (len(gpus) if pool is gpus else 1)
     if count > len(pool):
         raise InputError(
             f"`devices` asks for {count}, but there are {len(pool)} of kind {pool[0].device_type}. "

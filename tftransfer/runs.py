@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import rich.markup
 from rich.console import Console
 from rich.table import Table as ConsoleTable
+from rich.text import Text
 
 from tftransfer import backbones, bundles, prefix, report_html, serving, strategies, trainable, training, weights
 from tftransfer.checks import calibration, charts, demo, performance
@@ -38,6 +37,7 @@ class Run:
         finished: Whether the folder already holds this run, done.
         console: Where progress goes.
         began: When the call began, in seconds of the monotonic clock.
+        again: Whether the folder already holds this run, interrupted. Defaults to False.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Run:
     finished: bool
     console: Console
     began: float
+    again: bool = False
 
     @property
     def quiet(self) -> bool:
@@ -66,8 +67,14 @@ def prepare(name: str, options: argparse.Namespace) -> Run:
     given = {key: _plain(value) for key, value in vars(options).items() if key not in _NOT_CONFIGURATION}
     configuration = {"recipe": name, **given}
     folder = options.out or bundles.next_folder(Path("saved_models"), name)
+    again = (folder / bundles.MANIFEST).is_file()
     finished = bundles.claim(folder, configuration)
-    return Run(name, folder, configuration, finished, Console(quiet=options.quiet), time.monotonic())
+    return Run(name, folder, configuration, finished, literal_console(options.quiet), time.monotonic(), again)
+
+
+def literal_console(quiet: bool = False) -> Console:
+    """Return a console that prints paths and labels as they are, where rich would read `[bold]` and `:smile:`."""
+    return Console(quiet=quiet, markup=False, emoji=False)
 
 
 @dataclass(frozen=True)
@@ -110,21 +117,44 @@ def choose_strategy(options: argparse.Namespace) -> Strategy:
     return strategies.with_patience(strategy, options.patience) if options.patience else strategy
 
 
+def check_strategy(model: keras.Model, strategy: Strategy) -> None:
+    """Refuse a strategy whose selectors do not fit a model, before anything is written.
+
+    What trains is set as the last phase sets it; `fine_tune` sets it anew.
+
+    Raises:
+        InputError: If a phase names groups or layers that the model lacks.
+    """
+    for phase in strategy:
+        trainable.set_trainable(model, phase.selector, train_batch_norm=phase.train_batch_norm)
+
+
 def begin(run: Run, data: Data, devices: Devices) -> None:
     """Say what was found and chosen, make the folder, and note which run it holds.
 
     From here on the run has passed every check of its input; before, nothing is written.
+
+    Raises:
+        InputError: If another run has taken the folder since `prepare`.
     """
     announce(run, data, devices)
-    bundles.begin(run.folder, run.configuration)
+    bundles.begin(run.folder, run.configuration, again=run.again)
 
 
 def show_finished(run: Run) -> int:
-    """Print the report of a run that is already done."""
-    report = Report.from_json(json.loads((run.folder / "report.json").read_text(encoding="utf-8")))
-    run.console.print(f"This run is finished: {run.folder}")
+    """Print the report of a run that is already done; returns the exit code: 1 if its export was not published.
+
+    Raises:
+        InputError: If the report is missing or damaged.
+    """
+    report = bundles.read_report(run.folder)
+    run.console.print(f"This run is finished: {run.folder}", soft_wrap=True)
     _print_metrics(run.console, report)
-    return 0
+    if bundles.read_manifest(run.folder).get("current", True):
+        return 0
+    again = f"`tftransfer export {run.folder}` tries again"
+    run.console.print(f"SavedModel: not published, see the report; {again}", soft_wrap=True)
+    return 1
 
 
 def show_plan(run: Run, model: keras.Model, data: Data, strategy: Strategy, devices: Devices) -> int:
@@ -135,7 +165,7 @@ def show_plan(run: Run, model: keras.Model, data: Data, strategy: Strategy, devi
         share = prefix.cut(model).frozen_share
         title = f"{phase.name}: {phase.epochs} epochs at {phase.learning_rate:g}, {share:.0%} runs as constants"
         print_table(run.console, audit_table(title, rows))
-    run.console.print(f"Nothing was written; the run would go to {run.folder}")
+    run.console.print(f"Nothing was written; the run would go to {run.folder}", soft_wrap=True)
     return 0
 
 
@@ -146,12 +176,20 @@ def announce(run: Run, data: Data, devices: Devices) -> None:
     counts = f"{len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test"
     console.print(f"Data: {data.name}, {len(data.labels)} labels, {counts}, {len(data.quarantined)} set aside")
     for item in data.quarantined[:5]:
-        console.print(f"  set aside: {item.file}: {item.reason}", markup=False)
+        console.print(f"  set aside: {item.file}: {item.reason}")
     if len(data.quarantined) > 5:
         console.print(f"  and {len(data.quarantined) - 5} more, all in the report")
 
 
-def finish(run: Run, model: keras.Model, task: Task, data: Data, history: training.History, network: Network) -> int:
+def finish(
+    run: Run,
+    model: keras.Model,
+    task: Task,
+    data: Data,
+    history: training.History,
+    network: Network,
+    devices: Devices,
+) -> int:
     """Measure on the test split, publish the SavedModel, write the folder, and print the result.
 
     Args:
@@ -161,16 +199,19 @@ def finish(run: Run, model: keras.Model, task: Task, data: Data, history: traini
         data: The data it was trained on.
         history: What `fine_tune` returned.
         network: The pretrained network that training began with.
+        devices: What it was trained on.
 
     Returns:
-        The exit code: 0, or 1 if the export did not pass verification.
+        The exit code: 0, or 1 if the export did not pass verification or the model's outputs are not finite.
     """
     findings = _measure(model, task, data, history)
     if network.is_demo and data.name == "demo":
         comparison = demo.demo_comparison(data, network.image_size)
         print_table(run.console, comparison.tables[0])
         findings += comparison
-    version, verification = serving.publish(model, task, run.folder / "serving", samples(data))
+    pictures = samples(data)
+    bundles.write_samples(run.folder, pictures)
+    version, verification = serving.publish(model, task, run.folder / "serving", pictures)
     findings += Findings(checks=verification.checks)
     report = _report(run, task, data, history, network, findings)
     provenance = {
@@ -183,10 +224,17 @@ def finish(run: Run, model: keras.Model, task: Task, data: Data, history: traini
             "found": data.found,
         },
         "current": version and version.name,
+        "decisions": {
+            "devices": devices.reason,
+            "replicas": devices.replicas,
+            "precision": devices.precision,
+            "weights": network.weights,
+            "image_size": list(network.image_size),
+        },
     }
     bundles.save(run.folder, model, task, report, configuration=run.configuration, provenance=provenance)
     _print_result(run, report, version)
-    return 0 if verification.passed else 1
+    return 0 if verification.passed and all(c.passed for c in report.checks if c.name == "finite_outputs") else 1
 
 
 def samples(data: Data, count: int = 8) -> list[bytes]:
@@ -217,12 +265,12 @@ def print_table(console: Console, table: Table) -> None:
         console.print(table.note, style="dim")
 
 
-def _cell(value: Any, percent: bool) -> str:
+def _cell(value: Any, percent: bool) -> Text:
     """Return a cell as text that rich takes literally."""
     if isinstance(value, Number):
         span = report_html.interval(value, percent)
-        return report_html.number(value.value, percent) + (f" ({span})" if span else "")
-    return rich.markup.escape(value if isinstance(value, str) else report_html.number(value, percent))
+        return Text(report_html.number(value.value, percent) + (f" ({span})" if span else ""))
+    return Text(value if isinstance(value, str) else report_html.number(value, percent))
 
 
 def _measure(model: keras.Model, task: Task, data: Data, history: training.History) -> Findings:
@@ -278,8 +326,10 @@ def _print_result(run: Run, report: Report, version: Path | None) -> None:
     failed = [check.name for check in report.checks if check.passed is False]
     if failed:
         run.console.print(f"Not passed: {', '.join(failed)}")
-    run.console.print(f"Report: {run.folder / 'report.html'}")
-    run.console.print(f"SavedModel: {version}, verified" if version else "SavedModel: not published, see the report")
+    run.console.print(f"Report: {run.folder / 'report.html'}", soft_wrap=True)
+    run.console.print(
+        f"SavedModel: {version}, verified" if version else "SavedModel: not published, see the report", soft_wrap=True
+    )
 
 
 def _print_metrics(console: Console, report: Report) -> None:
@@ -287,7 +337,7 @@ def _print_metrics(console: Console, report: Report) -> None:
     for name, number in report.metrics.items():
         span = f"  [{number.low:.4f}, {number.high:.4f}]" if number.low is not None else ""
         value = "undefined" if number.value is None else f"{number.value:.4f}"
-        console.print(f"  {name:<28} {value}{span}", highlight=False, markup=False)
+        console.print(f"  {name:<28} {value}{span}", highlight=False)
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from tftransfer import bundles, cli
 SMALL = ["--backbone", "MobileNet-0.25", "--weights", "none", "--image-size", "32", "--quiet"]
 CONTRACT = {
     "model.keras", "manifest.json", "manifest.sha256", "history.csv", "report.json", "report.html", "MODEL_CARD.md",
-    "logs", "serving",
+    "logs", "samples", "serving",
 }  # fmt: skip
 
 
@@ -224,6 +224,9 @@ def _bad(name, folder):
         "unknown devices": (["--devices", "tpus"], "`devices`"),
         "zero batch": (["--batch-size", "0"], "--batch-size"),
         "negative seed": (["--seed", "-1"], "--seed"),
+        "seed too large": (["--seed", "4294967296"], "4294967295"),
+        "more groups than there are": (["--strategy", "partial:last=50"], "last:50"),
+        "path that is a pattern": (["--out", folder / "run[1]"], "pattern"),
     }[name]
 
 
@@ -238,6 +241,7 @@ def _contents(folder):
         "missing column", "bad encoding", "missing file", "unknown backbone", "weights of another network",
         "missing weights", "image too small", "zero epochs", "unwritable folder", "another run", "unknown strategy",
         "unknown option", "unknown devices", "zero batch", "negative seed",
+        "seed too large", "more groups than there are", "path that is a pattern",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_2(recipe, tmp_path, capsys, name):
@@ -282,3 +286,24 @@ def test_smoothing_is_refused_for_numbers(recipe, tmp_path, capsys):
     assert code == 2
     assert "regression has none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_decided_stands_in_the_manifest(finished):
+    decisions = bundles.read_manifest(finished)["decisions"]
+    assert decisions["devices"]
+    assert (decisions["replicas"], decisions["precision"]) == (1, "float32")
+    assert (decisions["weights"], decisions["image_size"]) == ("demo", [64, 64])
+
+
+def test_later_exports_are_verified_on_pictures_of_the_run(finished):
+    kept = bundles.read_samples(finished)
+    assert len(kept) >= 4
+    assert all(tf.io.decode_png(picture).shape == (64, 64, 3) for picture in kept)
+    assert "samples/0.png" in bundles.read_manifest(finished)["files"]
+
+
+def test_a_version_of_a_run_is_compared_with_the_runs_model(finished, capsys):
+    assert cli.main(["verify", str(finished / "serving" / "1"), "--repeats", "2", "--json"]) == 0
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["graph session equals Keras"]["passed"] is True
+    assert checks["files equal the manifest"]["passed"] is True

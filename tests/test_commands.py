@@ -1,0 +1,78 @@
+"""Commands on a run's folder that was written without training."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tftransfer import bundles, cli, prefix
+from tftransfer.report import Report
+
+
+@pytest.fixture
+def run(tmp_path, small_network, small_task):
+    """A finished run without a SavedModel."""
+    folder = tmp_path / "run"
+    configuration = {"recipe": "image_classification", "seed": 0}
+    bundles.begin(folder, configuration)
+    data = {"name": "colours", "train": 24, "validation": 12, "test": 12, "quarantined": []}
+    report = Report("image_classification", "small", [], True, data, {})
+    bundles.save(folder, small_network(), small_task, report, configuration=configuration, provenance={"data": {}})
+    return folder
+
+
+def _pictures(folder, count):
+    generator = np.random.default_rng(0)
+    files = [folder / f"{number}.png" for number in range(count)]
+    for file in files:
+        file.write_bytes(tf.io.encode_png(generator.integers(0, 255, (32, 32, 3), np.uint8)).numpy())
+    return files
+
+
+def test_predict_takes_pictures_in_batches_and_answers_in_order(run, tmp_path, capsys, monkeypatch):
+    sizes = []
+    freeze = prefix.as_constant_function
+
+    def watched(network):
+        infer = freeze(network)
+        return lambda batch: sizes.append(len(batch)) or infer(batch)
+
+    monkeypatch.setattr(prefix, "as_constant_function", watched)
+    files = _pictures(tmp_path, 70)
+    assert cli.main(["predict", str(run), *map(str, files), "--csv"]) == 0
+    assert sizes == [32, 32, 6]
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["file"] for row in rows] == list(map(str, files))
+    assert cli.main(["predict", str(run), str(files[69]), "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)[0]
+    assert alone["label"] == rows[69]["label"]
+    assert alone["probability"] == pytest.approx(float(rows[69]["probability"]), abs=1e-4)
+
+
+@pytest.mark.parametrize("form", ["--csv", "--json", None])
+def test_names_that_are_not_utf8_are_answered(run, tmp_path, capsys, form, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    file = _pictures(tmp_path, 1)[0].rename(tmp_path / "caf\udce9.png")
+    assert cli.main(["predict", str(run), str(file), *filter(None, [form])]) == 0
+    assert "caf\\udce9.png" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_the_trained_one_fails_verification(run, capsys):
+    assert cli.main(["export", str(run), "--quiet"]) == 0
+    for damage in (lambda file: file.write_bytes(b"changed"), lambda file: file.unlink()):
+        damage(run / "model.keras")
+        assert cli.main(["verify", str(run), "--repeats", "2", "--json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        failed = [check for check in found["checks"] if check["passed"] is False]
+        assert [check["name"] for check in failed] == ["files equal the manifest"]
+        assert failed[0]["metrics"]["changed"] == ["model.keras"]
+
+
+def test_a_run_without_a_savedmodel_is_bad_input_to_verify(run, capsys):
+    assert cli.main(["verify", str(run)]) == 2
+    assert "tftransfer export" in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""What recipes share around their training, without training."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from tftransfer import bundles, distribution, runs
+from tftransfer.errors import InputError
+from tftransfer.report import Number, Report, Table
+
+
+def _prepared(folder, seed=0, quiet=True):
+    return runs.prepare("image_classification", argparse.Namespace(seed=seed, out=folder, quiet=quiet))
+
+
+def _begin(run, data):
+    with distribution.devices("cpu") as devices:
+        runs.begin(run, data, devices)
+
+
+def _finished(folder, model, task, **provenance):
+    """Write a finished run without training; returns the same command's second call."""
+    run = _prepared(folder)
+    bundles.begin(folder, run.configuration)
+    report = Report("image_classification", "small", [], True, {"name": "colours"}, {"accuracy": Number(0.5)})
+    provenance = {"data": {}, **provenance}
+    bundles.save(folder, model, task, report, configuration=run.configuration, provenance=provenance)
+    return _prepared(folder, quiet=False)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_of_two_runs_prepared_together_one_begins(tmp_path, small_data, seed):
+    first, second = _prepared(tmp_path / "run"), _prepared(tmp_path / "run", seed)
+    _begin(first, small_data)
+    with pytest.raises(InputError, match="another run"):
+        _begin(second, small_data)
+    assert bundles.read_manifest(tmp_path / "run")["configuration"]["seed"] == 0
+
+
+def test_an_interrupted_run_begins_again(tmp_path, small_data):
+    _begin(_prepared(tmp_path), small_data)
+    _begin(_prepared(tmp_path), small_data)
+
+
+def test_paths_and_labels_are_printed_as_they_are(capsys):
+    console = runs.literal_console()
+    text = "photos/[bold]:smile:[/]"
+    console.print(text, soft_wrap=True)
+    runs.print_table(console, Table(text, (text,), ((text,),), note=text))
+    assert capsys.readouterr().out.count(text) == 5
+
+
+def test_a_recipes_console_is_literal(tmp_path, capsys):
+    run = runs.prepare("image_classification", argparse.Namespace(out=tmp_path / ":smile:", quiet=False))
+    run.console.print(f"{run.folder}", soft_wrap=True)
+    assert capsys.readouterr().out == f"{tmp_path / ':smile:'}\n"
+
+
+@pytest.mark.parametrize(("current", "code"), [("1", 0), (None, 1)])
+def test_a_finished_run_says_again_whether_it_was_published(tmp_path, small_network, small_task, capsys, current, code):
+    run = _finished(tmp_path / "run", small_network(), small_task, current=current)
+    assert run.finished
+    assert runs.show_finished(run) == code
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed
+    assert ("not published" in printed) == bool(code)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", "5", '{"metrics": []}', "\xff"])
+def test_a_finished_run_without_its_report_is_bad_input(tmp_path, small_network, small_task, content):
+    run = _finished(tmp_path / "run", small_network(), small_task)
+    if content is None:
+        (run.folder / "report.json").unlink()
+    else:
+        (run.folder / "report.json").write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=r"report\.json"):
+        runs.show_finished(run)
