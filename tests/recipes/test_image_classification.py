@@ -149,7 +149,8 @@ def test_the_same_seed_gives_the_same_model(recipe, tmp_path):
     photos = _photos(tmp_path / "photos", count=8)
     weights = []
     for name in ("one", "two"):
-        assert recipe("--data", photos, *SMALL, "--smoke", "--seed", 3, "--out", tmp_path / name) == 0
+        options = ["--strategy", "full:augmentation=strong", "--smoke", "--seed", 3, "--out", tmp_path / name]
+        assert recipe("--data", photos, *SMALL, *options) == 0
         weights.append(bundles.load(tmp_path / name).model.get_weights())
     for one, two in zip(*weights, strict=True):
         np.testing.assert_array_equal(one, two)
@@ -163,7 +164,7 @@ def test_other_tasks_run_to_the_end(recipe, tmp_path, kind):
         f"{name}/{index}.png,{label}" for name, label in zip(("cat", "dog"), labels, strict=True) for index in range(10)
     ]
     (photos / "table.csv").write_text("image,label\n" + "\n".join(rows) + "\n")
-    task = ["--task", "regression"] if kind == "regression" else []
+    task = ["--strategy", "linear_probe", *(["--task", "regression"] if kind == "regression" else [])]
     assert recipe("--data", photos / "table.csv", *SMALL, *task, "--smoke", "--out", tmp_path / "run") == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     expected = {"multi_label": "macro_f1", "regression": "mean_absolute_error"}[kind]

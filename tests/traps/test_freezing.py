@@ -3,8 +3,10 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tftransfer import prefix, trainable, training
+from tftransfer.errors import InputError
 from tftransfer.strategies import Phase
 
 
@@ -114,3 +116,22 @@ def test_mobilenets_batch_norm_is_slow():
     """keras.applications' MobileNets: momentum 0.999, too slow to pretrain from scratch with."""
     model = keras.applications.MobileNetV2(alpha=0.35, include_top=False, weights=None, input_shape=(32, 32, 3))
     assert model.get_layer("bn_Conv1").momentum == pytest.approx(0.999)
+
+
+def test_gamma_that_trains_in_a_frozen_layer_is_lost_on_load(small_network, tmp_path):
+    model = small_network()
+    trainable.set_trainable(model, "norm")
+    assert model.get_layer("norm_1").gamma.trainable
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+    assert loaded.get_layer("norm_1").gamma not in loaded.trainable_variables
+    trainable.set_trainable(loaded, "norm")  # ours: the selector is applied again after a load
+    assert loaded.get_layer("norm_1").gamma.trainable
+
+
+def test_a_model_built_outside_a_strategy_cannot_train_inside_one(small_network, small_task, small_data):
+    """Stock Keras fails deep in TensorFlow; ours says so before it begins."""
+    model = small_network()
+    _compile(model)
+    with tf.distribute.OneDeviceStrategy("/cpu:0").scope(), pytest.raises(InputError, match="same `with tft.devices"):
+        training.fine_tune(model, small_task, small_data, (Phase("probe", epochs=1),))
