@@ -15,15 +15,12 @@ def test_a_module_that_holds_a_keras_model_fails_in_a_graph_session(small_networ
     signature = tf.TensorSpec((None, 32, 32, 3), tf.float32, name="image")
     serve = tf.function(lambda image: {"logits": module.model(image, training=False)}, input_signature=[signature])
     tf.saved_model.save(module, tmp_path / "stock", signatures={"serving_default": serve})
-    with (
-        tf.Graph().as_default(),
-        tf.compat.v1.Session() as session,
-        pytest.raises(tf.errors.OpError, match="Could not find variable"),
-    ):
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         loaded = tf.compat.v1.saved_model.load(session, ["serve"], str(tmp_path / "stock"))
-        answer = loaded.signature_def["serving_default"].outputs["logits"].name
-        given = loaded.signature_def["serving_default"].inputs["image"].name
-        session.run(answer, {given: np.zeros((1, 32, 32, 3), np.float32)})
+        signature_def = loaded.signature_def["serving_default"]
+        answer, given = signature_def.outputs["logits"].name, signature_def.inputs["image"].name
+        with pytest.raises(tf.errors.OpError, match="Could not find variable"):
+            session.run(answer, {given: np.zeros((1, 32, 32, 3), np.float32)})
 
 
 def test_ours_answers_in_a_graph_session(small_network, small_task, tmp_path):
