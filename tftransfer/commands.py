@@ -25,7 +25,7 @@ from tftransfer.errors import InputError
 from tftransfer.report import Table
 
 _BATCH_SIZE = 32  # pictures that `predict` holds at a time
-_OPTIONAL = {"pytest": "to run the tests (extra dev)"}
+_OPTIONAL = {"pytest": "to run the tests (extra dev)", "tensorboard": "to look at a run's logs/"}
 
 
 def doctor(options: argparse.Namespace) -> int:
