@@ -59,6 +59,19 @@ def test_pictures_that_do_not_fit_the_memory_are_decoded_again(make_folder):
     np.testing.assert_array_equal(pictures_of(kept.train), pictures_of(again.train))
 
 
+@pytest.mark.parametrize("memory_budget", [None, 0])
+def test_names_that_are_not_utf_8_leave_as_valid_text(make_folder, memory_budget):
+    root = make_folder({"cat": 5, "dog": 5})
+    os.rename(root / "cat" / "0.png", os.fsencode(root / "cat") + b"/caf\xe9.png")
+    os.rename(root / "dog", os.fsencode(root) + b"/d\xf6g")
+    data, task = load(root, image_size=SIZE, memory_budget=memory_budget)
+    names = {name for part in (data.train, data.validation, data.test) for name in part.names}
+    assert "cat/caf\\udce9.png" in names
+    assert len(names) == 10
+    assert task.labels == ("cat", "d\\udcf6g")
+    assert all(len(pictures_of(part)) for part in (data.train, data.validation, data.test))
+
+
 def test_a_changed_pixel_changes_the_fingerprint(make_folder):
     root = make_folder({"cat": 5, "dog": 5})
     before = load(root, image_size=SIZE)[0].fingerprint

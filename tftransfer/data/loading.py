@@ -347,7 +347,7 @@ def _fingerprint(task: Task, examples: dict[str, Examples], parts: dict[str, np.
     for split, own in examples.items():
         digest.update(f"\n{split}\n".encode())
         for name, number in zip(own.names, parts[split], strict=True):
-            digest.update(f"{name}\0{hashes[number]}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{name}\0{hashes[number]}\n".encode())
         digest.update(np.ascontiguousarray(own.targets).tobytes())
     return digest.hexdigest()
 
