@@ -178,6 +178,17 @@ def test_a_class_whose_pictures_are_all_broken(make_folder):
     refused(root, "one class only")
 
 
+def test_a_given_split_without_a_usable_picture_is_not_replaced(make_folder):
+    root = make_folder({"train/cat": 9, "train/dog": 9, "test/cat": 2, "test/dog": 2})
+    for file in (root / "test").rglob("*.png"):
+        file.write_bytes(b"<html>")
+    refused(root, "test of .*4 were found.*test/cat/0.png: not a picture: begins with '<html>'")
+
+
+def test_a_limit_that_leaves_a_split_empty(make_folder):
+    refused(make_folder({"cat": 9, "dog": 9}), "would be empty: take more examples", limit=2)
+
+
 def test_bad_class_lists(make_folder):
     root = make_folder({"cat": 5, "dog": 5})
     (root / "classes.txt").write_text("cat\n")

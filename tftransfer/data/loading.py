@@ -256,9 +256,29 @@ def _check_splits(listing: Listing, task: Task, usable: np.ndarray | None = None
         raise InputError(f"{what} has no usable training examples. Received: splits {sorted(set(listing.given))}")
     if task.kind == "single_label":
         splits.check_classes(given, [listing.labels[number] for number in numbers], what)
-    elif len(given) < splits.needed_per_class(given):
-        needed = splits.needed_per_class(given)
-        raise InputError(f"{what} needs at least {needed} usable pictures. Received: {len(given)}")
+    elif given.count("train") < splits.needed_per_class(given):
+        raise InputError(
+            f"{what} needs at least {splits.needed_per_class(given)} usable training pictures, for the splits that "
+            f"are missing. Received: {given.count('train')}"
+        )
+
+
+def _check_given_splits(listing: Listing, read: _Read) -> None:
+    """Refuse a split whose pictures are all unusable, instead of taking another one from train."""
+    for split in sorted(set(listing.given) - {listing.given[number] for number in read.usable}):
+        names = {name for name, given in zip(listing.names, listing.given, strict=True) if given == split}
+        first = next(item for item in read.quarantined if item.file in names)
+        raise InputError(
+            f"{split} of {listing.what or listing.name}: no picture can be used ({len(names)} were found); the first "
+            f"is {first.file}: {first.reason}. Mend or replace them"
+        )
+
+
+def _check_none_empty(parts: dict[str, np.ndarray], what: str) -> None:
+    empty = [name for name, numbers in parts.items() if not len(numbers)]
+    if empty:
+        counts = ", ".join(f"{name} {len(numbers)}" for name, numbers in parts.items())
+        raise InputError(f"{' and '.join(empty)} of {what} would be empty: take more examples. Received: {counts}")
 
 
 def _subset(listing: Listing, numbers: Sequence[int]) -> Listing:
@@ -283,7 +303,7 @@ def _limited(listing: Listing, task: Task, limit: int, seed: int) -> Listing:
     if len(listing.names) <= limit:
         return listing
     strata = splits.strata_of(_encoded(listing, task), task.kind)
-    parts, _ = splits.complete(listing.given, strata, seed)
+    parts, _ = splits.complete(listing.given, strata, seed, every=task.kind == "single_label")
     chosen: list[int] = []
     given = list(listing.given)
     for name, share in (("test", 0.25), ("validation", 0.25), ("train", 0.5)):
@@ -306,11 +326,14 @@ def _in_turn(numbers: np.ndarray, strata: np.ndarray, count: int) -> np.ndarray:
 
 
 def _divided(listing: Listing, task: Task, read: _Read, seed: int, began: float, checked: bool) -> Data:
-    if checked or not len(read.usable):
+    _check_given_splits(listing, read)
+    if checked:
         _check_splits(listing, task, read.usable)
     targets = _encoded(listing, task)[read.usable]
     given = [listing.given[number] for number in read.usable]
-    parts, origin = splits.complete(given, splits.strata_of(targets, task.kind), seed)
+    strata = splits.strata_of(targets, task.kind)
+    parts, origin = splits.complete(given, strata, seed, every=task.kind == "single_label")
+    _check_none_empty(parts, listing.what or listing.name)
     examples = {name: _examples(listing, task, read, targets, numbers) for name, numbers in parts.items()}
     return Data(
         name=listing.name,
