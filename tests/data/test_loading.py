@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -57,6 +59,28 @@ def test_pictures_that_do_not_fit_the_memory_are_decoded_again(make_folder):
     again, _ = load(root, image_size=SIZE, memory_budget=0)
     assert kept.fingerprint == again.fingerprint
     np.testing.assert_array_equal(pictures_of(kept.train), pictures_of(again.train))
+
+
+_PEAK = """
+import resource
+import numpy as np
+from tftransfer.data import load
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+pictures, labels = np.zeros((1000, 8, 8, 3), np.uint8), np.arange(1000) % 2
+load((pictures[:20], labels[:20]), image_size=(8, 8))
+before = peak()
+data, _ = load((pictures, labels), image_size=(320, 320), memory_budget=1000 * 320 * 320 * 3)
+print((peak() - before) / (1000 * 320 * 320 * 3))
+"""
+
+
+def test_decoded_pictures_are_held_once(repository):
+    command = [sys.executable, "-c", _PEAK]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
+    assert 0.8 < float(done.stdout) < 1.4, "of the budget; a copy of the splits would be 2"
 
 
 @pytest.mark.parametrize("memory_budget", [None, 0])

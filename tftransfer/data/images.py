@@ -10,7 +10,7 @@ import tensorflow as tf
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WebP")
 MAX_PIXELS = 100_000_000
-"""Pictures of more pixels (height times width, from the headers of the file and its first frame) are refused undecoded."""
+"""Pictures of more pixels (height times width, as the headers of file and first frame say) are not decoded."""
 
 TOO_LARGE = f"picture is larger than the limit of {MAX_PIXELS // 1_000_000} megapixels"
 UNKNOWN = f"not a picture format that TensorFlow decodes ({', '.join(FORMATS)})"

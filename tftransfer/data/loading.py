@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -175,11 +176,11 @@ def _encoded(listing: Listing, task: Task) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Read:
-    """What came of reading: what is usable, its hashes and, if they fit the memory, its pixels."""
+    """What came of reading: what is usable, its hashes and, if they fit the memory, the pixels of all."""
 
     usable: np.ndarray
     hashes: tuple[str, ...]
-    pixels: np.ndarray | None
+    pixels: tf.Tensor | None
     quarantined: tuple[Quarantined, ...]
     notes: tuple[str, ...]
     image_size: tuple[int, int]
@@ -189,7 +190,7 @@ def _read_all(listing: Listing, image_size: tuple[int, int], budget: int) -> _Re
     """Read, check and decode every picture once, in as many threads as there are processors."""
     count, reader = len(listing.names), listing.reader
     fits = count * image_size[0] * image_size[1] * 3 <= budget
-    pixels = np.empty((count, *image_size, 3), np.uint8) if fits else None
+    pixels = _room((count, *image_size, 3)) if fits else None
     decode = _decoder(reader, image_size)
 
     def read(number: int) -> tuple[str, str | None, bool]:
@@ -199,11 +200,19 @@ def _read_all(listing: Listing, image_size: tuple[int, int], budget: int) -> _Re
         outcomes = list(pool.map(read, range(count)))
     usable = np.array([number for number, (_, reason, _) in enumerate(outcomes) if reason is None], int)
     quarantined = [Quarantined(listing.names[n], r) for n, (_, r, _) in enumerate(outcomes) if r is not None]
-    if pixels is not None and len(usable) < count:
-        pixels = pixels[usable]
+    # The tensor is the array, not a copy: copies for each split would be several times the budget.
+    held = None if pixels is None else tf.experimental.dlpack.from_dlpack(pixels.__dlpack__())
     misnamed = [listing.names[number] for number, (_, _, wrong) in enumerate(outcomes) if wrong]
     hashes = tuple(outcomes[number][0] for number in usable)
-    return _Read(usable, hashes, pixels, tuple(quarantined), _misnamed_note(misnamed), image_size)
+    return _Read(usable, hashes, held, tuple(quarantined), _misnamed_note(misnamed), image_size)
+
+
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an uninitialised array that TensorFlow can share: it begins at a multiple of 64 bytes."""
+    count = math.prod(shape)
+    room = np.empty(count + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + count].reshape(shape)
 
 
 def _decoder(reader: Reader, image_size: tuple[int, int]) -> Callable[[Any], tf.Tensor]:
@@ -357,10 +366,10 @@ def _examples(listing: Listing, task: Task, read: _Read, targets: np.ndarray, nu
 
 def _random_access(reader: Reader, read: _Read, numbers: np.ndarray) -> Callable[[tf.Tensor], tf.Tensor]:
     """Return the function from an example's number to its picture: from memory, or decoded anew."""
-    if read.pixels is not None:
-        held = tf.constant(read.pixels[numbers])
-        return lambda index: tf.gather(held, index)
     stored = tf.constant(read.usable[numbers], tf.int64)
+    held = read.pixels
+    if held is not None:
+        return lambda index: tf.gather(held, tf.gather(stored, index))
     return lambda index: reader.decode(reader.fetch(tf.gather(stored, index)), read.image_size)
 
 
