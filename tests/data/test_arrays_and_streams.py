@@ -57,6 +57,19 @@ def test_arrays_of_several_labels_and_of_numbers():
     assert task == tasks.Regression()
 
 
+def test_rare_labels_do_not_eat_the_training_split():
+    pictures, several = np.zeros((300, 6, 6, 3), np.uint8), np.zeros((300, 151), int)
+    several[:, 0] = several[np.arange(300), 1 + np.arange(300) // 2] = 1
+    data, _ = load((pictures, several), image_size=SIZE)
+    assert (len(data.train), len(data.validation), len(data.test)) == (216, 24, 60)
+
+
+def test_too_few_training_examples_for_the_missing_splits():
+    several = np.eye(2)[np.arange(24) % 2]
+    parts = {"train": (PICTURES[:1], several[:1]), "test": (PICTURES, several)}
+    refused(parts, "at least 2 usable training pictures.* Received: 1")
+
+
 def test_bad_arrays():
     refused((PICTURES / 255.0, LABELS), r"look like \[0, 1\].*multiply by 255")
     refused((np.full((24, 6, 6, 3), np.nan), LABELS), "NaN")

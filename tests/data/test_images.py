@@ -144,7 +144,7 @@ def test_too_large_pictures_are_refused_from_their_header(bomb, in_graph):
 
 
 HEADERS = {
-    "GIF": (b"GIF89a" + struct.pack("<HH", 60_000, 50_000) + bytes(20), "60000x50000"),
+    "GIF": (b"GIF89a" + struct.pack("<HH", 60_000, 50_000) + b"\0\0\0," + bytes(20), "60000x50000"),
     "BMP": (
         b"BM" + bytes(12) + struct.pack("<IiiHHI", 40, 60_000, -50_000, 1, 24, 0) + bytes(20),
         "60000x50000",
@@ -162,6 +162,76 @@ HEADERS = {
         "16000x15000",
     ),
 }
+
+
+def gif(canvas, *frames, extension=b""):
+    """A GIF of frames of one colour, each in `size`; the first bytes are those of a palette of two."""
+
+    def frame(width, height):
+        encoded = io.BytesIO()
+        Image.new("P", (width, height)).save(encoded, "GIF")
+        data = encoded.getvalue()
+        start = data.index(b",\0\0\0\0")
+        return data[start:-1]
+
+    palette = bytes(range(6))
+    head = b"GIF89a" + struct.pack("<HH", *canvas) + b"\x80\0\0" + palette
+    return head + extension + b"".join(frame(*size) for size in frames) + b";"
+
+
+def test_a_gif_frame_larger_than_its_canvas_is_refused(in_graph):
+    comment = b"\x21\xfe" + (b"\xff" + b"x" * 255) * 100 + b"\x03abc\0"
+    for extension in (b"", comment, comment + comment):
+        contents = gif((10, 10), (11_000, 10_000), extension=extension)
+        assert _error(contents, in_graph) == "picture of 11000x10000 pixels is larger than the limit of 100 megapixels"
+        assert in_graph(tf.constant([gif((10, 10), (10, 10), extension=extension)])).shape == (1, *SIZE, 3)
+
+
+def test_only_the_first_frame_of_a_gif_is_decoded(encoded, in_graph):
+    """TensorFlow decodes them all, so that a small file could ask for any memory."""
+    contents = encoded["gif_animated"]
+    cut = images._first_gif_frame(tf.constant(contents)).numpy()
+    still = Image.open(io.BytesIO(cut))
+    assert still.n_frames == 1
+    assert Image.open(io.BytesIO(contents)).n_frames == 2
+    np.testing.assert_array_equal(still.convert("RGB"), Image.open(io.BytesIO(contents)).convert("RGB"))
+    refused_alone = gif((10, 10), (10, 10), (20_000, 20_000))
+    assert in_graph(tf.constant([refused_alone])).shape == (1, *SIZE, 3)
+
+
+def test_gifs_made_to_be_walked_for_ever_are_refused(in_graph):
+    comment = b"\x21\xfe" + b"\x01x" * 60_000 + b"\0"
+    assert _error(gif((10, 10), (10, 10), extension=comment), in_graph) == "GIF of too many blocks; save it as PNG"
+    assert _error(gif((10, 10)), in_graph) == "GIF without a frame"
+
+
+def animated_webp(chunk):
+    """An animated WebP of one frame of 2x2 pixels that holds a chunk."""
+    frame = bytes(6) + b"\1\0\0\1\0\0" + bytes(4) + chunk
+    body = b"WEBPVP8X\x0a\0\0\0\x02\0\0\0\1\0\0\1\0\0" + b"ANIM\6\0\0\0" + bytes(6)
+    body += b"ANMF" + struct.pack("<I", len(frame)) + frame
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def test_frames_of_animated_webp_are_checked(in_graph):
+    size = ((14_000 - 1) | (14_000 - 1) << 14).to_bytes(4, "little")
+    large = b"VP8L" + struct.pack("<I", 16) + b"\x2f" + size + bytes(11)
+    assert _error(animated_webp(large), in_graph).startswith("picture of 14000x14000 pixels is larger")
+    nested = b"VP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + bytes(6)  # an animation within the frame
+    assert _error(animated_webp(nested), in_graph) == "WebP frame holds no picture"
+
+
+@pytest.mark.parametrize("order", ["red first", "blue first"])
+def test_bmps_with_other_masks_are_refused(in_graph, order):
+    """TensorFlow reads blue, green, red whatever the masks say."""
+    masks = (0xFF, 0xFF00, 0xFF0000) if order == "red first" else (0xFF0000, 0xFF00, 0xFF)
+    pixels = bytes((10, 20, 200, 255)) * 12
+    header = struct.pack("<IiiHHIIiiII", 108, 4, 3, 1, 32, 3, 0, 0, 0, 0, 0) + struct.pack("<4I", *masks, 0xFF000000)
+    contents = b"BM" + struct.pack("<IHHI", 122 + 48, 0, 0, 122) + header + bytes(52) + pixels
+    if order == "red first":
+        assert _error(contents, in_graph).startswith("BMP of a kind that TensorFlow does not decode")
+    else:
+        assert in_graph(tf.constant([contents])).numpy()[0, 0, 0].tolist() == [200, 20, 10]
 
 
 @pytest.mark.parametrize("kind", HEADERS)

@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -57,6 +59,41 @@ def test_pictures_that_do_not_fit_the_memory_are_decoded_again(make_folder):
     again, _ = load(root, image_size=SIZE, memory_budget=0)
     assert kept.fingerprint == again.fingerprint
     np.testing.assert_array_equal(pictures_of(kept.train), pictures_of(again.train))
+
+
+_PEAK = """
+import resource
+import numpy as np
+from tftransfer.data import load
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+pictures, labels = np.zeros((1000, 8, 8, 3), np.uint8), np.arange(1000) % 2
+load((pictures[:20], labels[:20]), image_size=(8, 8))
+before = peak()
+data, _ = load((pictures, labels), image_size=(320, 320), memory_budget=1000 * 320 * 320 * 3)
+print((peak() - before) / (1000 * 320 * 320 * 3))
+"""
+
+
+def test_decoded_pictures_are_held_once(repository):
+    command = [sys.executable, "-c", _PEAK]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
+    assert 0.8 < float(done.stdout) < 1.4, "of the budget; a copy of the splits would be 2"
+
+
+@pytest.mark.parametrize("memory_budget", [None, 0])
+def test_names_that_are_not_utf_8_leave_as_valid_text(make_folder, memory_budget):
+    root = make_folder({"cat": 5, "dog": 5})
+    os.rename(root / "cat" / "0.png", os.fsencode(root / "cat") + b"/caf\xe9.png")
+    os.rename(root / "dog", os.fsencode(root) + b"/d\xf6g")
+    data, task = load(root, image_size=SIZE, memory_budget=memory_budget)
+    names = {name for part in (data.train, data.validation, data.test) for name in part.names}
+    assert "cat/caf\\udce9.png" in names
+    assert len(names) == 10
+    assert task.labels == ("cat", "d\\udcf6g")
+    assert all(len(pictures_of(part)) for part in (data.train, data.validation, data.test))
 
 
 def test_a_changed_pixel_changes_the_fingerprint(make_folder):
@@ -163,6 +200,17 @@ def test_a_class_whose_pictures_are_all_broken(make_folder):
     for file in (root / "dog").iterdir():
         file.write_bytes(b"<html>")
     refused(root, "one class only")
+
+
+def test_a_given_split_without_a_usable_picture_is_not_replaced(make_folder):
+    root = make_folder({"train/cat": 9, "train/dog": 9, "test/cat": 2, "test/dog": 2})
+    for file in (root / "test").rglob("*.png"):
+        file.write_bytes(b"<html>")
+    refused(root, "test of .*4 were found.*test/cat/0.png: not a picture: begins with '<html>'")
+
+
+def test_a_limit_that_leaves_a_split_empty(make_folder):
+    refused(make_folder({"cat": 9, "dog": 9}), "would be empty: take more examples", limit=2)
 
 
 def test_bad_class_lists(make_folder):

@@ -1,3 +1,4 @@
+import time
 from collections import Counter
 
 import numpy as np
@@ -25,6 +26,29 @@ def test_splits_are_disjoint_complete_and_stratified(labels, seed):
         assert own["test"] == pytest.approx(0.2 * count, abs=1)
         assert own["validation"] == pytest.approx(0.1 * (count - own["test"]), abs=1)
     assert {split: record["examples"] for split, record in origin.items()} == {s: len(n) for s, n in parts.items()}
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3, 50])
+def test_totals_hold_for_a_long_tail_of_groups(repeats):
+    strata = np.arange(300) // repeats
+    parts, _ = splits.complete(["train"] * 300, strata, seed=0, every=False)
+    assert {name: len(numbers) for name, numbers in parts.items()} == {"train": 216, "validation": 24, "test": 60}
+    for name, share in (("test", 0.2), ("validation", 0.08)):
+        counts = np.bincount(strata[parts[name]], minlength=300 // repeats)
+        assert np.abs(counts - share * repeats).max() <= 2, "each group gives its share"
+
+
+@given(st.integers(3, 40), st.integers(1, 40), st.integers(0, 9))
+def test_no_split_is_empty_from_three_examples(count, kinds, seed):
+    parts, _ = splits.complete(["train"] * count, np.arange(count) % kinds, seed, every=False)
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(count))
+    assert all(len(numbers) for numbers in parts.values())
+
+
+def test_many_classes_are_divided_in_linear_time():
+    began = time.process_time()
+    splits.complete(["train"] * 100_000, np.arange(100_000, dtype=np.int32) % 5000, 0)
+    assert time.process_time() - began < 3  # one pass over all examples per class takes 8 s
 
 
 def test_the_seed_decides():

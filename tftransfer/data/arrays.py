@@ -127,7 +127,7 @@ def texts_of(labels: Mapping[str, np.ndarray]) -> tuple[dict[str, list[str]], tu
 
 
 def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value).strip()
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value).strip()
 
 
 def _pair(part: Any, name: str) -> tuple[Any, Any]:

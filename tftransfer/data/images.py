@@ -10,11 +10,13 @@ import tensorflow as tf
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WebP")
 MAX_PIXELS = 100_000_000
-"""Pictures of more pixels (height times width, from the header) are refused before they are decoded."""
+"""Pictures of more pixels (height times width, as the headers of file and first frame say) are not decoded."""
 
 TOO_LARGE = f"picture is larger than the limit of {MAX_PIXELS // 1_000_000} megapixels"
 UNKNOWN = f"not a picture format that TensorFlow decodes ({', '.join(FORMATS)})"
 _EXIF_WITHIN = 2**18  # bytes; EXIF comes first in a JPEG but for another segment or two of at most 64 KiB
+_MOST_STEPS = 50_000  # through a GIF's blocks: a second or two; nearly all files need less than a hundred
+_BMP_MASKS = [0, 0, 255, 0, 0, 255, 0, 0, 255, 0, 0, 0]
 _BYTE_STRINGS = [bytes([value]) for value in range(256)]
 
 
@@ -83,13 +85,18 @@ def check_header(contents: tf.Tensor) -> tf.Tensor:
     with tf.control_dependencies([tf.debugging.Assert(number < len(FORMATS), [UNKNOWN])]):
         contents = tf.identity(contents)
     branches = (_jpeg_size, _png_size, _gif_size, _bmp_size, _webp_size)
-    height, width = tf.unstack(tf.switch_case(number, [lambda f=f: f(contents) for f in branches]))
-    checks = [
+    size = tf.switch_case(number, [lambda f=f: f(contents) for f in branches])
+    with tf.control_dependencies(_size_checks(size)):
+        return tf.identity(contents)
+
+
+def _size_checks(size: tf.Tensor) -> list[tf.Operation]:
+    """Return the operations that refuse a `(height, width)` of nothing or of too much."""
+    height, width = tf.unstack(size)
+    return [
         tf.debugging.Assert((height > 0) & (width > 0), ["picture has no pixels"]),
         tf.debugging.Assert(height * width <= MAX_PIXELS, [TOO_LARGE, width, height]),
     ]
-    with tf.control_dependencies(checks):
-        return tf.identity(contents)
 
 
 def exif_orientation(contents: tf.Tensor) -> tf.Tensor:
@@ -161,14 +168,18 @@ def _decode_png(contents: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_gif(contents: tf.Tensor) -> tf.Tensor:
-    return tf.io.decode_image(contents, channels=3, expand_animations=False)
+    # TensorFlow decodes every frame before it returns the first one, so the others are cut off.
+    return tf.io.decode_image(_first_gif_frame(contents), channels=3, expand_animations=False)
 
 
 def _decode_bmp(contents: tf.Tensor) -> tf.Tensor:
     """Decode a BMP; TensorFlow reads pictures with a palette as gray, so the palette is applied here."""
     data = _bytes_of(contents)
     bits, compression = _little(data, 28, 2), _little(data, 30, 4)
-    plain = ((compression == 0) & ((bits == 8) | (bits == 24) | (bits == 32))) | ((compression == 3) & (bits == 32))
+    usual = (compression == 0) & ((bits == 8) | (bits == 24) | (bits == 32))
+    masks = _slice(data, 54, 12)  # red, green, blue; TensorFlow reads blue, green, red whatever they say
+    fields = (compression == 3) & (bits == 32) & tf.reduce_all(masks == tf.constant(_BMP_MASKS, tf.uint8))
+    plain = (_little(data, 14, 4) >= 40) & (usual | fields)
     refused = tf.debugging.Assert(plain, ["BMP of a kind that TensorFlow does not decode; save it as PNG"])
     with tf.control_dependencies([refused]):
         picture = tf.io.decode_bmp(contents, channels=0)
@@ -200,6 +211,59 @@ def _on_white(picture: tf.Tensor) -> tf.Tensor:
     return tf.cast(mixed // 255, tf.uint8)
 
 
+# --- GIF ----------------------------------------------------------------------------------------------------
+
+
+def _first_gif_frame(contents: tf.Tensor) -> tf.Tensor:
+    """Return the GIF up to the end of its first frame; one that ends earlier is left to the decoder."""
+    data = _bytes_of(contents)
+    place = _find_gif_frame(data)
+    end = _behind_blocks(data, place + 11 + _colours(data, place + 9))
+    whole = tf.size(data, tf.int64)
+    first = tf.strings.join([tf.strings.substr(contents, tf.zeros((), tf.int64), tf.minimum(end, whole)), b";"])
+    return tf.where(end < whole, first, contents)
+
+
+def _find_gif_frame(data: tf.Tensor) -> tf.Tensor:
+    """Return the position of the first frame's header, behind the end if the file ends before it."""
+
+    def is_extension(place: tf.Tensor) -> tf.Tensor:
+        return _number(data, place, 1) == 0x21
+
+    def following(place: tf.Tensor) -> tuple[tf.Tensor]:
+        return (_behind_blocks(data, place + 2),)
+
+    start = 13 + _colours(data, 10)
+    place = tf.while_loop(is_extension, following, (start,), maximum_iterations=_MOST_STEPS)[0]
+    is_frame = (place >= tf.size(data, tf.int64)) | (_number(data, place, 1) == 0x2C)
+    with tf.control_dependencies([tf.debugging.Assert(is_frame, ["GIF without a frame"])]):
+        return tf.identity(place)
+
+
+def _colours(data: tf.Tensor, place: tf.Tensor | int) -> tf.Tensor:
+    """Return how many bytes of colours follow the header whose flags stand at a position."""
+    flags = _number(data, place, 1)
+    return tf.where(flags >= 128, 3 * tf.bitwise.left_shift(tf.constant(2, tf.int64), flags % 8), 0)
+
+
+def _behind_blocks(data: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
+    """Walk blocks that begin with their length, up to the empty one; return where it ends."""
+    end = tf.size(data, tf.int64)
+
+    def goes_on(place: tf.Tensor) -> tf.Tensor:
+        return tf.cond(place < end, lambda: data[place] > 0, lambda: False)
+
+    def following(place: tf.Tensor) -> tuple[tf.Tensor]:
+        # Nearly all blocks are full, 255 bytes: up to 64 of them are one step.
+        is_full = tf.concat([data[place : place + 256 * 64 : 256] == 255, [False]], axis=0)
+        full = tf.argmin(tf.cast(is_full, tf.int32))
+        return (place + tf.where(full > 0, 256 * full, 1 + tf.cast(data[place], tf.int64)),)
+
+    place = tf.while_loop(goes_on, following, (start,), maximum_iterations=_MOST_STEPS)[0]
+    with tf.control_dependencies([tf.debugging.Assert(~goes_on(place), ["GIF of too many blocks; save it as PNG"])]):
+        return place + 1
+
+
 # --- animated WebP ------------------------------------------------------------------------------------------
 
 
@@ -218,7 +282,11 @@ def _first_frame(contents: tf.Tensor) -> tf.Tensor:
     place = _find_frame(data)
     header = _slice(data, place + 8, 16)
     left, top = 2 * _little(header, 0, 3), 2 * _little(header, 3, 3)
-    picture = _still_webp(_still_file(contents, data, place))
+    still = _still_file(contents, data, place)
+    is_picture = tf.reduce_any([_begins(still, chunk, 12) for chunk in (b"VP8 ", b"VP8L", b"VP8X\x0a\0\0\0\x10")])
+    checks = [tf.debugging.Assert(is_picture, ["WebP frame holds no picture"]), *_size_checks(_webp_size(still))]
+    with tf.control_dependencies(checks):
+        picture = _still_webp(tf.identity(still))
     height, width = tf.unstack(tf.cast(_webp_size(contents), tf.int32))
     box = tf.shape(picture)
     below, right = height - tf.cast(top, tf.int32) - box[0], width - tf.cast(left, tf.int32) - box[1]
@@ -270,8 +338,11 @@ def _png_size(contents: tf.Tensor) -> tf.Tensor:
 
 
 def _gif_size(contents: tf.Tensor) -> tf.Tensor:
+    """Return the larger of the canvas and the first frame, which need not lie within it."""
     data = _bytes_of(contents)
-    return tf.stack([_little(data, 8, 2), _little(data, 6, 2)])
+    place = _find_gif_frame(data)
+    frame = tf.stack([_little(data, place + 7, 2), _little(data, place + 5, 2)])
+    return tf.maximum(tf.stack([_little(data, 8, 2), _little(data, 6, 2)]), frame)
 
 
 def _bmp_size(contents: tf.Tensor) -> tf.Tensor:

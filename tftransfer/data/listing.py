@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,6 +57,12 @@ class _EncodedReader:
         return tf.TensorSpec((), tf.string)
 
 
+def _outside_graphs(values: Any) -> tf.Tensor:
+    """Return a tensor that graphs refer to instead of holding it: a graph may not exceed 2 GiB."""
+    with tf.init_scope():
+        return tf.constant(values)
+
+
 @dataclass(frozen=True)
 class Files(_EncodedReader):
     """Pictures in files, in the order of `paths`."""
@@ -71,7 +78,11 @@ class Files(_EncodedReader):
             return file.read()
 
     def fetch(self, number: tf.Tensor) -> tf.Tensor:
-        return tf.io.read_file(tf.gather(tf.constant(self.paths), number))
+        return tf.io.read_file(tf.gather(self._stored, number))
+
+    @cached_property
+    def _stored(self) -> tf.Tensor:
+        return _outside_graphs([os.fsencode(path) for path in self.paths])  # a name need not be UTF-8
 
     def subset(self, numbers: Sequence[int]) -> Reader:
         return Files(tuple(self.paths[number] for number in numbers))
@@ -87,7 +98,12 @@ class Encoded(_EncodedReader):
         return self.contents[number]
 
     def fetch(self, number: tf.Tensor) -> tf.Tensor:
-        return tf.gather(tf.constant(self.contents), number)
+        return tf.gather(self._stored, number)
+
+    @cached_property
+    def _stored(self) -> tf.Tensor:
+        # TensorFlow copies a tensor of up to 128 elements into the graph, however long its strings are.
+        return _outside_graphs([*self.contents, *[b""] * 128])
 
     def subset(self, numbers: Sequence[int]) -> Reader:
         return Encoded(tuple(self.contents[number] for number in numbers))
@@ -106,7 +122,11 @@ class Arrays:
         return None
 
     def fetch(self, number: tf.Tensor) -> tf.Tensor:
-        return tf.gather(tf.constant(self.pictures), number)
+        return tf.gather(self._stored, number)
+
+    @cached_property
+    def _stored(self) -> tf.Tensor:
+        return _outside_graphs(self.pictures)
 
     def decode(self, stored: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
         return resize_picture(stored, image_size)
@@ -149,3 +169,25 @@ class Listing:
     def place(self, number: int) -> str:
         """Say where an example stands."""
         return self.where(number) if self.where else f"{self.what or self.name}, {self.names[number]}"
+
+    def in_valid_text(self) -> Listing:
+        """Return the listing with names and labels that can be written as UTF-8, whatever the file system holds."""
+        return replace(
+            self,
+            name=as_text(self.name),
+            names=tuple(map(as_text, self.names)),
+            labels=tuple(map(as_text, self.labels)),
+            classes=tuple(map(as_text, self.classes)),
+            notes=tuple(map(as_text, self.notes)),
+            what=as_text(self.what),
+        )
+
+
+def as_text(name: str) -> str:
+    r"""Escape what of a name is no text, such as the bytes of a file name in Latin-1; two names stay two.
+
+    Example:
+        >>> as_text(os.fsdecode(bytes([99, 97, 102, 0xE9])))
+        'caf\\udce9'
+    """
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

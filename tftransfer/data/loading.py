@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -175,11 +176,11 @@ def _encoded(listing: Listing, task: Task) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Read:
-    """What came of reading: what is usable, its hashes and, if they fit the memory, its pixels."""
+    """What came of reading: what is usable, its hashes and, if they fit the memory, the pixels of all."""
 
     usable: np.ndarray
     hashes: tuple[str, ...]
-    pixels: np.ndarray | None
+    pixels: tf.Tensor | None
     quarantined: tuple[Quarantined, ...]
     notes: tuple[str, ...]
     image_size: tuple[int, int]
@@ -189,7 +190,7 @@ def _read_all(listing: Listing, image_size: tuple[int, int], budget: int) -> _Re
     """Read, check and decode every picture once, in as many threads as there are processors."""
     count, reader = len(listing.names), listing.reader
     fits = count * image_size[0] * image_size[1] * 3 <= budget
-    pixels = np.empty((count, *image_size, 3), np.uint8) if fits else None
+    pixels = _room((count, *image_size, 3)) if fits else None
     decode = _decoder(reader, image_size)
 
     def read(number: int) -> tuple[str, str | None, bool]:
@@ -199,11 +200,19 @@ def _read_all(listing: Listing, image_size: tuple[int, int], budget: int) -> _Re
         outcomes = list(pool.map(read, range(count)))
     usable = np.array([number for number, (_, reason, _) in enumerate(outcomes) if reason is None], int)
     quarantined = [Quarantined(listing.names[n], r) for n, (_, r, _) in enumerate(outcomes) if r is not None]
-    if pixels is not None and len(usable) < count:
-        pixels = pixels[usable]
+    # The tensor is the array, not a copy: copies for each split would be several times the budget.
+    held = None if pixels is None else tf.experimental.dlpack.from_dlpack(pixels.__dlpack__())
     misnamed = [listing.names[number] for number, (_, _, wrong) in enumerate(outcomes) if wrong]
     hashes = tuple(outcomes[number][0] for number in usable)
-    return _Read(usable, hashes, pixels, tuple(quarantined), _misnamed_note(misnamed), image_size)
+    return _Read(usable, hashes, held, tuple(quarantined), _misnamed_note(misnamed), image_size)
+
+
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an uninitialised array that TensorFlow can share: it begins at a multiple of 64 bytes."""
+    count = math.prod(shape)
+    room = np.empty(count + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + count].reshape(shape)
 
 
 def _decoder(reader: Reader, image_size: tuple[int, int]) -> Callable[[Any], tf.Tensor]:
@@ -256,9 +265,29 @@ def _check_splits(listing: Listing, task: Task, usable: np.ndarray | None = None
         raise InputError(f"{what} has no usable training examples. Received: splits {sorted(set(listing.given))}")
     if task.kind == "single_label":
         splits.check_classes(given, [listing.labels[number] for number in numbers], what)
-    elif len(given) < splits.needed_per_class(given):
-        needed = splits.needed_per_class(given)
-        raise InputError(f"{what} needs at least {needed} usable pictures. Received: {len(given)}")
+    elif given.count("train") < splits.needed_per_class(given):
+        raise InputError(
+            f"{what} needs at least {splits.needed_per_class(given)} usable training pictures, for the splits that "
+            f"are missing. Received: {given.count('train')}"
+        )
+
+
+def _check_given_splits(listing: Listing, read: _Read) -> None:
+    """Refuse a split whose pictures are all unusable, instead of taking another one from train."""
+    for split in sorted(set(listing.given) - {listing.given[number] for number in read.usable}):
+        names = {name for name, given in zip(listing.names, listing.given, strict=True) if given == split}
+        first = next(item for item in read.quarantined if item.file in names)
+        raise InputError(
+            f"{split} of {listing.what or listing.name}: no picture can be used ({len(names)} were found); the first "
+            f"is {first.file}: {first.reason}. Mend or replace them"
+        )
+
+
+def _check_none_empty(parts: dict[str, np.ndarray], what: str) -> None:
+    empty = [name for name, numbers in parts.items() if not len(numbers)]
+    if empty:
+        counts = ", ".join(f"{name} {len(numbers)}" for name, numbers in parts.items())
+        raise InputError(f"{' and '.join(empty)} of {what} would be empty: take more examples. Received: {counts}")
 
 
 def _subset(listing: Listing, numbers: Sequence[int]) -> Listing:
@@ -283,7 +312,7 @@ def _limited(listing: Listing, task: Task, limit: int, seed: int) -> Listing:
     if len(listing.names) <= limit:
         return listing
     strata = splits.strata_of(_encoded(listing, task), task.kind)
-    parts, _ = splits.complete(listing.given, strata, seed)
+    parts, _ = splits.complete(listing.given, strata, seed, every=task.kind == "single_label")
     chosen: list[int] = []
     given = list(listing.given)
     for name, share in (("test", 0.25), ("validation", 0.25), ("train", 0.5)):
@@ -306,11 +335,14 @@ def _in_turn(numbers: np.ndarray, strata: np.ndarray, count: int) -> np.ndarray:
 
 
 def _divided(listing: Listing, task: Task, read: _Read, seed: int, began: float, checked: bool) -> Data:
-    if checked or not len(read.usable):
+    _check_given_splits(listing, read)
+    if checked:
         _check_splits(listing, task, read.usable)
     targets = _encoded(listing, task)[read.usable]
     given = [listing.given[number] for number in read.usable]
-    parts, origin = splits.complete(given, splits.strata_of(targets, task.kind), seed)
+    strata = splits.strata_of(targets, task.kind)
+    parts, origin = splits.complete(given, strata, seed, every=task.kind == "single_label")
+    _check_none_empty(parts, listing.what or listing.name)
     examples = {name: _examples(listing, task, read, targets, numbers) for name, numbers in parts.items()}
     return Data(
         name=listing.name,
@@ -334,10 +366,10 @@ def _examples(listing: Listing, task: Task, read: _Read, targets: np.ndarray, nu
 
 def _random_access(reader: Reader, read: _Read, numbers: np.ndarray) -> Callable[[tf.Tensor], tf.Tensor]:
     """Return the function from an example's number to its picture: from memory, or decoded anew."""
-    if read.pixels is not None:
-        held = tf.constant(read.pixels[numbers])
-        return lambda index: tf.gather(held, index)
     stored = tf.constant(read.usable[numbers], tf.int64)
+    held = read.pixels
+    if held is not None:
+        return lambda index: tf.gather(held, tf.gather(stored, index))
     return lambda index: reader.decode(reader.fetch(tf.gather(stored, index)), read.image_size)
 
 
@@ -347,7 +379,7 @@ def _fingerprint(task: Task, examples: dict[str, Examples], parts: dict[str, np.
     for split, own in examples.items():
         digest.update(f"\n{split}\n".encode())
         for name, number in zip(own.names, parts[split], strict=True):
-            digest.update(f"{name}\0{hashes[number]}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{name}\0{hashes[number]}\n".encode())
         digest.update(np.ascontiguousarray(own.targets).tobytes())
     return digest.hexdigest()
 

@@ -26,9 +26,16 @@ def listed(source: Any, memory_budget: int) -> Listing:
         source: `"demo"`, `"tfds:NAME"`, the path of a folder or table, NumPy arrays, or a `tf.data.Dataset`;
         see `load`. memory_budget: How many bytes a copy of a stream may take.
 
+    Returns:
+        The listing; its names and labels are valid text.
+
     Raises:
         InputError: If the source is none of these or holds no examples.
     """
+    return _listed(source, memory_budget).in_valid_text()
+
+
+def _listed(source: Any, memory_budget: int) -> Listing:
     if isinstance(source, tf.data.Dataset):
         return streams.listed({"train": source}, memory_budget)
     if isinstance(source, tuple):

@@ -31,7 +31,7 @@ def canonical(name: str) -> str | None:
 
 
 def complete(
-    given: Sequence[str], strata: Sequence[Any] | np.ndarray, seed: int
+    given: Sequence[str], strata: Sequence[Any] | np.ndarray, seed: int, every: bool = True
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Split off what the source does not divide itself.
 
@@ -39,6 +39,8 @@ def complete(
         given: For each example the split that the source says; `"train"` for all where it says nothing.
         strata: For each example the class (or another group) whose shares are kept equal.
         seed: From 0; the same seed gives the same splits.
+        every: Whether each split gets some of every stratum, as classes need it; else the totals are exact.
+            Defaults to True.
 
     Returns:
         The examples' numbers per split, rising, and how each split came to be.
@@ -50,39 +52,59 @@ def complete(
         >>> origin["test"]
         {'examples': 2, 'from': '20 % of train, stratified, seed 0'}
     """
-    assigned, kinds = np.asarray(given, dtype=object), np.asarray(strata, dtype=object)
+    assigned, kinds = np.asarray(given, dtype=object), np.asarray(strata)
     missing = [name for name in SHARES if name not in set(given)]
     origin = dict.fromkeys(NAMES, "the source")
     for place, name in enumerate(SHARES):
         if name in missing:
             pool = np.flatnonzero(assigned == "train")
             generator = np.random.default_rng((seed, place))
-            assigned[pool[choose_share(kinds[pool], SHARES[name], generator)]] = name
+            assigned[pool[choose_share(kinds[pool], SHARES[name], generator, every)]] = name
             origin[name] = f"{SHARES[name]:.0%} of train, stratified, seed {seed}".replace("%", " %")
     parts = {name: np.flatnonzero(assigned == name) for name in NAMES}
     return parts, {name: {"examples": len(parts[name]), "from": origin[name]} for name in NAMES}
 
 
-def choose_share(strata: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
-    """Choose a share of each stratum, at least one and never all; a stratum of one is left alone.
+def choose_share(strata: np.ndarray, share: float, generator: np.random.Generator, every: bool = True) -> np.ndarray:
+    """Choose a share of each stratum.
 
-    scikit-learn's `train_test_split(stratify=...)` keeps the total exact instead and leaves small classes
-    out.
+    With `every`, at least one of each and never all; a stratum of one is left alone. scikit-learn's
+    `train_test_split(stratify=...)` keeps the total exact instead and leaves small classes out. Without `every`
+    the total is exact too, and small strata share what falls to them: among several labels most may be rare, and
+    one of each would be half of the examples.
 
     Args:
         strata: `(n,)`, the group of each example.
         share: In (0, 1).
         generator: Decides which examples.
+        every: Whether at least one of each stratum is chosen. Defaults to True.
 
     Returns:
         The numbers of the chosen examples, rising.
     """
-    chosen = []
-    for kind in sorted(set(strata), key=str):
-        members = np.flatnonzero(strata == kind)
-        count = min(max(round(share * len(members)), 1), len(members) - 1)
-        chosen.append(generator.permutation(members)[:count])
-    return np.sort(np.concatenate(chosen)) if chosen else np.array([], int)
+    groups = [generator.permutation(members) for members in _members(strata)]
+    if not every:
+        return np.sort(_evenly(np.concatenate([np.array([], int), *groups]), share, generator))
+    chosen = [group[: _count(share, len(group))] for group in groups]
+    return np.sort(np.concatenate([np.array([], int), *chosen]))
+
+
+def _members(strata: np.ndarray) -> list[np.ndarray]:
+    """Return the numbers of the examples of each stratum, in the order of the strata's names."""
+    kinds, numbers = np.unique(strata, return_inverse=True)
+    groups = np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers))[:-1])
+    return [groups[place] for place in sorted(range(len(kinds)), key=lambda place: str(kinds[place]))]
+
+
+def _evenly(ordered: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
+    """Choose at even distances, so that each run of equals gives its share but for less than one."""
+    count = _count(share, len(ordered))
+    places = ((np.arange(count) + generator.random()) * len(ordered) / max(count, 1)).astype(int)
+    return ordered[np.minimum(places, len(ordered) - 1)]
+
+
+def _count(share: float, total: int) -> int:
+    return max(min(max(round(share * total), 1), total - 1), 0)
 
 
 def needed_per_class(given: Sequence[str]) -> int:
