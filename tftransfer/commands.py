@@ -91,15 +91,20 @@ def _outputs(bundle: bundles.Bundle, files: Sequence[Path]) -> tf.Tensor:
 def evaluate(options: argparse.Namespace) -> int:
     """Print the metrics of a run on a data set: on its test split if it has one, else on all of it."""
     bundle = bundles.load(options.run)
-    examples = load_for(bundle.task, options.data, image_size=bundle.image_size)
+    unseen = load_for(bundle.task, options.data, image_size=bundle.image_size)
+    examples = unseen.examples
     probabilities = training.predict(bundle.model, bundle.task, examples)
     metrics = performance.performance(bundle.task, examples, probabilities).metrics
     content = {
         "examples": len(examples),
+        "split": unseen.split,
+        "quarantined": [asdict(item) for item in unseen.quarantined],
         "metrics": {name: asdict(number) for name, number in metrics.items()},
     }
     rows = tuple((name, _number(m.value), _number(m.low), _number(m.high)) for name, m in metrics.items())
-    _show(options, content, Table(f"{len(examples)} examples", ("metric", "value", "low", "high"), rows))
+    found = "the test split" if unseen.split == "test" else "all of it, for want of a test split"
+    title = f"{len(examples)} examples ({found}), {len(unseen.quarantined)} set aside"
+    _show(options, content, Table(title, ("metric", "value", "low", "high"), rows))
     return 0
 
 

@@ -80,7 +80,7 @@ print((peak() - before) / (1000 * 320 * 320 * 3))
 def test_decoded_pictures_are_held_once(repository):
     command = [sys.executable, "-c", _PEAK]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
-    assert 0.8 < float(done.stdout) < 1.4, "of the budget; a copy of the splits would be 2"
+    assert float(done.stdout) < 1.4, "of the budget; a copy of the splits would be 2"
 
 
 @pytest.mark.parametrize("memory_budget", [None, 0])
@@ -230,11 +230,27 @@ def test_bad_options(make_folder):
         load(root, image_size=(0, 8))
 
 
+def test_a_label_that_training_lacks_is_refused_for_several_labels_too(tmp_path):
+    (tmp_path / "a.png").write_bytes(tf.io.encode_png(np.zeros((8, 8, 3), np.uint8)).numpy())
+    rows = [f"a.png,{labels},{split}" for split in ("train", "validation", "test") for labels in ("red|round", "round")]
+    (tmp_path / "table.csv").write_text("\n".join(["image,label,split", *rows, "a.png,green,validation"]))
+    refused(tmp_path / "table.csv", "validation split has the label 'green'")
+
+
+def test_data_for_a_task_that_exists_says_what_was_set_aside(make_folder):
+    folder = make_folder({"cat": 3, "dog": 1}, "broken")
+    (folder / "cat" / "0.png").write_bytes(b"")
+    found = load_for(tasks.SingleLabel(("dog", "cat")), folder, image_size=SIZE)
+    assert (len(found.examples), found.split) == (3, "all")
+    assert [item.file for item in found.quarantined] == ["cat/0.png"]
+
+
 def test_data_for_a_task_that_exists(make_folder):
     task = tasks.SingleLabel(("dog", "cat", "owl"))
-    whole = load_for(task, make_folder({"cat": 3, "dog": 1}, "whole"), image_size=SIZE)
+    whole = load_for(task, make_folder({"cat": 3, "dog": 1}, "whole"), image_size=SIZE).examples
     assert whole.targets.tolist() == [1, 1, 1, 0]
     split = make_folder({"train/cat": 3, "test/dog": 2}, "split")
-    assert load_for(task, split, image_size=SIZE).targets.tolist() == [0, 0]
+    assert load_for(task, split, image_size=SIZE).examples.targets.tolist() == [0, 0]
+    assert load_for(task, split, image_size=SIZE).split == "test"
     with pytest.raises(InputError, match="other, cow/0.png: label 'cow' is not a class"):
         load_for(task, make_folder({"cow": 3}, "other"), image_size=SIZE)

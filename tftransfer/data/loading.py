@@ -92,7 +92,22 @@ def load(
     return _divided(listing, task, read, seed, began, checked=not limit), task
 
 
-def load_for(task: Task, source: Any, *, image_size: tuple[int, int], memory_budget: int | None = None) -> Examples:
+@dataclass(frozen=True)
+class Unseen:
+    """Data that a finished model is measured on.
+
+    Args:
+        examples: What can be used.
+        split: `"test"` if the source has such a split, else `"all"`.
+        quarantined: What was set aside.
+    """
+
+    examples: Examples
+    split: str
+    quarantined: tuple[Quarantined, ...]
+
+
+def load_for(task: Task, source: Any, *, image_size: tuple[int, int], memory_budget: int | None = None) -> Unseen:
     """Read data for a task that exists, for evaluation: the test split if the source has one, else all of it.
 
     Args:
@@ -112,7 +127,8 @@ def load_for(task: Task, source: Any, *, image_size: tuple[int, int], memory_bud
     read = _read_all(listing, image_size, budget)
     if not len(read.usable):
         raise InputError(f"no picture of {listing.what or listing.name} can be used: {read.quarantined[0].reason}")
-    return _examples(listing, task, read, targets[read.usable], np.arange(len(read.usable)))
+    examples = _examples(listing, task, read, targets[read.usable], np.arange(len(read.usable)))
+    return Unseen(examples, "test" if chosen else "all", read.quarantined)
 
 
 # --- labels -------------------------------------------------------------------------------------------------
@@ -341,6 +357,8 @@ def _divided(listing: Listing, task: Task, read: _Read, seed: int, began: float,
     targets = _encoded(listing, task)[read.usable]
     given = [listing.given[number] for number in read.usable]
     strata = splits.strata_of(targets, task.kind)
+    if task.kind == "multi_label":
+        _check_learned(task, targets, given, listing.what or listing.name)
     parts, origin = splits.complete(given, strata, seed, every=task.kind == "single_label")
     _check_none_empty(parts, listing.what or listing.name)
     examples = {name: _examples(listing, task, read, targets, numbers) for name, numbers in parts.items()}
@@ -354,6 +372,16 @@ def _divided(listing: Listing, task: Task, read: _Read, seed: int, began: float,
         fingerprint=_fingerprint(task, examples, parts, read.hashes),
         seconds=time.monotonic() - began,
     )
+
+
+def _check_learned(task: Task, targets: np.ndarray, given: Sequence[str], what: str) -> None:
+    """Refuse labels that a given validation or test split has and the training examples lack."""
+    learned = targets[[split == "train" for split in given]].any(axis=0)
+    for name in ("validation", "test"):
+        lacking = targets[[split == name for split in given]].any(axis=0) & ~learned
+        if lacking.any():
+            label = task.labels[int(np.argmax(lacking))]
+            raise InputError(f"{what}: the {name} split has the label {label!r}, which no training example has")
 
 
 def _examples(listing: Listing, task: Task, read: _Read, targets: np.ndarray, numbers: np.ndarray) -> Examples:
