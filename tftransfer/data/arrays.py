@@ -138,8 +138,8 @@ def texts_of(labels: Mapping[str, np.ndarray]) -> tuple[dict[str, list[str]], tu
         raise InputError(f"labels must be (n,) or (n, classes). Received: shapes {shapes}")
     rows = {name: array.reshape(len(array), -1) for name, array in labels.items()}
     if len({part.shape[1] for part in rows.values()}) > 1:
-        shapes = ", ".join(f"{name} {array.shape}" for name, array in labels.items())
-        raise InputError(f"labels of all splits must have the same number of columns. Received: shapes {shapes}")
+        found = ", ".join(f"{name} {array.shape}" for name, array in labels.items())
+        raise InputError(f"labels of all splits must have the same number of columns. Received: shapes {found}")
     rows = _as_integers(rows)
     whole = np.concatenate(list(rows.values()))
     is_table = any(array.ndim == 2 and array.shape[1] > 1 for array in labels.values())
