@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from tftransfer import tasks
-from tftransfer.data import load
+from tftransfer.data import load, streams
 from tftransfer.errors import InputError
 
 SIZE = (6, 6)
@@ -92,6 +92,57 @@ def test_streams_of_pixels_and_of_encoded_pictures_equal_arrays():
         assert same == task
 
 
+def test_one_dark_picture_does_not_make_a_stream_look_scaled():
+    pictures = PICTURES.astype(np.float32)
+    pictures[5] = 1
+    data, _ = load(tf.data.Dataset.from_tensor_slices((pictures, LABELS)), image_size=SIZE)
+    assert data.found == 24
+    scaled = tf.data.Dataset.from_tensor_slices((pictures / 255, LABELS))
+    refused(scaled, r"pictures of train look like \[0, 1\].*multiply by 255")
+
+
+def test_whole_floats_are_the_classes_of_their_integers():
+    tens = np.repeat([2.0, 10.0, 1.0], 8)
+    assert load((PICTURES, tens), image_size=SIZE)[1].labels == ("1", "2", "10")
+    assert load((PICTURES, tens / 4), image_size=SIZE)[1].labels == ("0.25", "0.5", "2.5")
+
+
+def test_labels_of_several_shapes_are_refused():
+    refused((PICTURES, [[1], [1, 2]] * 12), "labels of train must all have one shape")
+    parts = {"train": (PICTURES, np.eye(3)[LABELS]), "test": (PICTURES, LABELS)}
+    refused(parts, r"same number of columns. Received: shapes train \(24, 3\), test \(24,\)")
+    signature = (tf.TensorSpec((6, 6, 3), tf.uint8), tf.TensorSpec((None,), tf.int64))
+    ragged = tf.data.Dataset.from_generator(
+        lambda: ((picture, [1] * (1 + number % 2)) for number, picture in enumerate(PICTURES)),
+        output_signature=signature,
+    )
+    refused(ragged, r"labels of train must all have one shape. Received: shapes \[\(1,\), \(2,\)\]")
+
+
+def test_labels_that_are_not_utf_8_are_escaped():
+    assert load((PICTURES, np.array([b"a", b"caf\xe9"] * 12)), image_size=SIZE)[1].labels == ("a", "caf\\xe9")
+
+
+def test_what_tensorflow_datasets_marks_as_unlabelled_is_left_out():
+    encoded = tf.io.encode_png(PICTURES[0])
+
+    def part(split, labels):
+        return split, [(encoded, tf.constant(label)) for label in labels]
+
+    parts = {"train": part("train", [0, -1, 1]), "test": part("test", [-1, -1])}
+    listing = streams._copied(parts, "some", 10**6, ("cat", "dog"))
+    assert listing.labels == ("cat", "dog")
+    assert listing.names == ("train[0]", "train[2]")
+    assert [note.split(" have")[0] for note in listing.notes] == [
+        "1 examples of split 'train'",
+        "2 examples of split 'test'",
+    ]
+    with pytest.raises(InputError, match=r"label 2 of train\[1\] is none of the 2 classes"):
+        streams._copied({"train": part("train", [0, 2])}, "some", 10**6, ("cat", "dog"))
+    with pytest.raises(InputError, match="no example of some has a label"):
+        streams._copied({"train": part("train", [-1])}, "some", 10**6, ("cat", "dog"))
+
+
 def test_bad_streams():
     pixels = tf.data.Dataset.from_tensor_slices((PICTURES, LABELS))
     refused(pixels, "bound of 0 MiB.*memory_budget", memory_budget=100)
@@ -99,6 +150,9 @@ def test_bad_streams():
     refused(pixels.repeat(), "infinite")
     refused(pixels.map(lambda picture, label: picture), "no pairs")
     refused(pixels.take(0), "empty")
+    refused(pixels.map(lambda picture, label: ({"image": picture}, label)), "no pairs of tensors")
+    encoded = pixels.map(lambda picture, label: (tf.io.encode_png(picture), label))
+    refused(encoded.batch(2), "unbatch")
 
 
 @pytest.fixture

@@ -182,6 +182,8 @@ def refused(source, message, **options):
 
 def test_bad_folders(make_folder, tmp_path):
     refused(tmp_path / "missing", "no such folder or table: .*missing")
+    refused("x" * 300, "no such folder or table: xxx")
+    refused("~nouser/x", "no such folder or table: ~nouser/x")
     refused("dmeo", "Did you mean 'demo'")
     (tmp_path / "nothing").mkdir()
     refused(tmp_path / "nothing", "nothing is empty")

@@ -95,6 +95,7 @@ BAD = {
     "image,label\n0.png,a\n1.png,b,c\n": "line 3: 3 cells",
     "image,label\n0.png,a\n1.png,\n": "line 3: the label is empty",
     "image,label\n0.png,a\ngone.png,b\n": "line 3: file gone.png does not exist",
+    f"image,label\n0.png,a\n{'x' * 300},b\n": "line 3: file x+ does not exist",
     "image,label\n0.png,a\n,b\n": "line 3: the `image` cell is empty",
     "image,label,split\n0.png,a,train\n1.png,b,\n": "line 3: `split` is empty",
     "image,label,split\n0.png,a,fold1\n": "no row is in a split.*'fold1'",
@@ -118,6 +119,25 @@ def test_bad_json_lines(make_table):
         "line 2: column 'label'",
     )
     refused(make_table('{"image": "0.png", "label": {"a": 1}}', "t.jsonl"), "line 1: a label must be")
+    refused(make_table('{"image": "0.png", "label": ["a|b"]}', "t.jsonl"), r"line 1: .* must not hold `\|`.*'a\|b'")
+    refused(make_table('\n{"image": "0.png", "label": ' + "1" * 5000 + "}", "t.jsonl"), "line 2: not JSON: Exceeds")
+    deep = "[" * 100_000 + "]" * 100_000
+    refused(make_table('{"image": "0.png", "label": ' + deep + "}", "t.jsonl"), "line 1: not JSON: maximum recursion")
+
+
+def test_numbers_in_json_lines_are_classes_in_their_order(make_table):
+    labels = [1, 1.0, 10, 2] * 3
+    lines = [json.dumps({"image": f"{number}.png", "label": label}) for number, label in enumerate(labels)]
+    assert load(make_table("\n".join(lines), "t.jsonl"), image_size=SIZE)[1].labels == ("1", "2", "10")
+
+
+def test_a_table_that_cannot_be_read(make_table, monkeypatch):
+    def read_bytes(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = make_table("image,label\n")
+    monkeypatch.setattr("pathlib.Path.read_bytes", read_bytes)
+    refused(path, "table.csv cannot be read: Permission denied")
 
 
 def test_other_files_are_no_tables(make_table):

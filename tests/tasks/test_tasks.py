@@ -165,3 +165,10 @@ def test_unknown_labels_name_the_nearest():
 def test_bad_tasks_are_refused(make, said):
     with pytest.raises(InputError, match=said):
         make()
+
+
+@pytest.mark.parametrize("text", ["1e39", "-1e39", "nan", "inf", "1_000", "1|2", "one", ""])
+def test_labels_that_are_no_float32_are_refused(text):
+    with pytest.raises(InputError, match="must hold 1 finite numbers"):
+        tasks.Regression().encode([text])
+    assert tasks.Regression().encode(["3.4e38", " -2 "]).tolist() == [[np.float32(3.4e38)], [-2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,15 @@ def _named(source: str, memory_budget: int) -> Listing:
         return _demo()
     if source.startswith("tfds:"):
         return streams.listed_tfds(source.removeprefix("tfds:"), memory_budget)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return folder(path)
-    if path.is_file():
-        return tables.listed(path)
+    path = Path(os.path.expanduser(source))  # Path's own expanduser fails on users that are not there
+    try:
+        # Path's own is_dir and is_file fail on names that are too long.
+        if os.path.isdir(path):
+            return folder(path)
+        if os.path.isfile(path):
+            return tables.listed(path)
+    except OSError as error:
+        raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
     looks_like_demo = difflib.SequenceMatcher(None, source.lower(), "demo").ratio() >= 0.7
     hint = " Did you mean 'demo'?" if looks_like_demo else ""
     raise InputError(

@@ -14,6 +14,9 @@ from tftransfer.errors import InputError
 
 _EXPECTED = "Expected unbatched (picture, label) pairs"
 
+_Row = tuple[int, bytes, np.ndarray]
+"""An example's number in its split, its encoded picture and its label."""
+
 
 def listed(parts: Mapping[str, Any], memory_budget: int) -> Listing:
     """Read data sets of single `(picture, label)` pairs.
@@ -94,20 +97,25 @@ def _copied(
 ) -> Listing:
     """Copy every element into memory; integer labels index `classes` where those are given."""
     budget = _Budget(memory_budget)
-    pairs = {key: [_pair(element, budget) for element in elements] for key, (_, elements) in parts.items()}
-    for key, own in pairs.items():
+    rows = {key: _rows(elements, key, budget) for key, (_, elements) in parts.items()}
+    for key, own in rows.items():
         if not own:
             raise InputError(f"split {key} of {name} is empty")
-    labels = {key: np.array([label for _, label in own]) for key, own in pairs.items()}
+    if classes:
+        rows, unlabelled = _with_label(rows, classes)
+        notes = (*notes, *unlabelled)
+    if not rows:
+        raise InputError(f"no example of {name} has a label")
+    labels = {key: _stacked([label for _, _, label in own], key) for key, own in rows.items()}
     texts, found_classes, several = arrays.texts_of(labels)
     if classes and not several:
         texts = {key: [classes[int(text)] for text in own] for key, own in texts.items()}
     return Listing(
         name=name,
-        names=tuple(f"{key}[{number}]" for key in parts for number in range(len(pairs[key]))),
-        labels=tuple(text for key in parts for text in texts[key]),
-        given=tuple(split for key, (split, _) in parts.items() for _ in texts[key]),
-        reader=Encoded(tuple(contents for own in pairs.values() for contents, _ in own)),
+        names=tuple(f"{key}[{number}]" for key, own in rows.items() for number, _, _ in own),
+        labels=tuple(text for key in rows for text in texts[key]),
+        given=tuple(parts[key][0] for key in rows for _ in texts[key]),
+        reader=Encoded(tuple(contents for own in rows.values() for _, contents, _ in own)),
         classes=classes or found_classes,
         several=several,
         notes=notes,
@@ -121,9 +129,9 @@ def _check_elements(parts: Mapping[str, Any]) -> None:
                 f"{key} must be a tf.data.Dataset like the other splits. Received: {type(dataset).__name__}"
             )
         spec = dataset.element_spec
-        if not isinstance(spec, tuple) or len(spec) != 2:
-            raise InputError(f"elements of {key} are no pairs. {_EXPECTED}. Received: element_spec={spec!r}")
-        if spec[0].dtype != tf.string and spec[0].shape.rank not in (None, 3):
+        if not isinstance(spec, tuple) or len(spec) != 2 or not all(isinstance(part, tf.TensorSpec) for part in spec):
+            raise InputError(f"elements of {key} are no pairs of tensors. {_EXPECTED}. Received: element_spec={spec!r}")
+        if spec[0].shape.rank not in (None, 0 if spec[0].dtype == tf.string else 3):
             raise InputError(
                 f"pictures of {key} must be (height, width, channels) or encoded. {_EXPECTED}: call "
                 f".unbatch() if "
@@ -149,14 +157,44 @@ class _Budget:
             )
 
 
-def _pair(element: Any, budget: _Budget) -> tuple[bytes, np.ndarray]:
-    picture, label = element
-    contents = picture.numpy() if picture.dtype == tf.string else _as_png(picture)
-    budget.take(len(contents))
-    return contents, label.numpy()
+def _rows(elements: Iterable[Any], key: str, budget: _Budget) -> list[_Row]:
+    """Read a split; whether its floats are in [0, 255] only all of its pictures tell."""
+    rows: list[_Row] = []
+    brightest = 0.0
+    for number, (picture, label) in enumerate(elements):
+        if picture.dtype.is_floating:
+            brightest = max(brightest, float(tf.reduce_max(picture)))
+        contents = picture.numpy() if picture.dtype == tf.string else _as_png(picture)
+        budget.take(len(contents))
+        rows.append((number, contents, label.numpy()))
+    arrays.check_scale(brightest, f"pictures of {key}")
+    return rows
+
+
+def _with_label(rows: dict[str, list[_Row]], classes: tuple[str, ...]) -> tuple[dict[str, list[_Row]], tuple[str, ...]]:
+    """Leave out what has no label, which TensorFlow Datasets marks with -1, and count it in notes."""
+    kept, notes = {}, []
+    for key, own in rows.items():
+        kept[key] = [row for row in own if np.min(row[2], initial=0) >= 0]
+        if len(kept[key]) < len(own):
+            notes.append(f"{len(own) - len(kept[key])} examples of split {key!r} have no label and were left out")
+        above = [row for row in kept[key] if np.max(row[2], initial=0) >= len(classes)]
+        if above:
+            raise InputError(
+                f"label {above[0][2]} of {key}[{above[0][0]}] is none of the {len(classes)} classes, 0 to "
+                f"{len(classes) - 1}"
+            )
+    return {key: own for key, own in kept.items() if own}, tuple(notes)
+
+
+def _stacked(labels: list[np.ndarray], key: str) -> np.ndarray:
+    shapes = {np.shape(label) for label in labels}
+    if len(shapes) > 1:
+        raise InputError(f"labels of {key} must all have one shape. Received: shapes {sorted(shapes)}")
+    return np.array(labels)
 
 
 def _as_png(picture: tf.Tensor) -> bytes:
-    pixels = arrays.check_pictures(picture.numpy()[None], "pictures of the stream")[0]
+    pixels = arrays.check_pictures(picture.numpy()[None], "pictures of the stream", whole=False)[0]
     # Fast and larger: the copy lives for one run.
     return tf.image.encode_png(pixels, compression=1).numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ def listed(path: Path) -> Listing:
         labels=tuple(texts),
         given=tuple(_split(row) or "train" for _, row in rows),
         reader=Files(tuple(map(str, files))),
-        classes=read_classes(path.parent),
+        classes=read_classes(path.parent) or _in_order_of_value([row["label"] for _, row in rows]),
         several=any(isinstance(row["label"], list) for _, row in rows) or any("|" in text for text in texts),
         notes=notes,
         what=str(path),
@@ -118,8 +119,9 @@ def _json_rows(path: Path) -> Iterator[Row]:
             continue
         try:
             row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {line}: not JSON: {error.msg}. Expected one object per line") from None
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
+            reason = str(getattr(error, "msg", error)).split(";")[0]
+            raise InputError(f"{path}, line {line}: not JSON: {reason}. Expected one object per line") from None
         if not isinstance(row, dict):
             raise InputError(f'{path}, line {line}: expected an object such as {{"image": ..., "label": ...}}')
         _check_columns(path, list(row), line)
@@ -163,7 +165,7 @@ def _in_known_splits(path: Path, rows: list[Row]) -> tuple[list[Row], tuple[str,
 def _file(path: Path, line: int, row: dict[str, Any]) -> Path:
     text = str(row["image"] or "").strip()
     file = path.parent / text
-    if not text or not file.is_file():
+    if not text or not os.path.isfile(file):  # Path's own is_file fails on names that are too long
         what = f"file {text} does not exist" if text else "the `image` cell is empty"
         raise InputError(f"{path}, line {line}: {what}. Paths are relative to the table, so expected {file}")
     return file
@@ -174,6 +176,24 @@ def _label(path: Path, line: int, row: dict[str, Any]) -> str:
     label = row["label"]
     if isinstance(label, dict) or (isinstance(label, list) and any(isinstance(p, (list, dict)) for p in label)):
         raise InputError(f"{path}, line {line}: a label must be a text, a number or a list of such")
-    if isinstance(label, list):
-        return "|".join(str(part).strip() for part in label)
-    return "" if label is None else str(label).strip()
+    if not isinstance(label, list):
+        return _text_of(label)
+    parts = [_text_of(part) for part in label]
+    holding = [part for part in parts if "|" in part]
+    if holding:
+        raise InputError(f"{path}, line {line}: a label in a list must not hold `|`. Received: {holding[0]!r}")
+    return "|".join(parts)
+
+
+def _text_of(value: Any) -> str:
+    """Return a cell as text; 1.0 is the same class as 1."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    return "" if value is None else str(value).strip()
+
+
+def _in_order_of_value(labels: list[Any]) -> tuple[str, ...]:
+    """Return the classes in the order of their numbers if all labels are numbers, which only JSON tells from text."""
+    if not all(isinstance(label, (int, float)) and not isinstance(label, bool) for label in labels):
+        return ()
+    return tuple(dict.fromkeys(map(_text_of, sorted(labels))))

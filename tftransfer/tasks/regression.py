@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,8 @@ import tensorflow as tf
 
 from tftransfer.errors import InputError
 from tftransfer.tasks.single_label import check_labels
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class ScaledSquaredError(keras.losses.Loss):
@@ -72,9 +73,12 @@ class Regression:
             numbers = [float(part) for part in text.split("|")]
         except ValueError:
             numbers = []
-        if len(numbers) != self.num_outputs or not all(map(math.isfinite, numbers)):
+        # Python reads 1_000 as a number; targets are float32, in which 1e39 is infinite.
+        is_sound = "_" not in text and all(abs(number) <= _LARGEST for number in numbers)
+        if len(numbers) != self.num_outputs or not is_sound:
             raise InputError(
-                f"a label must hold {self.num_outputs} finite numbers separated by `|`. Received: {text!r}"
+                f"a label must hold {self.num_outputs} finite numbers separated by `|`, at most {_LARGEST:.2g} "
+                f"(float32). Received: {text!r}"
             )
         return numbers
 
