@@ -100,7 +100,9 @@ def test_an_interruption_is_75(capsys):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_ends_a_process_with_75(name):
     code = (
-        "import time; from tftransfer import cli; cli.run_recipe(lambda: print('ready', flush=True) or time.sleep(60))"
+        "import signal, time; from tftransfer import cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        "cli.run_recipe(lambda: print('ready', flush=True) or time.sleep(60))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"ready\n"

@@ -71,7 +71,7 @@ def test_unknown_precision_is_refused():
         pass
 
 
-@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("precision", [pytest.param("mixed_bfloat16", marks=pytest.mark.slow), "mixed_float16"])
 def test_a_network_trains_in_mixed_precision(small_task, small_data, precision):
     from tftransfer import builders, training
     from tftransfer.strategies import Phase
