@@ -36,7 +36,10 @@ def main() -> None:
     """Generate, train, measure, write."""
     parser = cli.Parser(prog=f"recipes/{NAME}.py", description=__doc__)
     parser.add_argument(
-        "--seed", type=cli.at_least(0), default=0, help="decides every random choice (default: %(default)s)"
+        "--seed",
+        type=cli.at_least(0, cli.LARGEST_SEED),
+        default=0,
+        help="decides every random choice (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs", type=cli.at_least(1), default=8, help="passes over the pictures (default: %(default)s)"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 import pytest
 
 from tftransfer import bundles, distribution, runs
 from tftransfer.errors import InputError
-from tftransfer.report import Number, Report, Table
+from tftransfer.report import Check, Number, Report, Table
 
 
 def _prepared(folder, seed=0, quiet=True):
@@ -77,3 +78,11 @@ def test_a_finished_run_without_its_report_is_bad_input(tmp_path, small_network,
         (run.folder / "report.json").write_text(content, encoding="latin-1")
     with pytest.raises(InputError, match=r"report\.json"):
         runs.show_finished(run)
+
+
+def test_a_finished_run_with_outputs_that_are_not_finite_ends_with_1_again(tmp_path, small_network, small_task):
+    run = _finished(tmp_path / "run", small_network(), small_task, current="1")
+    report = bundles.read_report(run.folder)
+    checks = (Check("finite_outputs", False, {}),)
+    bundles.write_json(run.folder / "report.json", dataclasses.replace(report, checks=checks).to_json())
+    assert runs.show_finished(run) == 1

@@ -94,9 +94,8 @@ def begin(folder: Path, configuration: Mapping[str, Any], *, again: bool = False
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with (folder / MANIFEST).open(
-            "x", encoding="utf-8", errors="backslashreplace"
-        ) as file:  # x: only one can create it
+        # x: of several, only one can create it.
+        with (folder / MANIFEST).open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(_json({"complete": False, "configuration": dict(configuration)}))
     except FileExistsError:
         raise InputError(taken) from None

@@ -101,9 +101,10 @@ def choose_network(options: argparse.Namespace) -> Network:
     wants_demo = options.weights == "demo" or (options.weights is None and options.data == "demo")
     name = options.backbone or (card["backbone"] if wants_demo else "MobileNetV2")
     kind = options.weights or ("demo" if wants_demo and name == card["backbone"] else "imagenet")
-    name = backbones.backbone(name).name  # "MobileNet-1.0" is Keras' "MobileNet"
-    natural = card["image_size"] if kind == "demo" else backbones.backbone(name).natural_size
-    return Network(name, None if kind == "none" else kind, options.image_size or (natural, natural))
+    row = backbones.backbone(name)
+    natural = card["image_size"] if kind == "demo" else row.natural_size
+    # The row's own name: "MobileNet-1.0" is Keras' "MobileNet".
+    return Network(row.name, None if kind == "none" else kind, options.image_size or (natural, natural))
 
 
 def choose_strategy(options: argparse.Namespace) -> Strategy:
@@ -142,7 +143,7 @@ def begin(run: Run, data: Data, devices: Devices) -> None:
 
 
 def show_finished(run: Run) -> int:
-    """Print the report of a run that is already done; returns the exit code: 1 if its export was not published.
+    """Print the report of a run that is already done; returns the exit code that it ended with.
 
     Raises:
         InputError: If the report is missing or damaged.
@@ -150,11 +151,17 @@ def show_finished(run: Run) -> int:
     report = bundles.read_report(run.folder)
     run.console.print(f"This run is finished: {run.folder}", soft_wrap=True)
     _print_metrics(run.console, report)
-    if bundles.read_manifest(run.folder).get("current", True):
-        return 0
-    again = f"`tftransfer export {run.folder}` tries again"
-    run.console.print(f"SavedModel: not published, see the report; {again}", soft_wrap=True)
-    return 1
+    published = bool(bundles.read_manifest(run.folder).get("current", True))
+    if not published:
+        again = f"`tftransfer export {run.folder}` tries again"
+        run.console.print(f"SavedModel: not published, see the report; {again}", soft_wrap=True)
+    return _exit_code(report, published)
+
+
+def _exit_code(report: Report, published: bool) -> int:
+    """Return 1 if the export was not published or the model's outputs are not finite, else 0."""
+    finite = all(check.passed for check in report.checks if check.name == "finite_outputs")
+    return 0 if published and finite else 1
 
 
 def show_plan(run: Run, model: keras.Model, data: Data, strategy: Strategy, devices: Devices) -> int:
@@ -234,7 +241,7 @@ def finish(
     }
     bundles.save(run.folder, model, task, report, configuration=run.configuration, provenance=provenance)
     _print_result(run, report, version)
-    return 0 if verification.passed and all(c.passed for c in report.checks if c.name == "finite_outputs") else 1
+    return _exit_code(report, published=version is not None)
 
 
 def samples(data: Data, count: int = 8) -> list[bytes]:

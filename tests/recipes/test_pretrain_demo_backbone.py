@@ -87,7 +87,8 @@ def test_packaged_backbone_earns_its_place(card):
 
 
 @pytest.mark.parametrize(
-    "option", [["--image-size", "16"], ["--seed", "-1"], ["--epochs", "0"], ["--image-size", "64x64"]]
+    "option",
+    [["--image-size", "16"], ["--seed", "-1"], ["--seed", "4294967296"], ["--epochs", "0"], ["--image-size", "64x64"]],
 )
 def test_bad_input_is_one_line_and_exit_2(repository, tmp_path, option):
     recipe = repository / "recipes" / "pretrain_demo_backbone.py"
