@@ -56,7 +56,7 @@ def network(request, estimate_batch_norm):
 
 
 # What takes longest runs by default on the demo's network alone.
-LONG = [NETWORKS[0], *(pytest.param(p.values[0], id=p.id, marks=pytest.mark.slow) for p in NETWORKS[1:])]
+LONG = [NETWORKS[0], *(pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) for p in NETWORKS[1:])]
 
 
 def _both(parameters):
