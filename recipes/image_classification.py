@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--label-smoothing", type=float, default=0.0, help="in [0, 1) (default: %(default)s)")
     parser.add_argument("--patience", type=cli.at_least(1), help="end a phase after so many epochs without progress")
     parser.add_argument("--balance", action="store_true", help="give every class the same total weight")
+    parser.add_argument("--source", help="what the backbone was trained on: measure forgetting (demo, or as --data)")
     options = cli.parse(parser)
     import keras  # after TensorFlow was loaded quietly
 
@@ -30,7 +31,7 @@ def main() -> int:
     if run.finished:
         return tft.runs.show_finished(run)
     keras.utils.set_random_seed(options.seed)
-    strategy = tft.runs.choose_strategy(options)
+    choose = tft.runs.strategy_chooser(options)
     network = tft.runs.choose_network(options)
     data, task = tft.data.load(
         options.data,
@@ -51,23 +52,26 @@ def main() -> int:
             dropout=options.dropout,
         )
         model = tft.builders.in_units_of(model, data.train.targets) if task.kind == "regression" else model
+    chosen = choose(model, task, data)
     if options.dry_run:
-        return tft.runs.show_plan(run, model, data, strategy, devices)
+        return tft.runs.show_plan(run, model, data, chosen, devices)
 
-    tft.runs.check_strategy(model, strategy)
-    tft.runs.begin(run, data, devices)
+    old = tft.runs.old_task(options.source, model, options.seed)
+    tft.runs.check_strategy(model, chosen.strategy)
+    tft.runs.begin(run, data, devices, chosen)
     history = tft.fine_tune(
         model,
         task,
         data,
-        strategy,
+        chosen.strategy,
         output=run.folder,
         seed=options.seed,
         batch_size=options.batch_size,
         max_steps=2 if options.smoke else None,
+        source=old and old.source,
         quiet=options.quiet,
     )
-    return tft.runs.finish(run, model, task, data, history, network, devices)
+    return tft.runs.finish(run, model, task, data, history, network, devices, chosen, old)
 
 
 if __name__ == "__main__":

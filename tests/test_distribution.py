@@ -101,6 +101,7 @@ _TWO_DEVICES = """
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     from tftransfer import builders, distribution, strategies, tasks, training
+    from tftransfer.averages import Ema
     from tftransfer.data import Data, Examples, Pictures
 
     def examples(count, seed):
@@ -122,7 +123,8 @@ _TWO_DEVICES = """
             model = builders.image_classifier("MobileNet-0.25", 3, image_size=32, weights="demo", dropout=0.0)
         began = [w.numpy() for w in model.weights]
         before = [w.numpy() for w in model.weights if "moving" in w.path]
-        phases = (strategies.Phase("probe", "head", 2, 0.01), strategies.Phase("tune", "all", 2, 1e-4, averaging=0.5))
+        tune = strategies.Phase("tune", "all", 2, 1e-4, average=Ema(0.5))
+        phases = (strategies.Phase("probe", "head", 2, 0.01), tune)
         history = training.fine_tune(model, task, data, phases, batch_size=8)
         after = [w.numpy() for w in model.weights if "moving" in w.path]
         frozen = all(np.array_equal(one, two) for one, two in zip(before, after))

@@ -7,7 +7,8 @@ import keras
 import numpy as np
 import pytest
 
-from tftransfer import builders, strategies, tasks, training
+from tftransfer import builders, schedules, strategies, tasks, training
+from tftransfer.averages import Ema
 from tftransfer.data import Data
 from tftransfer.errors import InputError
 from tftransfer.strategies import Phase
@@ -116,7 +117,7 @@ def test_averaged_weights_are_the_moving_average_by_hand(small_network, small_ta
             steps.append(_value(self.model, "logits/kernel"))
 
     model = small_network()
-    phase = Phase("probe", "head", 2, 0.05, averaging=1.5)
+    phase = Phase("probe", "head", 2, 0.05, average=Ema(1.5))
     history = training.fine_tune(model, small_task, small_data, (phase,), callbacks=[Collect()], batch_size=8)
     assert history.phases[0].best_epoch == 2
     assert len(steps) == 6  # three an epoch
@@ -180,12 +181,12 @@ def test_predict_is_the_models_softmax_in_order(small_network, small_task, small
 
 
 def test_learning_rate_rises_then_falls_to_zero():
-    rate = training.learning_rate(Phase("phase", learning_rate=0.1, warmup=0.25), steps=8)
+    rate = schedules.learning_rate(Phase("phase", learning_rate=0.1, warmup=0.25), steps=8)
     values = [float(rate(step)) for step in range(9)]
     assert values[0] == 0
     assert max(values) == pytest.approx(values[2]) == pytest.approx(0.1)
     assert values[8] == pytest.approx(0, abs=1e-8)
-    constant = training.learning_rate(Phase("phase", learning_rate=0.1, warmup=0, schedule="constant"), steps=8)
+    constant = schedules.learning_rate(Phase("phase", learning_rate=0.1, warmup=0, schedule="constant"), steps=8)
     assert {round(float(constant(step)), 6) for step in range(9)} == {0.1}
 
 

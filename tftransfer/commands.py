@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from tftransfer import bundles, distribution, prefix, runs, serving, training, weights
+from tftransfer import bundles, distribution, prefix, serving, training, weights
 from tftransfer.backbones import backbone, names
 from tftransfer.builders import outputs_are_logits
 from tftransfer.checks import performance
@@ -188,7 +188,7 @@ def _show(options: argparse.Namespace, content: Any, table: Table) -> None:
     if options.json:
         print(json.dumps(content, indent=1, ensure_ascii=False))
     elif not options.quiet:
-        runs.print_table(runs.literal_console(), table)
+        print_table(literal_console(), table)
 
 
 def _line(content: Any) -> str:

@@ -29,3 +29,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not close:
         return ""
     return f" Did you mean {' or '.join(repr(by_lower_case[word]) for word in close)}?"
+
+
+def check(holds: bool, name: str, expected: str, value: object) -> None:
+    """Refuse an argument that is out of its range.
+
+    Args:
+        holds: Whether it is as expected.
+        name: The argument's name.
+        expected: What it must be, such as `"a number above 0"`.
+        value: What it is.
+
+    Raises:
+        InputError: If it does not hold.
+
+    Example:
+        >>> check(0.5 < 1, "dropout", "below 1", 0.5)
+    """
+    if not holds:
+        raise InputError(f"`{name}` must be {expected}. Received: {name}={value!r}")

@@ -1,23 +1,107 @@
-"""AdamW whose learning rate differs per layer, in the step and in the weight decay alike."""
+"""AdamW and SGD whose learning rate differs per layer, in the step and in the weight decay alike."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tftransfer.errors import InputError
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What an optimizer remembers of one variable.
+
+    Args:
+        slots: One array per kind of moment, each of the variable's shape.
+        age: How many steps went into them.
+    """
+
+    slots: tuple[np.ndarray, ...]
+    age: int
+
+
+class _Layerwise:
+    """What the optimizers below share: a factor per variable on rate and decay, and moments that can be carried over.
+
+    Keras' optimizers know no rate per variable; scaling gradients does nothing under Adam, and scaling the update
+    alone leaves the weight decay at the global rate.
+    """
+
+    multipliers: dict[str, float]
+
+    def _layerwise(self, multipliers: Mapping[str, float] | None) -> None:
+        self.multipliers = dict(multipliers or {})
+        negative = {path: factor for path, factor in self.multipliers.items() if not factor >= 0}
+        if negative:
+            raise InputError(f"`multipliers` must be numbers from 0. Received: {negative!r}")
+        self._factors: list[float] = []
+        self._ages: list[int] = []
+
+    def build(self, variables: list[keras.Variable]) -> None:
+        """Create the moments, and look up each variable's factor."""
+        if self.built:
+            return
+        self._factors = [self.multipliers.get(variable.path, 1.0) for variable in variables]
+        self._ages = [0] * len(variables)
+        super().build(variables)
+
+    def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:
+        """Decay and step one variable at its own rate."""
+        index = self._get_variable_index(variable)
+        own_rate = keras.ops.cast(learning_rate, variable.dtype) * self._factors[index]
+        if self.weight_decay and len(variable.shape) > 1:
+            self.assign_sub(variable, variable * own_rate * self.weight_decay)
+        super().update_step(gradient, variable, own_rate * self._correction(self._ages[index]))
+
+    def _correction(self, age: int) -> Any:
+        """Return the factor on the step of a variable whose moments are older than the optimizer."""
+        return 1.0
+
+    def _apply_weight_decay(self, variables: list[keras.Variable]) -> None:
+        """Do nothing: Keras would decay every variable at the global rate; `update_step` does it at its own."""
+
+    def _slots(self) -> Sequence[Sequence[keras.Variable]]:
+        """Return the lists of moments, each in the order of the variables."""
+        raise NotImplementedError
+
+    def moments(self) -> dict[str, Moment]:
+        """Return what the optimizer remembers, by variable path."""
+        steps = int(keras.ops.convert_to_numpy(self.iterations))
+        return {
+            variable.path: Moment(
+                tuple(keras.ops.convert_to_numpy(slot[index]) for slot in self._slots()), steps + self._ages[index]
+            )
+            for index, variable in enumerate(self._trainable_variables)
+        }
+
+    def start_from(self, variables: list[keras.Variable], moments: Mapping[str, Moment]) -> None:
+        """Begin with another optimizer's moments where it had the same variables; the others begin afresh.
+
+        Args:
+            variables: What will be trained. Call this before the first step: the ages become part of the traced step.
+            moments: From `moments()` of an optimizer of the same class.
+        """
+        self.build(variables)
+        for index, variable in enumerate(variables):
+            moment = moments.get(variable.path)
+            if moment and len(moment.slots) == len(self._slots()) and moment.slots[0].shape == tuple(variable.shape):
+                self._ages[index] = moment.age
+                for slot, value in zip(self._slots(), moment.slots, strict=True):
+                    slot[index].assign(value)
+
+
 @keras.saving.register_keras_serializable("tftransfer")
-class LayerwiseAdamW(keras.optimizers.AdamW):
+class LayerwiseAdamW(_Layerwise, keras.optimizers.AdamW):
     """AdamW with a multiplier on the learning rate of each variable.
 
-    Scaling gradients does nothing under Adam, and scaling the update alone leaves the weight decay at the global
-    rate; here the multiplier reaches both. Kernels and other variables of rank two and more are decayed; biases and
-    normalisation parameters are not, as is usual.
+    The multiplier reaches the step and the weight decay. Kernels and other variables of rank two and more are decayed;
+    biases and normalisation parameters are not, as is usual.
 
     Args:
         learning_rate: A number or a `keras.optimizers.schedules.LearningRateSchedule`.
@@ -55,27 +139,58 @@ class LayerwiseAdamW(keras.optimizers.AdamW):
             name=name,
             **base_config,
         )
-        self.multipliers = dict(multipliers or {})
-        negative = {path: factor for path, factor in self.multipliers.items() if not factor >= 0}
-        if negative:
-            raise InputError(f"`multipliers` must be numbers from 0. Received: {negative!r}")
-        self._factors: list[float] = []
+        self._layerwise(multipliers)
 
-    def build(self, variables: list[keras.Variable]) -> None:
-        """Create the moments, and look up each variable's factor."""
-        self._factors = [self.multipliers.get(variable.path, 1.0) for variable in variables]
-        super().build(variables)
+    def _correction(self, age: int) -> Any:
+        """Correct the bias of the moments for their own age: Keras corrects for the age of the optimizer."""
+        if not age:
+            return 1.0
+        steps = keras.ops.cast(self.iterations + 1, "float32")
+        return self._bias_correction(steps + age) / self._bias_correction(steps)
 
-    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
-        """Decay and step one variable at its own rate."""
-        index = self._get_variable_index(variable)
-        own_rate = keras.ops.cast(learning_rate, variable.dtype) * self._factors[index]
-        if self.weight_decay and len(variable.shape) > 1:
-            self.assign_sub(variable, variable * own_rate * self.weight_decay)
-        super().update_step(gradient, variable, own_rate)
+    def _bias_correction(self, steps: Any) -> Any:
+        return keras.ops.sqrt(1 - keras.ops.power(self.beta_2, steps)) / (1 - keras.ops.power(self.beta_1, steps))
 
-    def _apply_weight_decay(self, variables: list[keras.Variable]) -> None:
-        """Do nothing: Keras would decay every variable at the global rate; `update_step` does it at its own."""
+    def _slots(self) -> Sequence[Sequence[keras.Variable]]:
+        return self._momentums, self._velocities
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "multipliers": self.multipliers}
+
+
+@keras.saving.register_keras_serializable("tftransfer")
+class LayerwiseSGD(_Layerwise, keras.optimizers.SGD):
+    """SGD with momentum, decoupled weight decay, and a multiplier on the learning rate of each variable.
+
+    Args:
+        learning_rate, weight_decay, multipliers: As in `LayerwiseAdamW`.
+        momentum: Share of the last step that is taken again, in [0, 1]. Defaults to 0.9.
+        name: The optimizer's name.
+
+    Example:
+        >>> optimizer = LayerwiseSGD(1e-2, multipliers={"stem/kernel": 0.1})
+        >>> LayerwiseSGD.from_config(optimizer.get_config()).multipliers
+        {'stem/kernel': 0.1}
+
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101 (SGDW).
+    """
+
+    def __init__(
+        self,
+        learning_rate: float | keras.optimizers.schedules.LearningRateSchedule = 0.01,
+        weight_decay: float = 0.0,
+        multipliers: Mapping[str, float] | None = None,
+        momentum: float = 0.9,
+        name: str = "layerwise_sgd",
+        **base_config: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate=learning_rate, weight_decay=weight_decay, momentum=momentum, name=name, **base_config
+        )
+        self._layerwise(multipliers)
+
+    def _slots(self) -> Sequence[Sequence[keras.Variable]]:
+        return (self.momentums,) if self.momentum else ()
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "multipliers": self.multipliers}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import keras
@@ -11,7 +11,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 
 from tftransfer.depth import nodes_in_order
 from tftransfer.errors import InputError
-from tftransfer.trainable import trained_variables
+from tftransfer.trainable import all_groups
 
 _STOCHASTIC = (
     keras.layers.Dropout,
@@ -46,7 +46,7 @@ class Cut:
         return below / max(below + self.trained.count_params(), 1)
 
 
-def cut(model: keras.Model) -> Cut:
+def cut(model: keras.Model, adapted: Sequence[keras.Variable] = ()) -> Cut:
     """Cut a functional network at the lowest point below which nothing trains.
 
     Dropout that only the trained part follows (such as the head's) belongs to the trained part and stays active;
@@ -54,6 +54,7 @@ def cut(model: keras.Model) -> Cut:
 
     Args:
         model: A functional model whose `trainable` flags are set.
+        adapted: Frozen variables that something else changes, such as kernels under LoRA. Defaults to none.
 
     Returns:
         The two parts. The cut is a list of tensors: some networks (NASNet) cross it with several.
@@ -68,7 +69,7 @@ def cut(model: keras.Model) -> Cut:
         >>> [layer.name for layer in cut(model).trained.layers][1:]
         ['head_dropout', 'logits']
     """
-    above = _operations_above(model)
+    above = _operations_above(model, {id(variable) for variable in adapted})
     if not above:
         raise InputError("nothing trains: every variable of the network is frozen; choose another `selector`")
     crossing = _crossing_tensors(model, above)
@@ -76,6 +77,21 @@ def cut(model: keras.Model) -> Cut:
     if frozen is None or not any(_could_train(layer) for layer in frozen.layers):
         return Cut(None, _network(model.inputs, model.outputs))  # below the cut is nothing but preprocessing
     return Cut(frozen, _network(crossing, model.outputs))
+
+
+def features(model: keras.Model) -> keras.KerasTensor:
+    """Return the tensor that the head reads: pooled features, before the head's dropout.
+
+    Args:
+        model: From a builder, or the user's own; then the head is its last layer with weights.
+    """
+    head = set(all_groups(model)[-1].layers)
+    first = next(node for node in nodes_in_order(model) if node.operation.name in head)
+    tensor = first.input_tensors[0]
+    while isinstance(tensor._keras_history.operation, _STOCHASTIC):
+        operation, number, _ = tensor._keras_history
+        tensor = operation._inbound_nodes[number].input_tensors[0]
+    return tensor
 
 
 def as_constant_function(network: keras.Model) -> Callable[[tf.Tensor], list[tf.Tensor]]:
@@ -99,25 +115,25 @@ def as_constant_function(network: keras.Model) -> Callable[[tf.Tensor], list[tf.
     return lambda batch: list(frozen(tf.cast(batch, signature.dtype)))
 
 
-def _operations_above(model: keras.Model) -> set[int]:
+def _operations_above(model: keras.Model, adapted: set[int]) -> set[int]:
     """Return the ids of the operations that train, and of all that come after one of them."""
-    frozen_below = _operations_with_frozen_weights_after(model)
+    frozen_below = _operations_with_frozen_weights_after(model, adapted)
     above: set[int] = set()
     for node in nodes_in_order(model):
         operation = node.operation
         active = isinstance(operation, _STOCHASTIC) and id(operation) not in frozen_below
         follows = any(id(parent.operation) in above for parent in node.parent_nodes)
-        if active or follows or _trains(operation):
+        if active or follows or _trains(operation, adapted):
             above.add(id(operation))
     return above
 
 
-def _operations_with_frozen_weights_after(model: keras.Model) -> set[int]:
+def _operations_with_frozen_weights_after(model: keras.Model, adapted: set[int]) -> set[int]:
     """Return the ids of the operations after which, somewhere, a layer comes whose weights are all frozen."""
     before_frozen: set[int] = set()
     for node in reversed(nodes_in_order(model)):
         operation = node.operation
-        frozen = bool(getattr(operation, "weights", [])) and not _trains(operation)
+        frozen = bool(getattr(operation, "weights", [])) and not _trains(operation, adapted)
         if id(operation) in before_frozen or frozen:
             before_frozen.update(id(parent.operation) for parent in node.parent_nodes)
     return before_frozen
@@ -132,8 +148,10 @@ def _could_train(layer: keras.Layer) -> bool:
     return any(inner._trainable_variables for inner in layer._flatten_layers())
 
 
-def _trains(operation: keras.Operation) -> bool:
-    return isinstance(operation, keras.Layer) and bool(trained_variables(operation))
+def _trains(operation: keras.Operation, adapted: set[int]) -> bool:
+    if not isinstance(operation, keras.Layer):
+        return False
+    return any(variable.trainable or id(variable) in adapted for variable in operation.weights)
 
 
 def _crossing_tensors(model: keras.Model, above: set[int]) -> list[keras.KerasTensor]:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
 from rich.console import Console
-from rich.table import Table as ConsoleTable
-from rich.text import Text
 
-from tftransfer import backbones, bundles, prefix, report_html, serving, strategies, trainable, training, weights
-from tftransfer.checks import calibration, charts, demo, performance
-from tftransfer.data import Data
+from tftransfer import advice, backbones, bundles, serving, training, weights
+from tftransfer.checks import calibration, charts, demo, forgetting, overfitting, performance
+from tftransfer.console import audit_table, literal_console, print_table
+from tftransfer.data import Data, load
 from tftransfer.distribution import Devices
-from tftransfer.report import TRAINING, Findings, Number, Report, Table
+from tftransfer.history import History
+from tftransfer.penalties import Source
+from tftransfer.report import Findings, Report
 from tftransfer.strategies import Strategy
 from tftransfer.tasks import Task
 
 # Options that do not decide a run's result; every other one is part of its configuration.
+ADAPTER = "adapter.safetensors"
 _NOT_CONFIGURATION = ("out", "quiet", "dry_run")
 
 
@@ -72,11 +74,6 @@ def prepare(name: str, options: argparse.Namespace) -> Run:
     return Run(name, folder, configuration, finished, literal_console(options.quiet), time.monotonic(), again)
 
 
-def literal_console(quiet: bool = False) -> Console:
-    """Return a console that prints paths and labels as they are, where rich would read `[bold]` and `:smile:`."""
-    return Console(quiet=quiet, markup=False, emoji=False)
-
-
 @dataclass(frozen=True)
 class Network:
     """Which pretrained network a run starts from: a backbone, its weights, and the pictures' `(height, width)`."""
@@ -107,19 +104,31 @@ def choose_network(options: argparse.Namespace) -> Network:
     return Network(row.name, None if kind == "none" else kind, options.image_size or (natural, natural))
 
 
-def choose_strategy(options: argparse.Namespace) -> Strategy:
+Chooser = Callable[[keras.Model, Task, Data], advice.Advice]
+
+
+def strategy_chooser(options: argparse.Namespace) -> Chooser:
     """Read the strategy; without one probe first and then train everything, mirroring no digits.
+
+    Returns:
+        A function from model, task and data to the strategy: most do not look at them, `surgical` does.
 
     Raises:
         InputError: If the strategy is not known, or a number is out of its range.
     """
     usual = "freeze_then_unfreeze:augmentation=light_no_flip" if options.data == "demo" else "freeze_then_unfreeze"
-    strategy = strategies.parse(options.strategy or usual, options.epochs, options.learning_rate)
-    return strategies.with_patience(strategy, options.patience) if options.patience else strategy
+    return advice.chooser(
+        options.strategy or usual,
+        options.epochs,
+        options.learning_rate,
+        options.seed,
+        options.batch_size,
+        getattr(options, "patience", None) or 0,
+    )
 
 
 def check_strategy(model: keras.Model, strategy: Strategy) -> None:
-    """Refuse a strategy whose selectors do not fit a model, before anything is written.
+    """Refuse a strategy whose phases do not fit a model, before anything is written.
 
     What trains is set as the last phase sets it; `fine_tune` sets it anew.
 
@@ -127,10 +136,40 @@ def check_strategy(model: keras.Model, strategy: Strategy) -> None:
         InputError: If a phase names groups or layers that the model lacks.
     """
     for phase in strategy:
-        trainable.set_trainable(model, phase.selector, train_batch_norm=phase.train_batch_norm)
+        training.plan(model, phase)
 
 
-def begin(run: Run, data: Data, devices: Devices) -> None:
+@dataclass(frozen=True)
+class OldTask:
+    """The task that a backbone comes from, and how well it was done before tuning."""
+
+    source: Source
+    before: forgetting.Kept
+
+
+def old_task(name: str | None, model: keras.Model, seed: int) -> OldTask | None:
+    """Fit a head for the task that the backbone comes from, to see later what was forgotten.
+
+    Args:
+        name: `"demo"` for generated signs, or a data set as `--data` takes it; None for none.
+        model: Not tuned yet.
+        seed: Decides which pictures are generated, and the splits.
+
+    Raises:
+        InputError: If the data cannot be read or holds no single labels.
+    """
+    if name is None:
+        return None
+    height, width = model.input_shape[1:3]
+    if name == "demo":
+        data = forgetting.demo_source((height, width), seed)
+    else:
+        data, _ = load(name, image_size=(height, width), seed=seed)
+    source = forgetting.source_probe(model, data, "generated signs" if name == "demo" else "")
+    return OldTask(source, forgetting.source_accuracy(model, source))
+
+
+def begin(run: Run, data: Data, devices: Devices, chosen: advice.Advice) -> None:
     """Say what was found and chosen, make the folder, and note which run it holds.
 
     From here on the run has passed every check of its input; before, nothing is written.
@@ -138,7 +177,7 @@ def begin(run: Run, data: Data, devices: Devices) -> None:
     Raises:
         InputError: If another run has taken the folder since `prepare`.
     """
-    announce(run, data, devices)
+    announce(run, data, devices, chosen)
     bundles.begin(run.folder, run.configuration, again=run.again)
 
 
@@ -164,19 +203,19 @@ def _exit_code(report: Report, published: bool) -> int:
     return 0 if published and finite else 1
 
 
-def show_plan(run: Run, model: keras.Model, data: Data, strategy: Strategy, devices: Devices) -> int:
+def show_plan(run: Run, model: keras.Model, data: Data, chosen: advice.Advice, devices: Devices) -> int:
     """Print what a run would do: data, devices, and per phase what trains."""
-    announce(run, data, devices)
-    for phase in strategy:
-        rows = trainable.set_trainable(model, phase.selector, train_batch_norm=phase.train_batch_norm)
-        share = prefix.cut(model).frozen_share
+    announce(run, data, devices, chosen)
+    for phase in chosen.strategy:
+        rows, parts = training.plan(model, phase)
+        share = parts.frozen_share
         title = f"{phase.name}: {phase.epochs} epochs at {phase.learning_rate:g}, {share:.0%} runs as constants"
         print_table(run.console, audit_table(title, rows))
     run.console.print(f"Nothing was written; the run would go to {run.folder}", soft_wrap=True)
     return 0
 
 
-def announce(run: Run, data: Data, devices: Devices) -> None:
+def announce(run: Run, data: Data, devices: Devices, chosen: advice.Advice) -> None:
     """Print what was found and chosen."""
     console = run.console
     console.print(f"Devices: {devices.reason}")
@@ -186,6 +225,10 @@ def announce(run: Run, data: Data, devices: Devices) -> None:
         console.print(f"  set aside: {item.file}: {item.reason}")
     if len(data.quarantined) > 5:
         console.print(f"  and {len(data.quarantined) - 5} more, all in the report")
+    if chosen.table:
+        print_table(console, chosen.table)
+    for reason in chosen.reasons:
+        console.print(reason, markup=False)
 
 
 def finish(
@@ -193,9 +236,11 @@ def finish(
     model: keras.Model,
     task: Task,
     data: Data,
-    history: training.History,
+    history: History,
     network: Network,
     devices: Devices,
+    chosen: advice.Advice,
+    old: OldTask | None = None,
 ) -> int:
     """Measure on the test split, publish the SavedModel, write the folder, and print the result.
 
@@ -207,6 +252,8 @@ def finish(
         history: What `fine_tune` returned.
         network: The pretrained network that training began with.
         devices: What it was trained on.
+        chosen: The strategy and why it was chosen.
+        old: The task that the backbone comes from, if forgetting is to be measured. Defaults to None.
 
     Returns:
         The exit code: 0, or 1 if the export did not pass verification or the model's outputs are not finite.
@@ -216,6 +263,12 @@ def finish(
         comparison = demo.demo_comparison(data, network.image_size)
         print_table(run.console, comparison.tables[0])
         findings += comparison
+    if chosen.table:
+        findings += Findings(tables=(chosen.table,))
+    if old:
+        findings += forgetting.forgetting(model, old.source, old.before)
+    if history.adapter:
+        history.adapter.save(run.folder / ADAPTER)
     pictures = samples(data)
     bundles.write_samples(run.folder, pictures)
     version, verification = serving.publish(model, task, run.folder / "serving", pictures)
@@ -253,46 +306,19 @@ def samples(data: Data, count: int = 8) -> list[bytes]:
     return [tf.io.encode_png(pictures.load(tf.constant(i, tf.int64))).numpy() for i in list(chosen)[:count]]
 
 
-def audit_table(title: str, rows: tuple[trainable.AuditRow, ...]) -> Table:
-    """Return what trains as a table for the terminal and the report."""
-    columns = ("group", "layers", "parameters", "trainable", "BatchNorm statistics")
-    cells = tuple((row.group, row.layers, row.parameters, row.trainable, row.batch_norm or "none") for row in rows)
-    return Table(title, columns, cells, section=TRAINING)
-
-
-def print_table(console: Console, table: Table) -> None:
-    """Print a table of the report on the terminal."""
-    shown = ConsoleTable(title=table.title, title_justify="left")
-    for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
-    for row in table.rows:
-        shown.add_row(*(_cell(cell, column in table.percent) for cell, column in zip(row, table.columns, strict=True)))
-    console.print(shown)
-    if table.note:
-        console.print(table.note, style="dim")
-
-
-def _cell(value: Any, percent: bool) -> Text:
-    """Return a cell as text that rich takes literally."""
-    if isinstance(value, Number):
-        span = report_html.interval(value, percent)
-        return Text(report_html.number(value.value, percent) + (f" ({span})" if span else ""))
-    return Text(value if isinstance(value, str) else report_html.number(value, percent))
-
-
-def _measure(model: keras.Model, task: Task, data: Data, history: training.History) -> Findings:
+def _measure(model: keras.Model, task: Task, data: Data, history: History) -> Findings:
     probabilities = training.predict(model, task, data.test)
-    curves = charts.learning_curves(history, [record.to_json() for record in history.phases])
+    phases = [record.to_json() for record in history.phases]
+    seen, unseen = ((part.targets, training.predict(model, task, part)) for part in (data.train, data.validation))
     return (
         performance.performance(task, data.test, probabilities, train_targets=data.train.targets)
-        + Findings(pictures=(curves,))
+        + Findings(pictures=(charts.learning_curves(history, phases),))
+        + overfitting.overfitting(task, seen, unseen, phases)
         + calibration.calibration(task, data.test.targets, probabilities)
     )
 
 
-def _report(
-    run: Run, task: Task, data: Data, history: training.History, network: Network, findings: Findings
-) -> Report:
+def _report(run: Run, task: Task, data: Data, history: History, network: Network, findings: Findings) -> Report:
     audits = tuple(audit_table(f"What trained: {r.phase.name}", r.audit) for r in history.phases)
     return Report(
         task=task.name,

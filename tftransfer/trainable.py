@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import keras
@@ -29,13 +29,23 @@ _ATTENTION_NAME = re.compile(r"attention|squeeze_excite|(^|_)se_|_attn|query|key
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One depth group (or the head): how much of it trains, and whether its BatchNorm statistics can move."""
+    """One depth group (or the head): how much of it trains, how fast, and whether its BatchNorm statistics can move.
+
+    Args:
+        group: Its name.
+        layers: How many of its layers hold weights.
+        parameters: How many numbers they hold.
+        trainable: How many numbers train, those of an adapter beside them included.
+        batch_norm: What its BatchNorm statistics do; empty where there are none.
+        learning_rate: The peak, None where nothing trains or the phase is not known.
+    """
 
     group: str
     layers: int
     parameters: int
     trainable: int
     batch_norm: str
+    learning_rate: float | None = None
 
 
 def set_trainable(
@@ -47,7 +57,8 @@ def set_trainable(
         model: A functional model, from a builder or the user's own.
         selector: One of
             `"none"`; `"head"`; `"all"`;
-            `"last:N"`, the head and the N topmost depth groups;
+            `"last:N"`, the head and the N topmost depth groups; `"last:P%"`, that share of them, rounded up;
+            `"groups:A+B"`, the depth groups of these names;
             `"from:LAYER"`, that layer and all that come after it;
             `"LAYER_A:LAYER_B"`, the layers from A to B;
             `"attention"`, `"norm"`, `"bias"`, the variables of that kind;
@@ -107,13 +118,32 @@ def trained_variables(layer: keras.Layer) -> list[keras.Variable]:
     return [variable for variable in layer.weights if variable.trainable]
 
 
-def audit(model: keras.Model, groups: tuple[backbones.Group, ...] | None = None) -> tuple[AuditRow, ...]:
-    """Return the audit table of a model as it stands."""
-    return tuple(_audit_row(model, group) for group in groups or all_groups(model))
+def audit(
+    model: keras.Model,
+    groups: tuple[backbones.Group, ...] | None = None,
+    *,
+    learning_rate: float | None = None,
+    layer_decay: float = 1.0,
+    added: Mapping[str, int] | None = None,
+) -> tuple[AuditRow, ...]:
+    """Return the audit table of a model as it stands.
+
+    Args:
+        model: A model whose `trainable` flags are set.
+        groups: From `all_groups`. Defaults to the model's.
+        learning_rate: The phase's peak. Defaults to None: not known.
+        layer_decay: Factor on it per depth group below the head. Defaults to 1.
+        added: How many numbers train beside a variable, by its path. Defaults to none.
+    """
+    groups = groups or all_groups(model)
+    return tuple(
+        _audit_row(model, group, learning_rate and learning_rate * layer_decay**below, added or {})
+        for group, below in zip(groups, range(len(groups) - 1, -1, -1), strict=True)
+    )
 
 
 def rate_multipliers(model: keras.Model, layer_decay: float) -> dict[str, float]:
-    """Return each trainable variable's factor on the learning rate: `layer_decay` per group below the head.
+    """Return each variable's factor on the learning rate: `layer_decay` per group below the head.
 
     Args:
         model: A model whose `trainable` flags are set.
@@ -127,18 +157,22 @@ def rate_multipliers(model: keras.Model, layer_decay: float) -> dict[str, float]
         variable.path: layer_decay ** (len(groups) - 1 - depth)
         for depth, group in enumerate(groups)
         for name in group.layers
-        for variable in trained_variables(model.get_layer(name))
+        for leaf in _leaves(model.get_layer(name))
+        for variable in leaf._trainable_variables  # also where `trainable` is False: adapters train beside them
     }
 
 
-def _audit_row(model: keras.Model, group: backbones.Group) -> AuditRow:
+def _audit_row(
+    model: keras.Model, group: backbones.Group, learning_rate: float | None, added: Mapping[str, int]
+) -> AuditRow:
     layers = [model.get_layer(name) for name in group.layers]
     count = sum(layer.count_params() for layer in layers)
     open_count = sum(math.prod(variable.shape) for layer in layers for variable in trained_variables(layer))
+    open_count += sum(added.get(variable.path, 0) for layer in layers for variable in layer.weights)
     norms = [inner for layer in layers for inner in _leaves(layer) if _is_batch_norm(inner)]
     moving = sum(norm.trainable for norm in norms)
     state = "" if not norms else f"{moving} of {len(norms)} move" if moving else "frozen"
-    return AuditRow(group.name, len(layers), count, open_count, state)
+    return AuditRow(group.name, len(layers), count, open_count, state, learning_rate if open_count else None)
 
 
 def _leaves(layer: keras.Layer) -> list[keras.Layer]:
@@ -204,12 +238,14 @@ def _pattern(selector: str) -> re.Pattern[str]:
 def _layer_names(model: keras.Model, selector: str, groups: tuple[backbones.Group, ...]) -> tuple[str, ...]:
     first, colon, second = selector.partition(":")
     if not colon:
-        known = (*FIXED_SELECTORS, "last:N", "from:LAYER", "LAYER_A:LAYER_B", "re:PATTERN")
+        known = (*FIXED_SELECTORS, "last:N", "last:P%", "groups:A+B", "from:LAYER", "LAYER_A:LAYER_B", "re:PATTERN")
         raise InputError(
             f"`selector` must be one of {', '.join(known)}.{nearest(selector, FIXED_SELECTORS)} Received: {selector!r}"
         )
     if first == "last":
         return _last_groups(second, groups[:-1])
+    if first == "groups":
+        return _named_groups(second.split("+"), groups)
     names = [layer.name for layer in model.layers]
     start = _position(second if first == "from" else first, names, groups)
     stop = len(names) - 1 if first == "from" else _position(second, names, groups)
@@ -221,12 +257,26 @@ def _layer_names(model: keras.Model, selector: str, groups: tuple[backbones.Grou
 
 
 def _last_groups(count: str, groups: tuple[backbones.Group, ...]) -> tuple[str, ...]:
+    share = count.removesuffix("%")
+    if share != count and share.isdigit() and 1 <= int(share) <= 100:
+        count = str(-(-int(share) * len(groups) // 100))
     if not count.isdigit() or not 1 <= int(count) <= len(groups):
         raise InputError(
-            f"`selector` last:N takes a whole number from 1 to {len(groups)}, the depth groups of this network. "
-            f"Received: 'last:{count}'"
+            f"`selector` last:N takes a whole number from 1 to {len(groups)}, the depth groups of this network, or a "
+            f"share of them, last:P%. Groups: {', '.join(group.name for group in groups)}. Received: 'last:{count}'"
         )
     return tuple(name for group in groups[-int(count) :] for name in group.layers)
+
+
+def _named_groups(names: list[str], groups: tuple[backbones.Group, ...]) -> tuple[str, ...]:
+    by_name = {group.name: group.layers for group in groups}
+    for name in names:
+        if name not in by_name:
+            raise InputError(
+                f"`selector` names no depth group of this network: {name!r}.{nearest(name, by_name)} "
+                f"Groups: {', '.join(by_name)}"
+            )
+    return tuple(layer for name in names for layer in by_name[name])
 
 
 def _position(name: str, names: list[str], groups: tuple[backbones.Group, ...]) -> int:
@@ -249,4 +299,7 @@ def _refuse_empty(
     for layer in weight_layers(model):
         if id(layer) not in head and any(matches(layer, variable) for variable in layer._trainable_variables):
             return
-    raise InputError(f"`selector` matches nothing below the head of this network. Received: {selector!r}")
+    names = ", ".join(group.name for group in all_groups(model))
+    raise InputError(
+        f"`selector` matches nothing below the head of this network. Groups: {names}. Received: {selector!r}"
+    )

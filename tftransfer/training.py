@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import math
+import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,79 +14,20 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tftransfer import builders, distribution, prefix, trainable
+from tftransfer import builders, checkpoints, distribution, mixing, penalties, prefix, schedules, trainable
+from tftransfer.adapters import Adapter, Attached, adapter_of, base_digest
+from tftransfer.averages import Ema, WiseFt
 from tftransfer.callbacks import KeepBest, LearningRateLog, Progress, callback_list
+from tftransfer.console import audit_table, literal_console, print_table
 from tftransfer.data import Data, Examples, order
 from tftransfer.errors import InputError
+from tftransfer.history import History, PhaseRecord
 from tftransfer.metrics import LossError
-from tftransfer.optimizers import LayerwiseAdamW
+from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD, Moment
+from tftransfer.penalties import Source
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
-
-Batch = tuple[Any, tf.Tensor, tf.Tensor]
-
-
-@dataclass(frozen=True)
-class PhaseRecord:
-    """What happened in one phase.
-
-    Args:
-        phase: The row of the strategy.
-        audit: What trained, per depth group.
-        frozen_share: Share of the parameters that ran as constants, in [0, 1].
-        epochs: Epochs that were run.
-        best_epoch: The epoch of the phase whose weights were kept; 0 if those it began with were better.
-        seconds: What the phase took.
-    """
-
-    phase: Phase
-    audit: tuple[trainable.AuditRow, ...]
-    frozen_share: float
-    epochs: int
-    best_epoch: int
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Describe the phase for `report.json` and the manifest."""
-        return {
-            **asdict(self.phase),
-            "epochs": self.epochs,
-            "epochs_planned": self.phase.epochs,
-            "best_epoch": self.best_epoch,
-            "frozen_share": self.frozen_share,
-            "seconds": self.seconds,
-        }
-
-
-class History(dict[str, list[float]]):
-    """One list per metric over all phases, such as `history["val_loss"]`; `phases` holds a record for each phase.
-
-    An epoch for which a metric is not known, such as one that a user's callback logs now and then, holds NaN.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.phases: list[PhaseRecord] = []
-
-    def add(self, logs: dict[str, list[float]], record: PhaseRecord) -> None:
-        """Append one phase."""
-        before = sum(phase.epochs for phase in self.phases)
-        for name, values in logs.items():
-            known = self.setdefault(name, [])
-            known += [math.nan] * (before - len(known))
-            known.extend(float(value) for value in values)
-        self.phases.append(record)
-        for values in self.values():
-            values += [math.nan] * (before + record.epochs - len(values))
-
-    def write_csv(self, path: Path) -> None:
-        """Write a row per epoch: the phase's name, the epoch counted over all phases, and every metric."""
-        phases = [record.phase.name for record in self.phases for _ in range(record.epochs)]
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["phase", "epoch", *self])
-            for epoch, (phase, *values) in enumerate(zip(phases, *self.values(), strict=True), start=1):
-                writer.writerow([phase, epoch, *values])
+from tftransfer.trainee import Batch, Extras, Trainee
 
 
 def fine_tune(
@@ -101,6 +41,9 @@ def fine_tune(
     seed: int = 0,
     batch_size: int = 32,
     max_steps: int | None = None,
+    source: Source | None = None,
+    adapter: Adapter | None = None,
+    resume: bool = True,
     quiet: bool = True,
 ) -> History:
     """Train a model in place, phase by phase.
@@ -115,18 +58,26 @@ def fine_tune(
         task: What the outputs mean.
         data: Training and validation examples, from `data.load`.
         strategy: A tuple of phases, from `strategies`.
-        output: A folder for `history.csv` and TensorBoard `logs/`. Defaults to None: nothing is written.
+        output: A folder for `history.csv`, TensorBoard `logs/` and, after each phase, `checkpoints/`. Defaults to None:
+            nothing is written.
         callbacks: Keras callbacks; each sees the whole model. Keras calls them once more per phase.
         seed: Decides the order of the examples, augmentation and dropout. Defaults to 0.
         batch_size: Examples per step over all devices, at least 1. Defaults to 32.
         max_steps: Steps per phase at the most, to try things out. Defaults to None: no bound.
+        source: The old task, from `checks.forgetting.source_probe`; `EWC` and `DistillFromSource` use it. Defaults to
+            None.
+        adapter: A LoRA adapter to train on from; the model must be its base and the first phase its kind. Defaults to
+            None.
+        resume: Whether to go on after the last phase that `output` holds, if it is of the same strategy, data and
+            seed. Defaults to True.
         quiet: Whether to print nothing. Defaults to True.
 
     Returns:
-        The history: a dict of one list per metric over all phases, with `.phases`.
+        The history: a dict of one list per metric over all phases, with `.phases` and `.adapter`.
 
     Raises:
-        InputError: If the model's outputs do not fit the task, or nothing would train.
+        InputError: If the model's outputs do not fit the task, nothing would train, a phase asks for what the network
+            does not have, or `output` holds phases of another call.
 
     Example:
         >>> import tftransfer as tft
@@ -139,13 +90,28 @@ def fine_tune(
     model = _functional(model)
     _check(model, task, data, batch_size, callbacks)
     folder = Path(output) if output else None
-    run = _Run(model, task, data, tuple(callbacks), seed, batch_size, max_steps, quiet, folder)
-    history = History()
-    for number, phase in enumerate(strategy):
-        history.add(*_run_phase(run, phase, number, first_epoch=sum(record.epochs for record in history.phases)))
+    run = _Run(model, task, data, tuple(callbacks), seed, batch_size, max_steps, source, quiet, folder)
+    call = checkpoints.Call(tuple(strategy), seed, batch_size, max_steps, data.fingerprint)
+    kept = checkpoints.latest(folder, call) if folder and resume else None
+    carried, history = _begin(run, strategy, adapter) if kept is None else _go_on(run, strategy, kept)
+    for number in range(len(history.phases), len(strategy)):
+        carried = _continued(run, carried, strategy[number])
+        carried = _run_phase(run, strategy[number], number, history, carried)
+        if folder:
+            checkpoints.save(folder, call, model, history, carried.attached, carried.base, carried.moments)
+    history.adapter = _finish_adapter(run, carried)
     if folder:
         history.write_csv(folder / "history.csv")
     return history
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """What one phase hands to the next beside the weights: moments of the optimizer, and an adapter with its base."""
+
+    moments: Mapping[str, Moment] = field(default_factory=dict)
+    attached: Attached | None = None
+    base: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,6 +125,7 @@ class _Run:
     seed: int
     batch_size: int
     max_steps: int | None
+    source: Source | None
     quiet: bool
     output: Path | None
 
@@ -170,74 +137,130 @@ class _Run:
         return min(per_epoch, self.max_steps), 1
 
 
-class _Trainee(keras.Model):
-    """The part of a network that trains, while it trains; never saved or returned.
-
-    Its train step gives each example the same share in the step, also where the last batch of an epoch does not
-    split evenly over the devices: Keras averages the devices' means instead.
-    """
-
-    def train_step(self, data: Batch) -> dict[str, tf.Tensor]:
-        inputs, targets, weights = data
-        context = tf.distribute.get_replica_context()
-        replicas = context.num_replicas_in_sync
-        here = tf.cast(tf.shape(weights)[0], tf.float32)
-        everywhere = here if replicas == 1 else context.all_reduce(tf.distribute.ReduceOp.SUM, here)
-        share = here * replicas / everywhere
-        with tf.GradientTape() as tape:
-            outputs = self(inputs, training=True)
-            # Keras' losses are divided by the number of devices already, because gradients are summed over them.
-            loss = self.compute_loss(inputs, targets, outputs, weights * share, training=True)
-            scaled = self.optimizer.scale_loss(loss)
-        gradients = tape.gradient(scaled, self.trainable_weights)
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
-        self._loss_tracker.update_state(loss * replicas, sample_weight=everywhere / replicas)
-        return self.compute_metrics(inputs, targets, outputs, sample_weight=weights)
-
-    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """Create metrics from one device's share of a batch; Keras averages the shares, which fails if they differ."""
-        strategy = self.distribute_strategy
-        if iterator is not None and strategy.num_replicas_in_sync > 1:
-            _, _, batches = next(iter(iterator))
-            data_batch = keras.tree.map_structure(lambda x: strategy.experimental_local_results(x)[0], next(batches))
-            iterator = None
-        super()._maybe_symbolic_build(iterator, data_batch)
+def _begin(run: _Run, strategy: Strategy, adapter: Adapter | None) -> tuple[_Carried, History]:
+    if adapter is None:
+        return _Carried(), History()
+    if strategy[0].adapter != adapter.row:
+        raise InputError(
+            f"`adapter` goes on in a first phase with the same LoRA, {adapter.row}; this strategy begins with "
+            f"{strategy[0].adapter}: leave out its probe, such as `strategies.lora()[1:]`"
+        )
+    with distribution.strategy_of(run.model).scope():
+        attached = adapter.attach(run.model)
+    return _Carried(adapter.moments, attached, adapter.base), History()
 
 
-def _run_phase(run: _Run, phase: Phase, number: int, first_epoch: int) -> tuple[dict[str, list[float]], PhaseRecord]:
+def _go_on(run: _Run, strategy: Strategy, kept: checkpoints.Kept) -> tuple[_Carried, History]:
+    """Set the model to where the last finished phase left it."""
+    kept.restore(run.model)
+    phase = strategy[len(kept.history.phases) - 1]
+    attached = None
+    if kept.factors and phase.adapter:
+        with distribution.strategy_of(run.model).scope():
+            attached = phase.adapter.prepare(run.model, run.seed)
+        attached.set(kept.factors)
+    return _Carried(kept.moments, attached, kept.base), kept.history
+
+
+def _continued(run: _Run, carried: _Carried, phase: Phase) -> _Carried:
+    """Take along what the next phase goes on with: its own adapter, and moments if it says so."""
+    if carried.attached and carried.attached.row == phase.adapter:
+        return carried
+    if carried.attached:
+        carried.attached.merge()
+    moments = carried.moments if phase.carry_moments else {}
+    if phase.adapter is None:
+        return _Carried(moments)
+    with distribution.strategy_of(run.model).scope():
+        attached = phase.adapter.prepare(run.model, run.seed)
+    return _Carried(moments, attached, base_digest(run.model))
+
+
+def _finish_adapter(run: _Run, carried: _Carried) -> Adapter | None:
+    """Merge the last phase's factors into the model, which is plain from here on, and return them as an adapter."""
+    if carried.attached is None:
+        return None
+    adapter = adapter_of(run.model, carried.attached, run.task.labels, carried.base, carried.moments)
+    carried.attached.merge()
+    return adapter
+
+
+def _run_phase(run: _Run, phase: Phase, number: int, history: History, carried: _Carried) -> _Carried:
+    """Train one phase, add it to the history, and return what the next one may go on with."""
     began = time.monotonic()
-    audit = trainable.set_trainable(run.model, phase.selector, train_batch_norm=phase.train_batch_norm)
-    parts = prefix.cut(run.model)
+    trainable.set_trainable(run.model, phase.selector, train_batch_norm=phase.train_batch_norm)
+    parts = prefix.cut(run.model, carried.attached.kernels if carried.attached else ())
+    audit = _audit(run, phase, carried.attached)
     _seed_generators(run.model, run.seed, number)
     steps_per_epoch, epochs = run.steps(phase)
-    last_epoch = first_epoch + epochs
-    trainee = _compiled(run, phase, parts.trained, steps_per_epoch, epochs)
-    training, validation = _inputs(run, phase, number, parts)
+    below = prefix.as_constant_function(parts.frozen) if parts.frozen else None
+    trainee = _compiled(run, phase, number, parts.trained, below, carried, steps_per_epoch * epochs)
+    training, validation = _inputs(run, phase, number, below)
     keep = KeepBest(trainee, phase.patience)
     before = trainee.evaluate(validation, return_dict=True, verbose=0)
     keep.consider(0, before["loss"], before["loss_error"])
+    start = trainee.get_weights()
+    first_epoch = sum(record.epochs for record in history.phases)
     logs = trainee.fit(
         training,
         shuffle=False,  # the batches come in the order that the seed decides
         steps_per_epoch=steps_per_epoch,
         initial_epoch=first_epoch,
-        epochs=last_epoch,
+        epochs=first_epoch + epochs,
         validation_data=validation,
-        callbacks=_callbacks(run, phase, keep, trainee, last_epoch, steps_per_epoch),
+        callbacks=_callbacks(run, phase, keep, trainee, first_epoch + epochs, steps_per_epoch),
         verbose=0,
     ).history
+    tuned_share = _interpolate(phase, trainee, start, validation)
+    seconds = time.monotonic() - began
     record = PhaseRecord(
-        phase,
-        audit,
-        parts.frozen_share,
-        epochs=len(logs["loss"]),
-        best_epoch=keep.kept_epoch,
-        seconds=time.monotonic() - began,
+        phase, audit, parts.frozen_share, len(logs["loss"]), keep.kept_epoch, seconds, tuned_share=tuned_share
     )
-    return logs, record
+    history.add(logs, record)
+    return dataclasses.replace(carried, moments=trainee.optimizer.moments())
 
 
-def _inputs(run: _Run, phase: Phase, number: int, parts: prefix.Cut) -> tuple[tf.data.Dataset, tf.data.Dataset]:
+def plan(model: keras.Model, phase: Phase) -> tuple[tuple[trainable.AuditRow, ...], prefix.Cut]:
+    """Set what a phase trains, and say what that is: the audit table, and the two parts of the network.
+
+    An adapter is made for it and thrown away.
+    """
+    trainable.set_trainable(model, phase.selector, train_batch_norm=phase.train_batch_norm)
+    attached = phase.adapter.prepare(model, 0) if phase.adapter else None
+    rows = trainable.audit(
+        model,
+        learning_rate=phase.learning_rate,
+        layer_decay=phase.layer_decay,
+        added=attached.sizes() if attached else {},
+    )
+    return rows, prefix.cut(model, attached.kernels if attached else ())
+
+
+def _audit(run: _Run, phase: Phase, attached: Attached | None) -> tuple[trainable.AuditRow, ...]:
+    """Return what is about to train, and show it."""
+    added = attached.sizes() if attached else {}
+    rows = trainable.audit(run.model, learning_rate=phase.learning_rate, layer_decay=phase.layer_decay, added=added)
+    if not run.quiet:
+        print_table(literal_console(), audit_table(f"What trains: {phase.name}", rows))
+    return rows
+
+
+def _interpolate(
+    phase: Phase, trainee: keras.Model, start: list[np.ndarray], validation: tf.data.Dataset
+) -> float | None:
+    if not isinstance(phase.average, WiseFt):
+        return None
+
+    def score() -> tuple[float, float]:
+        measured = trainee.evaluate(validation, return_dict=True, verbose=0)
+        return measured["loss"], measured["loss_error"]
+
+    return phase.average.finish(trainee, start, score)
+
+
+def _inputs(
+    run: _Run, phase: Phase, number: int, below: Callable[[tf.Tensor], list[tf.Tensor]] | None
+) -> tuple[tf.data.Dataset, tf.data.Dataset]:
     """Return what goes into the trained part: the training batches of the whole phase, and the validation batches."""
     steps_per_epoch, epochs = run.steps(phase)
     training = order.batches(
@@ -250,10 +273,9 @@ def _inputs(run: _Run, phase: Phase, number: int, parts: prefix.Cut) -> tuple[tf
     )
     replicas = distribution.strategy_of(run.model).num_replicas_in_sync
     validation = order.in_order(run.data.validation, even_batch(len(run.data.validation), run.batch_size, replicas))
-    if parts.frozen is None:
+    if below is None:
         return training, validation
-    infer = prefix.as_constant_function(parts.frozen)
-    return _through(infer, training), _through(infer, validation)
+    return _through(below, training), _through(below, validation)
 
 
 def _through(infer: Callable[[tf.Tensor], list[tf.Tensor]], batches: tf.data.Dataset) -> tf.data.Dataset:
@@ -284,51 +306,110 @@ def even_batch(count: int, batch_size: int, replicas: int) -> int:
     return next(size for size in sizes if size == 1 or count % size == 0 or count % size >= replicas)
 
 
-def _compiled(run: _Run, phase: Phase, part: keras.Model, steps_per_epoch: int, epochs: int) -> keras.Model:
+def _compiled(
+    run: _Run,
+    phase: Phase,
+    number: int,
+    part: keras.Model,
+    below: Callable[[tf.Tensor], list[tf.Tensor]] | None,
+    carried: _Carried,
+    steps: int,
+) -> keras.Model:
     from_logits = builders.outputs_are_logits(run.model)
     loss = run.task.loss(from_logits, run.data.train.targets)
     with distribution.strategy_of(run.model).scope():
-        trainee = _Trainee(_unpacked(part.inputs), _unpacked(part.outputs), name="trainee")
+        trainee = Trainee(_unpacked(part.inputs), _unpacked(part.outputs), name="trainee")
         trainee.dtype_policy = run.model.dtype_policy  # Keras scales the loss of float16 models by this
+        trainee.add_extras(_extras(run, phase, number, trainee, below, carried.attached))
+        optimizer = _optimizer(run, phase, carried.attached, steps)
         trainee.compile(
-            optimizer=_optimizer(run.model, phase, steps_per_epoch, epochs),
+            optimizer=optimizer,
             loss=loss,
             metrics=run.task.metrics(from_logits),
             weighted_metrics=[LossError(loss)],
         )
+        optimizer.start_from(trainee.trainable_variables, carried.moments)
     return trainee
 
 
-def _optimizer(model: keras.Model, phase: Phase, steps_per_epoch: int, epochs: int) -> keras.optimizers.Optimizer:
-    averaged_steps = phase.averaging * steps_per_epoch
-    return LayerwiseAdamW(
-        learning_rate=learning_rate(phase, steps_per_epoch * epochs),
-        weight_decay=phase.weight_decay,
-        multipliers=trainable.rate_multipliers(model, phase.layer_decay),
-        use_ema=averaged_steps > 0,
-        ema_momentum=math.exp(-1 / averaged_steps) if averaged_steps else 0.99,
+def _extras(
+    run: _Run,
+    phase: Phase,
+    number: int,
+    part: keras.Model,
+    below: Callable[[tf.Tensor], list[tf.Tensor]] | None,
+    attached: Attached | None,
+) -> Extras:
+    """Prepare what the phase adds to the step, and refuse what this part of the network does not have."""
+    if phase.cutmix and any(len(tensor.shape) != 4 for tensor in part.inputs):
+        raise InputError(
+            f"phase {phase.name!r} has `cutmix`, but what trains begins above pooling, where there are no pictures to "
+            "cut: use `mixup`, or a wider `selector`"
+        )
+    term, body = None, None
+    if phase.penalty:
+        term, body = _penalty(run, phase, part, below)
+    return Extras(
+        (run.seed, number), phase.mixup, phase.cutmix, _branches(phase, part), attached, penalty=term, body=body
     )
 
 
-def learning_rate(phase: Phase, steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
-    """Return a phase's learning rate per step: a linear rise, then a cosine to zero or a constant.
+def _penalty(
+    run: _Run, phase: Phase, part: keras.Model, below: Callable[[tf.Tensor], list[tf.Tensor]] | None
+) -> tuple[penalties.Term, keras.Model]:
+    head = {v.path for name in trainable.all_groups(run.model)[-1].layers for v in run.model.get_layer(name).weights}
+    held = tuple(variable for variable in part.trainable_variables if variable.path not in head)
+    if not held:
+        raise InputError(
+            f"phase {phase.name!r} has a `penalty`, but no weight below the head trains: choose a wider `selector`"
+        )
+    features = prefix.features(run.model)
+    subject = penalties.Subject(
+        body=keras.Model(part.inputs, features),
+        below=_to_inputs(below),
+        held=held,
+        examples=run.data.train,
+        source=run.source,
+        seed=run.seed,
+    )
+    return phase.penalty.prepare(subject), keras.Model(part.inputs, [*part.outputs, features])
 
-    Args:
-        phase: The phase.
-        steps: Steps of the whole phase.
 
-    Example:
-        >>> rate = learning_rate(Phase("probe", learning_rate=0.1, warmup=0.5), steps=4)
-        >>> [round(float(rate(step)), 3) for step in range(5)]
-        [0.0, 0.05, 0.1, 0.05, 0.0]
-    """
-    warmup = round(phase.warmup * steps)
-    return keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=0.0 if warmup else phase.learning_rate,
-        decay_steps=max(steps - warmup, 1),
-        alpha=0.0 if phase.schedule == "cosine" else 1.0,
-        warmup_target=phase.learning_rate if warmup else None,
-        warmup_steps=warmup,
+def _to_inputs(below: Callable[[tf.Tensor], list[tf.Tensor]] | None) -> Callable[[tf.Tensor], Any]:
+    """Return the function from pictures to what the trained part takes."""
+
+    def to_inputs(pictures: tf.Tensor) -> Any:
+        return pictures if below is None else _unpacked(below(pictures))
+
+    return to_inputs
+
+
+def _branches(phase: Phase, part: keras.Model) -> dict[int, tuple[int, float]]:
+    """Return which residual branches are left out, and how often: in proportion to their height."""
+    if not phase.stochastic_depth:
+        return {}
+    found = mixing.residual_branches(part)
+    if not found:
+        raise InputError(
+            f"phase {phase.name!r} has `stochastic_depth`, but what trains has no residual branches: leave it out"
+        )
+    return {
+        key: (branch, phase.stochastic_depth * height / len(found))
+        for height, (key, branch) in enumerate(found.items(), start=1)
+    }
+
+
+def _optimizer(run: _Run, phase: Phase, attached: Attached | None, steps: int) -> LayerwiseAdamW | LayerwiseSGD:
+    multipliers = trainable.rate_multipliers(run.model, phase.layer_decay)
+    averaged = {}
+    if isinstance(phase.average, Ema):
+        averaged = {"use_ema": True, "ema_momentum": phase.average.momentum(run.steps(phase)[0])}
+    optimizer = LayerwiseAdamW if phase.optimizer == "adamw" else LayerwiseSGD
+    return optimizer(
+        learning_rate=schedules.learning_rate(phase, steps),
+        weight_decay=phase.weight_decay,
+        multipliers={**multipliers, **(attached.multipliers(multipliers) if attached else {})},
+        **averaged,
     )
 
 
@@ -336,7 +417,7 @@ def _callbacks(
     run: _Run, phase: Phase, keep: KeepBest, trainee: keras.Model, last_epoch: int, steps: int
 ) -> keras.callbacks.CallbackList:
     own: list[keras.callbacks.Callback] = [LearningRateLog(), keep]
-    if phase.averaging:
+    if isinstance(phase.average, Ema):
         own.insert(0, keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
     if run.output:
         own.append(keras.callbacks.TensorBoard(str(run.output / "logs"), write_graph=False))

@@ -1,0 +1,284 @@
+"""Choices that need the data: which layers to train, and at which learning rate. The test split is never looked at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tftransfer import builders, schedules, strategies, trainable, training
+from tftransfer.checks import drawing
+from tftransfer.data import Data, order
+from tftransfer.errors import check
+from tftransfer.report import CURVES, OTHER, Picture, Table
+from tftransfer.strategies import Phase, Strategy
+from tftransfer.tasks import Task
+
+_EXAMPLES = 512  # that gradients are measured on, at the most
+_SMOOTHING = 0.9  # of the range test's losses, as in Smith's successors
+_BREAKS_OUT = 4.0  # times the lowest loss
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A strategy that was chosen from the data.
+
+    Args:
+        strategy: What `fine_tune` takes.
+        reasons: Why, in plain sentences.
+        table: The numbers behind them.
+    """
+
+    strategy: Strategy
+    reasons: tuple[str, ...] = ()
+    table: Table | None = None
+
+
+def chooser(
+    text: str,
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    patience: int = 0,
+) -> Callable[[keras.Model, Task, Data], Advice]:
+    """Read a strategy as the command line writes it, `surgical` included.
+
+    Args:
+        text: As for `strategies.parse`, or `"surgical:share=0.3"`.
+        epochs, learning_rate: As for `strategies.parse`.
+        seed, batch_size: Of the probe that `surgical` needs.
+        patience: Of every phase; 0 leaves the strategy's own. Defaults to 0.
+
+    Returns:
+        A function from model, task and data to the strategy.
+
+    Raises:
+        InputError: If the name, an option or a value is not known.
+    """
+    if text.partition(":")[0] != "surgical":
+        strategy = strategies.parse(text, epochs, learning_rate, also=("surgical",))
+        return lambda model, task, data: Advice(_patient(strategy, patience))
+    options = strategies.options_of("surgical", surgical, text)
+    strategies.freeze_then_unfreeze(epochs=epochs, learning_rate=learning_rate)  # refuses bad numbers at once
+    check(0 < options.get("share", 1.0) <= 1, "share", "in (0, 1]", options.get("share"))
+    given = {**options, "epochs": epochs, "learning_rate": learning_rate, "seed": seed, "batch_size": batch_size}
+
+    def choose(model: keras.Model, task: Task, data: Data) -> Advice:
+        advised = surgical(model, task, data, **given)
+        return replace(advised, strategy=_patient(advised.strategy, patience))
+
+    return choose
+
+
+def _patient(strategy: Strategy, patience: int) -> Strategy:
+    return strategies.with_patience(strategy, patience) if patience else strategy
+
+
+def surgical(
+    model: keras.Model,
+    task: Task,
+    data: Data,
+    share: float = 0.5,
+    augmentation: str = "strong",
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Advice:
+    """Choose what trains by relative gradient norm per depth group, after a probe.
+
+    A group whose gradient is large against its weights does not fit the new task yet; it trains, the others stay. The
+    smallest set of groups is taken that holds a given share of the sum.
+
+    Args:
+        model: From a builder; its weights are the same afterwards.
+        task: What the outputs mean.
+        data: Training examples decide, validation examples stop the probe; the test split is not looked at.
+        share: Of the sum of relative gradient norms that the chosen groups hold, in (0, 1]. Defaults to 0.5.
+        augmentation: Of the second phase. Defaults to `"strong"`.
+        epochs, learning_rate: As for `strategies.freeze_then_unfreeze`.
+        seed: Of the probe. Defaults to 0.
+        batch_size: Examples per step. Defaults to 32.
+
+    Returns:
+        A probe followed by a phase that trains the chosen groups, the reasons, and the table.
+
+    Source: Lee et al. 2023, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", arXiv:2210.11466
+    (Auto-RGN).
+    """
+    check(0 < share <= 1, "share", "in (0, 1]", share)
+    probe, tune = strategies.freeze_then_unfreeze(augmentation, epochs, learning_rate)
+    norms = relative_gradient_norms(model, task, data, probe, seed=seed, batch_size=batch_size)
+    chosen = _largest(norms, share)
+    tuned = replace(tune, name="surgical", selector=f"groups:{'+'.join(chosen)}", layer_decay=1.0)
+    largest = max(norms, key=lambda name: norms[name])
+    reasons = (
+        f"After a probe the gradient is largest, against its weights, in {largest} ({norms[largest]:.3g}).",
+        f"{len(chosen)} of {len(norms)} depth groups hold {share:.0%} of the sum, so they train and the rest stays: "
+        f"{', '.join(chosen)}.",
+    )
+    rows = tuple((name, norm, "trains" if name in chosen else "stays") for name, norm in norms.items())
+    table = Table(
+        "Relative gradient norms after the probe", ("group", "gradient / weights", "so it"), rows, section=OTHER
+    )
+    return Advice((probe, tuned), reasons, table)
+
+
+def relative_gradient_norms(
+    model: keras.Model, task: Task, data: Data, probe: Phase, *, seed: int = 0, batch_size: int = 32
+) -> dict[str, float]:
+    """Return, for each depth group below the head, the norm of the gradient over that of the weights.
+
+    Args:
+        model: Its weights are the same afterwards.
+        task, data: The training split is measured, 512 examples of it at the most.
+        probe: The phase that fits the head first.
+        seed, batch_size: Of the probe.
+    """
+    kept = model.get_weights()
+    training.fine_tune(model, task, data, (probe,), seed=seed, batch_size=batch_size)
+    trainable.set_trainable(model, "all")
+    groups = trainable.all_groups(model)[:-1]
+    gradients = _gradients(model, task, data, batch_size, seed)
+    norms = {}
+    for group in groups:
+        variables = [v for name in group.layers for v in model.get_layer(name).weights if v.path in gradients]
+        weights = math.sqrt(sum(float(np.square(v.numpy(), dtype=np.float64).sum()) for v in variables))
+        gradient = math.sqrt(sum(float(np.square(gradients[v.path], dtype=np.float64).sum()) for v in variables))
+        norms[group.name] = gradient / weights if weights else 0.0
+    model.set_weights(kept)
+    return norms
+
+
+def _gradients(model: keras.Model, task: Task, data: Data, batch_size: int, seed: int) -> dict[str, np.ndarray]:
+    """Return the mean gradient of the loss in inference mode: of kernels and the like, not of offsets."""
+    variables = [v for v in model.trainable_variables if len(v.shape) > 1]
+    loss = task.loss(builders.outputs_are_logits(model), data.train.targets)
+
+    @tf.function
+    def gradient(pictures: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            value = loss(targets, model(pictures, training=False), sample_weight=weights)
+        return [tf.convert_to_tensor(part) for part in tape.gradient(value, [v.value for v in variables])]
+
+    steps = min(order.steps_per_epoch(len(data.train), batch_size), max(_EXAMPLES // batch_size, 1))
+    sums = [np.zeros(v.shape, np.float32) for v in variables]
+    for batch in order.batches(data.train, batch_size, seed=seed, phase=0, steps=steps):
+        for total, part in zip(sums, gradient(*batch), strict=True):
+            total += part.numpy() / steps
+    return {v.path: total for v, total in zip(variables, sums, strict=True)}
+
+
+def _largest(norms: dict[str, float], share: float) -> list[str]:
+    """Return the fewest names that hold a share of the sum, in the order of the network."""
+    total, held, chosen = sum(norms.values()), 0.0, set()
+    for name in sorted(norms, key=lambda name: -norms[name]):
+        chosen.add(name)
+        held += norms[name]
+        if held >= share * total:
+            break
+    return [name for name in norms if name in chosen]
+
+
+@dataclass(frozen=True)
+class RateTest:
+    """The outcome of a learning-rate range test.
+
+    Args:
+        rates: Learning rate of each step, rising.
+        losses: Smoothed training loss of each step.
+        suggestion: A tenth of the rate at which the loss is lowest: still falling steeply, well below where it
+            breaks out.
+    """
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    suggestion: float
+
+    def picture(self) -> Picture:
+        """Draw loss over learning rate, the suggestion marked."""
+        drawn = drawing.figure(height=2.6)
+        axes = drawing.style(drawn.subplots(), "learning rate", "training loss, smoothed")
+        axes.set_xscale("log")
+        axes.plot(self.rates, self.losses, color=drawing.BLUE, linewidth=1.5)
+        axes.axvline(self.suggestion, color=drawing.ORANGE, linestyle="--", linewidth=1.5)
+        caption = f"The dashed line marks {self.suggestion:.2g}, a tenth of the rate with the lowest loss."
+        return Picture("Learning-rate range test", drawing.png(drawn), caption, CURVES)
+
+
+def find_learning_rate(
+    model: keras.Model,
+    task: Task,
+    data: Data,
+    phase: Phase | None = None,
+    *,
+    high: float = 1.0,
+    steps: int = 100,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> RateTest:
+    """Raise the learning rate from step to step until the training loss breaks out, and suggest one well below.
+
+    Args:
+        model: Its weights are the same afterwards.
+        task, data: Only training examples decide.
+        phase: What trains and how; its own rate and schedule are not used. Defaults to everything, plainly.
+        high: The last rate, above 0; the first is a millionth of it. Defaults to 1.
+        steps: How many, at least 10; rounded up to whole epochs. Defaults to 100.
+        seed, batch_size: As for `fine_tune`.
+
+    Returns:
+        Rates, losses and the suggestion; `.picture()` draws them.
+
+    Source: Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186.
+    """
+    check(math.isfinite(high) and high > 0, "high", "a number above 0", high)
+    check(isinstance(steps, int) and steps >= 10, "steps", "a whole number from 10", steps)
+    epochs = -(-steps // order.steps_per_epoch(len(data.train), batch_size))
+    ranged = replace(
+        phase or Phase("range test", "all"),
+        schedule="exponential",
+        learning_rate=high,
+        warmup=0.0,
+        epochs=epochs,
+        average=None,
+    )
+    watch = _BatchLosses(len(data.train), batch_size)
+    kept = model.get_weights()
+    training.fine_tune(model, task, data, (ranged,), callbacks=[watch], seed=seed, batch_size=batch_size)
+    model.set_weights(kept)
+    rate = schedules.learning_rate(ranged, epochs * order.steps_per_epoch(len(data.train), batch_size))
+    rates = tuple(float(rate(step)) for step in range(len(watch.smoothed)))
+    return RateTest(rates, tuple(watch.smoothed), rates[int(np.argmin(watch.smoothed))] / 10)
+
+
+class _BatchLosses(keras.callbacks.Callback):
+    """Collect each batch's loss, smoothed, from Keras' running means, and stop when it breaks out."""
+
+    def __init__(self, count: int, batch_size: int) -> None:
+        super().__init__()
+        self._count, self._batch_size = count, batch_size
+        self._sum = 0.0
+        self._average = 0.0
+        self.smoothed: list[float] = []
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._sum = 0.0
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        seen = min((batch + 1) * self._batch_size, self._count)
+        total = (logs or {}).get("loss", math.nan) * seen
+        loss = (total - self._sum) / (seen - batch * self._batch_size)
+        self._sum = total
+        self._average = _SMOOTHING * self._average + (1 - _SMOOTHING) * loss
+        smoothed = self._average / (1 - _SMOOTHING ** (len(self.smoothed) + 1))
+        if not math.isfinite(smoothed) or (self.smoothed and smoothed > _BREAKS_OUT * min(self.smoothed)):
+            self.model.stop_training = True
+        else:
+            self.smoothed.append(smoothed)

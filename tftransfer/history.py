@@ -1,0 +1,81 @@
+"""What training leaves behind: one list per metric over all phases, and a record of each phase."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tftransfer.adapters import Adapter
+from tftransfer.strategies import Phase
+from tftransfer.trainable import AuditRow
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """What happened in one phase.
+
+    Args:
+        phase: The row of the strategy.
+        audit: What trained, per depth group.
+        frozen_share: Share of the parameters that ran as constants, in [0, 1].
+        epochs: Epochs that were run.
+        best_epoch: The epoch of the phase whose weights were kept; 0 if those it began with were better.
+        seconds: What the phase took.
+        tuned_share: Where `WiseFt` stopped between the weights that the phase began with (0) and the tuned ones (1).
+    """
+
+    phase: Phase
+    audit: tuple[AuditRow, ...]
+    frozen_share: float
+    epochs: int
+    best_epoch: int
+    seconds: float
+    tuned_share: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Describe the phase for `report.json` and the manifest."""
+        return {
+            **self.phase.to_json(),
+            "epochs": self.epochs,
+            "epochs_planned": self.phase.epochs,
+            "best_epoch": self.best_epoch,
+            "frozen_share": self.frozen_share,
+            "seconds": self.seconds,
+            "tuned_share": self.tuned_share,
+        }
+
+
+class History(dict[str, list[float]]):
+    """One list per metric over all phases, such as `history["val_loss"]`.
+
+    An epoch for which a metric is not known, such as one that a user's callback logs now and then, holds NaN.
+    `phases` holds a record for each phase, `adapter` the LoRA adapter that the last phase left, if it has one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phases: list[PhaseRecord] = []
+        self.adapter: Adapter | None = None
+
+    def add(self, logs: dict[str, list[float]], record: PhaseRecord) -> None:
+        """Append one phase."""
+        before = sum(phase.epochs for phase in self.phases)
+        for name, values in logs.items():
+            known = self.setdefault(name, [])
+            known += [math.nan] * (before - len(known))
+            known.extend(float(value) for value in values)
+        self.phases.append(record)
+        for values in self.values():
+            values += [math.nan] * (before + record.epochs - len(values))
+
+    def write_csv(self, path: Path) -> None:
+        """Write a row per epoch: the phase's name, the epoch counted over all phases, and every metric."""
+        phases = [record.phase.name for record in self.phases for _ in range(record.epochs)]
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["phase", "epoch", *self])
+            for epoch, (phase, *values) in enumerate(zip(phases, *self.values(), strict=True), start=1):
+                writer.writerow([phase, epoch, *values])

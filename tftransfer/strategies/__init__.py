@@ -1,0 +1,140 @@
+"""Fine-tuning strategies as data: a strategy is a tuple of phases, and a phase is one row.
+
+A new strategy is a function in `named.py` and a line in the table below.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+from tftransfer.errors import InputError, nearest
+from tftransfer.strategies.named import (
+    attention_only,
+    bias_only,
+    discriminative,
+    distill_from_source,
+    ewc,
+    freeze_then_unfreeze,
+    full,
+    gradual,
+    head_and_norm,
+    l2_sp,
+    linear_probe,
+    lora,
+    norm_only,
+    partial,
+    wise_ft,
+)
+from tftransfer.strategies.phase import (
+    AUGMENTATIONS,
+    OPTIMIZERS,
+    SCHEDULES,
+    Phase,
+    Strategy,
+    with_epochs,
+    with_learning_rate,
+    with_patience,
+)
+
+_NAMED: dict[str, Callable[..., Strategy]] = {
+    function.__name__: function
+    for function in (
+        linear_probe,
+        full,
+        partial,
+        freeze_then_unfreeze,
+        gradual,
+        discriminative,
+        norm_only,
+        bias_only,
+        attention_only,
+        head_and_norm,
+        lora,
+        l2_sp,
+        ewc,
+        distill_from_source,
+        wise_ft,
+    )
+}
+
+__all__ = [
+    "AUGMENTATIONS",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "Phase",
+    "Strategy",
+    "names",
+    "options_of",
+    "parse",
+    "with_epochs",
+    "with_learning_rate",
+    "with_patience",
+    *_NAMED,
+]
+
+
+def names() -> tuple[str, ...]:
+    """Name the strategies that the command line knows."""
+    return tuple(_NAMED)
+
+
+def parse(
+    text: str, epochs: int | None = None, learning_rate: float | None = None, *, also: tuple[str, ...] = ()
+) -> Strategy:
+    """Read a strategy as the command line writes it: `NAME` or `NAME:OPTION=VALUE,...`.
+
+    Args:
+        text: For instance `"partial:last=3"`.
+        epochs: Total epochs, shared out by the phases' own. Defaults to the strategy's.
+        learning_rate: Peak rate of the last phase; earlier ones keep their ratio to it. Defaults to the strategy's.
+        also: Names that the caller knows beside these, for the message. Defaults to none.
+
+    Raises:
+        InputError: If the name, an option or a value is not known.
+
+    Example:
+        >>> parse("partial:last=3", epochs=4)[0].epochs
+        4
+    """
+    name = text.partition(":")[0]
+    if name not in _NAMED:
+        known = (*_NAMED, *also)
+        raise InputError(f"`strategy` must be one of {', '.join(known)}.{nearest(name, known)} Received: {text!r}")
+    function = _NAMED[name]
+    return function(**options_of(name, function, text), epochs=epochs, learning_rate=learning_rate)
+
+
+def options_of(name: str, function: Callable[..., Any], text: str) -> dict[str, Any]:
+    """Read the options of a strategy from `NAME:OPTION=VALUE,...`, by the function's own arguments.
+
+    Raises:
+        InputError: If an option or a value is not known.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    types = {
+        option.name: _TYPES[option.annotation]
+        for option in parameters
+        if option.annotation in _TYPES and option.kind is option.POSITIONAL_OR_KEYWORD
+    }
+    types = {option: kind for option, kind in types.items() if option not in _SHARED_OPTIONS}
+    options = text.partition(":")[2]
+    return dict(_option(name, part, types) for part in re.split(r",(?=\w+=)", options) if part)
+
+
+_SHARED_OPTIONS = ("epochs", "learning_rate")
+_TYPES = {"int": int, "float": float, "float | None": float, "str": str}  # of an option, by its annotation
+
+
+def _option(strategy: str, part: str, types: dict[str, type]) -> tuple[str, int | float | str]:
+    name, _, value = part.partition("=")
+    if name not in types:
+        has = f"has the options {', '.join(types)}" if types else "has no options"
+        raise InputError(f"`strategy` {strategy} {has}.{nearest(name, types)} Received: {part!r}")
+    try:
+        return name, types[name](value)
+    except ValueError:
+        kind = "a whole number" if types[name] is int else "a number"
+        raise InputError(f"`strategy` {strategy}: `{name}` must be {kind}. Received: {part!r}") from None

@@ -1,0 +1,140 @@
+"""The part of a network that trains, while it trains: the one place with a train step of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tftransfer import mixing
+from tftransfer.adapters import Attached
+from tftransfer.penalties import Term
+
+Batch = tuple[Any, tf.Tensor, tf.Tensor]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a phase adds to plain training; none of it is in the model afterwards.
+
+    Args:
+        key: The run's seed and the phase's number, which decide every random choice below.
+        mixup, cutmix: See `mixing.mix`.
+        branches: From the id of an addition to the place of its residual branch and the share of examples without it.
+        adapter: Factors of LoRA beside the kernels.
+        penalty: A term of the loss.
+        body: From the inputs to `[outputs, features]`, for the penalty.
+    """
+
+    key: tuple[int, int] = (0, 0)
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    branches: Mapping[int, tuple[int, float]] = field(default_factory=dict)
+    adapter: Attached | None = None
+    penalty: Term | None = None
+    body: keras.Model | None = None
+
+
+class Trainee(keras.Model):
+    """The part of a network that trains, while it trains; never saved or returned.
+
+    Its train step gives each example the same share in the step, also where the last batch of an epoch does not
+    split evenly over the devices: Keras averages the devices' means instead.
+    """
+
+    extras = Extras()
+
+    def add_extras(self, extras: Extras) -> None:
+        """Take over what the phase adds; the adapter's factors become variables that train."""
+        self.extras = extras
+        if extras.adapter:
+            self.factors = extras.adapter.variables
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        adapter = self.extras.adapter
+        if adapter is None:
+            return super().call(inputs, training=training, mask=mask)
+        call = super().call
+        return adapter.call(lambda: call(inputs, training=training, mask=mask), self._kept_up())
+
+    def _kept_up(self) -> list[keras.Variable]:
+        """Return the variables that running the network may change: states of random layers, moving statistics."""
+        fixed = {id(variable) for variable in (*self.extras.adapter.kernels, *self.trainable_variables)}
+        return [variable for variable in self.variables if id(variable) not in fixed]
+
+    def train_step(self, data: Batch) -> dict[str, tf.Tensor]:
+        inputs, targets, weights = data
+        context = tf.distribute.get_replica_context()
+        replicas = context.num_replicas_in_sync
+        here = tf.cast(tf.shape(weights)[0], tf.float32)
+        everywhere = here if replicas == 1 else context.all_reduce(tf.distribute.ReduceOp.SUM, here)
+        share = here * replicas / everywhere
+        key = self._key(context.replica_id_in_sync_group)
+        with tf.GradientTape() as tape:
+            outputs, loss = self._outputs_and_loss((inputs, targets, weights * share), key, replicas)
+            scaled = self.optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled, self.trainable_weights)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+        self._loss_tracker.update_state(loss * replicas, sample_weight=everywhere / replicas)
+        return self.compute_metrics(inputs, targets, outputs, sample_weight=weights)
+
+    def _outputs_and_loss(self, batch: Batch, key: tf.Tensor, replicas: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return outputs and loss; Keras divides its own by the number of devices, since gradients are summed."""
+        inputs, targets, weights = batch
+        extras = self.extras
+        if not (extras.mixup or extras.cutmix):
+            outputs, penalty = self._outputs_and_penalty(inputs, key)
+            return outputs, self.compute_loss(inputs, targets, outputs, weights, training=True) + penalty / replicas
+        mixed, partners, own = mixing.mix(batch, key, extras.mixup, extras.cutmix)
+        outputs, penalty = self._outputs_and_penalty(mixed, key)
+        # Both halves in one call: the mean over twice as many rows is half the sum of both losses.
+        both_targets = tf.concat([targets, tf.gather(targets, partners)], axis=0)
+        both_weights = tf.concat([2 * own * weights, 2 * (1 - own) * tf.gather(weights, partners)], axis=0)
+        twice = tf.concat([outputs, outputs], axis=0)
+        return outputs, self.compute_loss(inputs, both_targets, twice, both_weights, training=True) + penalty / replicas
+
+    def _outputs_and_penalty(self, inputs: Any, key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | float]:
+        extras = self.extras
+        if extras.penalty is None and not extras.branches:
+            return self(inputs, training=True), 0.0
+        network = extras.body or self
+        outputs = self._with_dropped_branches(network, inputs, key)
+        if extras.penalty is None:
+            return outputs[0], 0.0
+        return outputs[0], extras.penalty(inputs, outputs[1])
+
+    def _with_dropped_branches(self, network: keras.Model, inputs: Any, key: tf.Tensor) -> list[tf.Tensor]:
+        """Run a network in training mode, operation by operation, with some residual branches left out."""
+
+        def operation(original: keras.Operation) -> Any:
+            if id(original) in self.extras.branches:
+                branch, rate = self.extras.branches[id(original)]
+                site = list(self.extras.branches).index(id(original))
+                return mixing.drop_branch(branch, rate, tf.random.experimental.stateless_fold_in(key, 100 + site))
+            if getattr(original, "_call_has_training_arg", False):
+                return lambda *args, **kwargs: original(*args, **{**kwargs, "training": True})
+            return original
+
+        def run() -> Any:
+            return network._run_through_graph(network._standardize_inputs(inputs), operation_fn=operation)
+
+        adapter = self.extras.adapter
+        return tf.nest.flatten(adapter.call(run, self._kept_up()) if adapter else run())
+
+    def _key(self, replica: Any) -> tf.Tensor:
+        """Return `(2,)` int64 that differs for every seed, phase, step and device."""
+        step = tf.cast(tf.convert_to_tensor(self.optimizer.iterations), tf.int64)
+        stepped = tf.random.experimental.stateless_fold_in(tf.constant(self.extras.key, tf.int64), step)
+        return tf.random.experimental.stateless_fold_in(stepped, tf.cast(replica, tf.int64))
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Create metrics from one device's share of a batch; Keras averages the shares, which fails if they differ."""
+        strategy = self.distribute_strategy
+        if iterator is not None and strategy.num_replicas_in_sync > 1:
+            _, _, batches = next(iter(iterator))
+            data_batch = keras.tree.map_structure(lambda x: strategy.experimental_local_results(x)[0], next(batches))
+            iterator = None
+        super()._maybe_symbolic_build(iterator, data_batch)
