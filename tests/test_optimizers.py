@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tftransfer.errors import InputError
-from tftransfer.optimizers import LayerwiseAdamW
+from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD
 
 
 def _two_kernels() -> keras.Model:
@@ -21,9 +21,10 @@ def _moves(optimizer, gradient: float, steps: int = 1) -> dict[str, float]:
     return {v.path: float(np.abs(v.numpy() - before[v.path]).max()) for v in model.trainable_variables}
 
 
+@pytest.mark.parametrize("optimizer", [LayerwiseAdamW, LayerwiseSGD])
 @pytest.mark.parametrize("gradient", [1.0, 0.0])
-def test_multiplier_reaches_step_and_weight_decay(gradient):
-    moves = _moves(LayerwiseAdamW(0.01, weight_decay=0.1, multipliers={"low/kernel": 0.25}), gradient)
+def test_multiplier_reaches_step_and_weight_decay(optimizer, gradient):
+    moves = _moves(optimizer(0.01, weight_decay=0.1, multipliers={"low/kernel": 0.25}), gradient)
     assert moves["high/kernel"] > 0
     assert moves["low/kernel"] / moves["high/kernel"] == pytest.approx(0.25, rel=0.01)
 
@@ -62,3 +63,53 @@ def test_survives_saving_and_loading(tmp_path):
 def test_negative_multipliers_are_refused():
     with pytest.raises(InputError, match="multipliers"):
         LayerwiseAdamW(multipliers={"low/kernel": -1.0})
+
+
+@pytest.mark.parametrize("optimizer", [LayerwiseAdamW, LayerwiseSGD])
+def test_moments_carried_over_continue_as_if_nothing_had_happened(optimizer):
+    """Three steps and two more by a second optimizer equal five by one."""
+
+    def gradients(model, step):
+        return [keras.ops.full(v.shape, np.cos(step + n)) for n, v in enumerate(model.trainable_variables)]
+
+    straight, divided = _two_kernels(), _two_kernels()
+    divided.set_weights(straight.get_weights())
+    one, first, second = (optimizer(0.01, weight_decay=0.1) for _ in range(3))
+    for step in range(5):
+        one.apply(gradients(straight, step), straight.trainable_variables)
+    for step in range(3):
+        first.apply(gradients(divided, step), divided.trainable_variables)
+    second.start_from(divided.trainable_variables, first.moments())
+    for step in range(3, 5):
+        second.apply(gradients(divided, step), divided.trainable_variables)
+    for ours, theirs in zip(straight.get_weights(), divided.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert {moment.age for moment in second.moments().values()} == {5}
+
+
+def test_a_fresh_optimizer_would_not_continue():
+    """The test above can fail: without the moments the steps are others."""
+    model, other = _two_kernels(), _two_kernels()
+    other.set_weights(model.get_weights())
+    one, first = LayerwiseAdamW(0.01), LayerwiseAdamW(0.01)
+    for step in range(4):
+        one.apply([keras.ops.full(v.shape, np.cos(step)) for v in model.trainable_variables], model.trainable_variables)
+        optimizer = first if step < 3 else LayerwiseAdamW(0.01)
+        optimizer.apply(
+            [keras.ops.full(v.shape, np.cos(step)) for v in other.trainable_variables], other.trainable_variables
+        )
+    assert np.abs(model.get_weights()[0] - other.get_weights()[0]).max() > 1e-3
+
+
+def test_a_variable_that_was_not_there_begins_afresh():
+    model = _two_kernels()
+    first = LayerwiseAdamW(0.01, weight_decay=0.0)
+    low = [v for v in model.trainable_variables if v.path.startswith("low")]
+    for _ in range(5):
+        first.apply([keras.ops.ones(v.shape) for v in low], low)
+    second = LayerwiseAdamW(0.01, weight_decay=0.0)
+    second.start_from(model.trainable_variables, first.moments())
+    before = {v.path: v.numpy() for v in model.trainable_variables}
+    second.apply([keras.ops.ones(v.shape) for v in model.trainable_variables], model.trainable_variables)
+    for variable in model.trainable_variables:  # a constant gradient moves each by one full step, whatever its age
+        np.testing.assert_allclose(before[variable.path] - variable.numpy(), 0.01, rtol=1e-3)

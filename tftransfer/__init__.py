@@ -11,10 +11,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULES = (
+    "adapters",
+    "advice",
     "backbones",
     "builders",
     "bundles",
     "checks",
+    "comparison",
     "data",
     "report",
     "runs",
@@ -25,6 +28,7 @@ _MODULES = (
 _FUNCTIONS = {
     "InputError": "errors",
     "devices": "distribution",
+    "find_learning_rate": "advice",
     "fine_tune": "training",
     "load_model": "bundles",
     "predict": "training",

@@ -67,12 +67,12 @@ class Kept:
         Raises:
             InputError: If the model has others.
         """
-        paths = {variable.path: tuple(variable.shape) for variable in model.variables}
+        paths = {variable.path: tuple(variable.shape) for variable in _kept(model)}
         differing = [path for path, shape in paths.items() if self.weights.get(path, np.empty(0)).shape != shape]
         if differing or len(paths) != len(self.weights):
             told = ", ".join(differing[:3]) or ", ".join(sorted({*self.weights} - {*paths})[:3])
             raise InputError(f"`output` holds phases of another network (its variables differ at {told})")
-        for variable in model.variables:
+        for variable in _kept(model):
             variable.assign(self.weights[variable.path])
 
 
@@ -96,7 +96,7 @@ def save(
         base: Digest of its base.
         moments: Of the last phase's optimizer.
     """
-    tensors = {f"weight:{variable.path}": variable.numpy() for variable in model.variables}
+    tensors = {f"weight:{variable.path}": variable.numpy() for variable in _kept(model)}
     for name, (a, b) in (attached.arrays() if attached else {}).items():
         tensors |= {f"a:{name}": a, f"b:{name}": b}
     for name, moment in moments.items():
@@ -149,6 +149,11 @@ def latest(folder: Path, call: Call) -> Kept | None:
     }
     factors = {name: (a, kinds["b"][name]) for name, a in kinds.get("a", {}).items()}
     return Kept(kinds["weight"], factors, described["base"], moments, _history(described, call.strategy))
+
+
+def _kept(model: keras.Model) -> list[keras.Variable]:
+    """Return a model's variables but for the states of random layers: each phase sets them, and Keras numbers them."""
+    return [variable for variable in model.variables if "seed_generator" not in variable.path]
 
 
 def _record_to_json(record: PhaseRecord) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Moment:
     age: int
 
 
-class _Layerwise:
+class _Layerwise(keras.optimizers.Optimizer):
     """What the optimizers below share: a factor per variable on rate and decay, and moments that can be carried over.
 
     Keras' optimizers know no rate per variable; scaling gradients does nothing under Adam, and scaling the update

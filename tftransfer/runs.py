@@ -12,7 +12,7 @@ from typing import Any
 import keras
 from rich.console import Console
 
-from tftransfer import advice, backbones, bundles, serving, training, weights
+from tftransfer import advice, backbones, bundles, comparison, serving, training, weights
 from tftransfer.checks import calibration, charts, demo, forgetting, overfitting, performance
 from tftransfer.console import audit_table, literal_console, print_table
 from tftransfer.data import Data, load
@@ -147,24 +147,37 @@ class OldTask:
     before: forgetting.Kept
 
 
+def old_data(name: str | None, image_size: tuple[int, int], seed: int) -> Data | None:
+    """Read data of the task that a backbone comes from.
+
+    Args:
+        name: `"demo"` for generated signs, or a data set as `--data` takes it; None for none.
+        image_size: `(height, width)` of the model's input.
+        seed: Decides which signs are generated, and the splits.
+
+    Raises:
+        InputError: If the data cannot be read.
+    """
+    if name is None:
+        return None
+    if name == "demo":
+        return forgetting.demo_source(image_size, seed)
+    return load(name, image_size=image_size, seed=seed)[0]
+
+
 def old_task(name: str | None, model: keras.Model, seed: int) -> OldTask | None:
     """Fit a head for the task that the backbone comes from, to see later what was forgotten.
 
     Args:
-        name: `"demo"` for generated signs, or a data set as `--data` takes it; None for none.
+        name, seed: As for `old_data`.
         model: Not tuned yet.
-        seed: Decides which pictures are generated, and the splits.
 
     Raises:
         InputError: If the data cannot be read or holds no single labels.
     """
-    if name is None:
+    data = old_data(name, model.input_shape[1:3], seed)
+    if data is None:
         return None
-    height, width = model.input_shape[1:3]
-    if name == "demo":
-        data = forgetting.demo_source((height, width), seed)
-    else:
-        data, _ = load(name, image_size=(height, width), seed=seed)
     source = forgetting.source_probe(model, data, "generated signs" if name == "demo" else "")
     return OldTask(source, forgetting.source_accuracy(model, source))
 
@@ -295,6 +308,41 @@ def finish(
     bundles.save(run.folder, model, task, report, configuration=run.configuration, provenance=provenance)
     _print_result(run, report, version)
     return _exit_code(report, published=version is not None)
+
+
+def begin_trials(run: Run) -> tuple[comparison.Trial, ...]:
+    """Make a comparison's folder, and return the trials that an earlier call has already written there."""
+    bundles.begin(run.folder, run.configuration)
+    trials = comparison.read(run.folder / "comparison.json")
+    if trials:
+        run.console.print(f"Going on after {len(trials)} trials")
+    return trials
+
+
+def add_trial(
+    run: Run, trials: tuple[comparison.Trial, ...], trial: comparison.Trial, metric: str
+) -> tuple[comparison.Trial, ...]:
+    """Write a trial down, so that it need not be done again, and say how it went."""
+    trials = (*trials, trial)
+    bundles.write_json(run.folder / "comparison.json", comparison.to_json(trials, metric))
+    part = f" fold {trial.fold}" if trial.fold >= 0 else ""
+    run.console.print(
+        f"{trial.strategy} seed {trial.seed}{part}: {metric} {trial.metric:.4f}, {trial.seconds:.0f} s", markup=False
+    )
+    return trials
+
+
+def finish_trials(run: Run, trials: tuple[comparison.Trial, ...], data: Data, metric: str) -> int:
+    """Write and print the comparison's table."""
+    compared = comparison.table(trials, metric)
+    about = {"data": data.name, "fingerprint": data.fingerprint, "versions": bundles.versions()}
+    bundles.write_json(run.folder / "comparison.json", comparison.to_json(trials, metric, **about))
+    bundles.write_text(run.folder / "comparison.md", comparison.markdown(compared))
+    (run.folder / "comparison.png").write_bytes(comparison.picture(compared).png)
+    bundles.write_json(run.folder / bundles.MANIFEST, {"complete": True, "configuration": dict(run.configuration)})
+    print_table(run.console, compared)
+    run.console.print(f"Table: {run.folder / 'comparison.md'}")
+    return 0
 
 
 def samples(data: Data, count: int = 8) -> list[bytes]:

@@ -62,7 +62,8 @@ class Trainee(keras.Model):
 
     def _kept_up(self) -> list[keras.Variable]:
         """Return the variables that running the network may change: states of random layers, moving statistics."""
-        fixed = {id(variable) for variable in (*self.extras.adapter.kernels, *self.trainable_variables)}
+        kernels = self.extras.adapter.kernels if self.extras.adapter else ()
+        fixed = {id(variable) for variable in (*kernels, *self.trainable_variables)}
         return [variable for variable in self.variables if id(variable) not in fixed]
 
     def train_step(self, data: Batch) -> dict[str, tf.Tensor]:

@@ -348,15 +348,17 @@ def _extras(
         )
     term, body = None, None
     if phase.penalty:
-        term, body = _penalty(run, phase, part, below)
+        subject, body = _subject(run, phase, part, below)
+        term = phase.penalty.prepare(subject)
     return Extras(
         (run.seed, number), phase.mixup, phase.cutmix, _branches(phase, part), attached, penalty=term, body=body
     )
 
 
-def _penalty(
+def _subject(
     run: _Run, phase: Phase, part: keras.Model, below: Callable[[tf.Tensor], list[tf.Tensor]] | None
-) -> tuple[penalties.Term, keras.Model]:
+) -> tuple[penalties.Subject, keras.Model]:
+    """Return what a penalty is prepared for, and the network that gives outputs and features at once."""
     head = {v.path for name in trainable.all_groups(run.model)[-1].layers for v in run.model.get_layer(name).weights}
     held = tuple(variable for variable in part.trainable_variables if variable.path not in head)
     if not held:
@@ -372,7 +374,7 @@ def _penalty(
         source=run.source,
         seed=run.seed,
     )
-    return phase.penalty.prepare(subject), keras.Model(part.inputs, [*part.outputs, features])
+    return subject, keras.Model(part.inputs, [*part.outputs, features])
 
 
 def _to_inputs(below: Callable[[tf.Tensor], list[tf.Tensor]] | None) -> Callable[[tf.Tensor], Any]:
@@ -401,7 +403,7 @@ def _branches(phase: Phase, part: keras.Model) -> dict[int, tuple[int, float]]:
 
 def _optimizer(run: _Run, phase: Phase, attached: Attached | None, steps: int) -> LayerwiseAdamW | LayerwiseSGD:
     multipliers = trainable.rate_multipliers(run.model, phase.layer_decay)
-    averaged = {}
+    averaged: dict[str, Any] = {}
     if isinstance(phase.average, Ema):
         averaged = {"use_ema": True, "ema_momentum": phase.average.momentum(run.steps(phase)[0])}
     optimizer = LayerwiseAdamW if phase.optimizer == "adamw" else LayerwiseSGD

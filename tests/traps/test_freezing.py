@@ -118,6 +118,21 @@ def test_mobilenets_batch_norm_is_slow():
     assert model.get_layer("bn_Conv1").momentum == pytest.approx(0.999)
 
 
+<<<<<<< HEAD
+=======
+def test_unfreezing_with_training_false_lets_statistics_run_away(small_network):
+    """The guide's recipe: `training=False` and everything trainable; ours stays where it was."""
+    base = small_network()
+    inputs = keras.Input((32, 32, 3))
+    model = keras.Model(inputs, base(inputs, training=False))
+    variance = base.get_layer("norm_1").moving_variance.numpy()
+    _compile(model)
+    pictures, targets = _data()
+    model.fit(pictures / 255, targets, epochs=5, verbose=0)  # pictures of another brightness than the statistics
+    assert np.abs(base.get_layer("norm_1").moving_variance.numpy() / variance - 1).max() > 0.01
+
+
+>>>>>>> ffe9d82 (Tests of adapters, penalties, averages, mixing, checkpoints, advice and comparison)
 def test_gamma_that_trains_in_a_frozen_layer_is_lost_on_load(small_network, tmp_path):
     model = small_network()
     trainable.set_trainable(model, "norm")
@@ -129,9 +144,37 @@ def test_gamma_that_trains_in_a_frozen_layer_is_lost_on_load(small_network, tmp_
     assert loaded.get_layer("norm_1").gamma.trainable
 
 
+<<<<<<< HEAD
 def test_a_model_built_outside_a_strategy_cannot_train_inside_one(small_network, small_task, small_data):
     """Stock Keras fails deep in TensorFlow; ours says so before it begins."""
     model = small_network()
     _compile(model)
     with tf.distribute.OneDeviceStrategy("/cpu:0").scope(), pytest.raises(InputError, match="same `with tft.devices"):
         training.fine_tune(model, small_task, small_data, (Phase("probe", epochs=1),))
+=======
+def test_multi_optimizer_does_not_survive_a_load(tmp_path):
+    """Keras' own way to rates per layer trains, but a file saved with it does not load; `LayerwiseAdamW`'s does."""
+    rates = keras.optimizers.OptimizerMap(keras.optimizers.Adam(1e-3))
+    rates["high/.*"] = keras.optimizers.Adam(1e-2)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="low"), keras.layers.Dense(2, name="high")])
+    model.compile(keras.optimizers.MultiOptimizer(rates), "mse")
+    model.fit(np.ones((4, 2)), np.ones((4, 2)), verbose=0)
+    with pytest.raises(Exception):  # noqa: B017, PT011  whatever it is, the file is lost
+        _ = model.optimizer.learning_rate
+    model.save(tmp_path / "model.keras")
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        keras.saving.load_model(tmp_path / "model.keras")
+
+
+def test_a_fresh_optimizer_forgets_its_moments_and_ours_carries_them(small_network, small_task, small_data):
+    def second_phase(carry: bool) -> float:
+        keras.utils.set_random_seed(0)
+        model = small_network()
+        phases = (
+            Phase("one", "all", 2, 0.01, schedule="constant", warmup=0),
+            Phase("two", "all", 1, 0.01, schedule="constant", warmup=0, carry_moments=carry),
+        )
+        return training.fine_tune(model, small_task, small_data, phases, batch_size=8)["loss"][-1]
+
+    assert second_phase(True) != second_phase(False)
+>>>>>>> ffe9d82 (Tests of adapters, penalties, averages, mixing, checkpoints, advice and comparison)

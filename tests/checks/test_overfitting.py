@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+
+from tftransfer import tasks
+from tftransfer.checks.overfitting import overfitting, remedy
+
+
+def _found(right_seen: int, right_unseen: int, count: int = 100, phases=()):
+    task = tasks.SingleLabel(("a", "b"))
+
+    def pair(right: int) -> tuple[np.ndarray, np.ndarray]:
+        given = np.eye(2)[np.zeros(count, int)]
+        return np.r_[np.zeros(right, np.int32), np.ones(count - right, np.int32)], given
+
+    return overfitting(task, pair(right_seen), pair(right_unseen), list(phases)).tables[0]
+
+
+def test_a_large_gap_is_said_and_a_remedy_named():
+    table = _found(100, 70, phases=[{"selector": "all", "augmentation": "strong"}])
+    assert [row[2] for row in table.rows] == [1.0, 0.7]
+    assert "by heart" in table.note
+    assert "l2_sp" in table.note
+
+
+def test_a_gap_within_chance_is_called_so():
+    assert "no more apart than chance (standard error 0.04" in _found(92, 90, phases=[{"selector": "all"}]).note
+
+
+def test_the_same_gap_counts_with_more_examples():
+    assert "chance" in _found(9, 8, count=10).note
+    assert "by heart" in _found(9000, 8000, count=10_000).note
+
+
+@pytest.mark.parametrize(
+    ("phase", "said"),
+    [
+        ({"selector": "head"}, "weight_decay"),
+        ({"selector": "all", "augmentation": "none"}, "freeze_then_unfreeze"),
+        ({"selector": "all", "augmentation": "strong"}, "l2_sp"),
+        ({"selector": "all", "augmentation": "strong", "penalty": {"kind": "L2SP"}}, "linear_probe"),
+        ({"selector": "last:2", "augmentation": "light"}, "linear_probe"),
+    ],
+)
+def test_the_remedy_fits_what_was_done(phase, said):
+    assert said in remedy([phase])
+
+
+def test_numbers_are_compared_by_squared_error():
+    task = tasks.Regression(("size",))
+    targets = np.arange(20.0)[:, None]
+    table = overfitting(task, (targets, targets), (targets, targets + 5), [{"selector": "all"}]).tables[0]
+    assert [row[2] for row in table.rows] == [0, 25]
+    assert "by heart" in table.note
+
+
+def test_several_labels_are_compared_label_by_label():
+    task = tasks.MultiLabel(("a", "b"))
+    targets = np.tile([[1.0, 0.0]], (10, 1))
+    table = overfitting(task, (targets, targets), (targets, 1 - targets), [{"selector": "all"}]).tables[0]
+    assert [row[2] for row in table.rows] == [1, 0]

@@ -1,0 +1,113 @@
+"""The comparison as a user runs it."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from tftransfer import cli
+
+SMALL = ["--data", "demo", "--image-size", "32", "--smoke", "--quiet", "--epochs", "4"]
+
+
+@pytest.fixture(scope="module")
+def recipe(repository):
+    path = repository / "recipes" / "compare_strategies.py"
+    spec = importlib.util.spec_from_file_location("compare_strategies_recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments: object) -> int:
+        before, sys.argv = sys.argv, [path.name, *map(str, arguments)]
+        try:
+            return cli.guarded(module.main)
+        except SystemExit as stopped:
+            return stopped.code
+        finally:
+            sys.argv = before
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "comparison"
+    assert recipe(*SMALL, "--strategy", "linear_probe,partial:last=1", "--seeds", "0,1", "--out", folder) == 0
+    return folder
+
+
+def test_every_trial_is_written_down(finished):
+    found = json.loads((finished / "comparison.json").read_text())
+    keys = {(trial["strategy"], trial["seed"], trial["fold"]) for trial in found["trials"]}
+    assert keys == {(name, seed, -1) for name in ("linear_probe", "partial:last=1") for seed in (0, 1)}
+    assert {row["strategy"] for row in found["strategies"]} == {"linear_probe", "partial:last=1"}
+    for trial in found["trials"]:
+        assert 0 <= trial["metric"] <= 1
+        assert trial["source_before"] > 0.3  # the embedded backbone knows the signs
+        assert trial["seconds"] > 0
+    parameters = {trial["strategy"]: trial["parameters"] for trial in found["trials"]}
+    assert parameters["linear_probe"] < parameters["partial:last=1"]
+    probe = next(trial for trial in found["trials"] if trial["strategy"] == "linear_probe")
+    assert probe["source_before"] == probe["source_after"]  # a probe forgets nothing
+
+
+def test_table_and_picture_stand_beside_it(finished):
+    assert "| linear_probe |" in (finished / "comparison.md").read_text()
+    assert (finished / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_comparison_is_not_run_again(recipe, finished, capsys):
+    arguments = [*SMALL, "--strategy", "linear_probe,partial:last=1", "--seeds", "0,1", "--out", finished]
+    arguments.remove("--quiet")
+    before = (finished / "comparison.json").stat().st_mtime_ns
+    assert recipe(*arguments) == 0
+    assert "linear_probe" in capsys.readouterr().out
+    assert (finished / "comparison.json").stat().st_mtime_ns == before
+
+
+def test_a_stopped_comparison_goes_on_after_its_last_trial(recipe, finished, tmp_path, monkeypatch):
+    from tftransfer import comparison
+
+    arguments = [*SMALL, "--strategy", "linear_probe", "--seeds", "0,1", "--out", tmp_path / "run"]
+    real, done = comparison.run_trial, []
+
+    def second_fails(*given, **named):
+        if done:
+            raise KeyboardInterrupt
+        done.append(named["seed"])
+        return real(*given, **named)
+
+    monkeypatch.setattr(comparison, "run_trial", second_fails)
+    assert recipe(*arguments) == 75
+    monkeypatch.setattr(
+        comparison, "run_trial", lambda *given, **named: (done.append(named["seed"]), real(*given, **named))[1]
+    )
+    assert recipe(*arguments) == 0
+    assert done == [0, 1]
+
+
+def test_folds_leave_the_test_split_alone(recipe, tmp_path):
+    folder = tmp_path / "run"
+    assert recipe(*SMALL, "--strategy", "linear_probe", "--seeds", "0", "--folds", "2", "--out", folder) == 0
+    found = json.loads((folder / "comparison.json").read_text())
+    assert [trial["fold"] for trial in found["trials"]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--strategy", "linear_prob"], "linear_probe"),
+        (["--strategy", "full,full"], "different strategies"),
+        (["--seeds", "0,a"], "seeds"),
+        (["--folds", "1"], "folds"),
+        (["--folds", "40"], "smallest class"),
+        (["--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(recipe, tmp_path, capsys, option, said):
+    assert recipe(*SMALL, *option, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert said in error
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,197 @@
+import keras
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tftransfer import adapters, builders, strategies, training
+from tftransfer.adapters import Adapter, Lora
+from tftransfer.errors import InputError
+from tftransfer.strategies import Phase
+
+ROW = Lora(rank=2, where="conv")
+
+
+def _phase(epochs: int, **others) -> Phase:
+    """Constant rate and one batch an epoch: nothing depends on where a phase ends."""
+    return Phase("LoRA", "head", epochs, 0.02, schedule="constant", warmup=0, adapter=ROW, **others)
+
+
+def _weights(model) -> dict[str, np.ndarray]:
+    return {w.path: w.numpy() for w in model.weights if "seed_generator" not in w.path}
+
+
+@pytest.fixture
+def trained(small_network, small_task, small_data):
+    """A network trained with LoRA, its weights before, and the adapter."""
+    model = small_network()
+    before = _weights(model)
+    history = training.fine_tune(model, small_task, small_data, (_phase(4),), batch_size=8)
+    return model, before, history.adapter
+
+
+def test_training_and_merging_change_the_chosen_kernels_and_the_head_only(trained):
+    model, before, adapter = trained
+    changed = {path for path, value in _weights(model).items() if not np.array_equal(value, before[path])}
+    assert changed == {*adapter.factors, *adapter.head}
+    assert set(adapter.factors) == {"conv_1/kernel", "conv_2/kernel", "conv_3/kernel"}
+
+
+def test_the_merged_kernel_is_the_base_plus_the_product(trained):
+    model, before, adapter = trained
+    for path, (a, b) in adapter.factors.items():
+        expected = before[path] + (a @ b).reshape(before[path].shape)
+        np.testing.assert_allclose(_weights(model)[path], expected, atol=1e-6)
+        assert np.linalg.matrix_rank(a.astype(np.float64) @ b.astype(np.float64)) <= 2
+
+
+def test_nothing_is_left_on_the_model(trained, small_network):
+    model = trained[0]
+    assert [w.path for w in model.weights] == [w.path for w in small_network().weights]
+    assert not model.compiled
+    assert all(not getattr(layer, "lora_enabled", False) for layer in model.layers)
+
+
+def test_attaching_and_detaching_leave_the_base_bit_equal(small_network):
+    model = small_network()
+    before = _weights(model)
+    pictures = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype(np.float32)
+    outputs = model(pictures)
+    attached = ROW.prepare(model, seed=0)
+    np.testing.assert_array_equal(attached.call(lambda: model(pictures), []), outputs)  # B is zero
+    attached.factors[0][1].assign(np.ones(attached.factors[0][1].shape))
+    assert not np.array_equal(attached.call(lambda: model(pictures), []), outputs)
+    del attached
+    np.testing.assert_array_equal(model(pictures), outputs)
+    for path, value in _weights(model).items():
+        np.testing.assert_array_equal(value, before[path])
+
+
+def test_a_saved_adapter_makes_the_tuned_network_of_its_base(trained, small_network, tmp_path):
+    model, _, adapter = trained
+    adapter.save(tmp_path / "adapter.safetensors")
+    keras.utils.set_random_seed(0)
+    base = small_network()
+    base.get_layer("logits").set_weights(trained[0].get_layer("logits").get_weights())
+    loaded = Adapter.load(tmp_path / "adapter.safetensors")
+    assert loaded.labels == ("red", "green", "blue")
+    if adapters.base_digest(base) != adapter.base:  # another random start: take the base's weights
+        for path, value in trained[1].items():
+            next(w for w in base.weights if w.path == path).assign(value)
+    loaded.merge_into(base)
+    for path, value in _weights(base).items():
+        np.testing.assert_array_equal(value, _weights(model)[path])
+
+
+def test_ten_epochs_saved_loaded_and_ten_more_equal_twenty(small_network, small_task, small_data, tmp_path):
+    def fresh():
+        keras.utils.set_random_seed(3)
+        return small_network()
+
+    whole = fresh()
+    straight = training.fine_tune(whole, small_task, small_data, (_phase(20),), batch_size=24)
+    first = training.fine_tune(fresh(), small_task, small_data, (_phase(10),), batch_size=24)
+    first.adapter.save(tmp_path / "adapter.safetensors")
+    resumed = fresh()
+    kept = Adapter.load(tmp_path / "adapter.safetensors")
+    second = training.fine_tune(resumed, small_task, small_data, (_phase(10),), batch_size=24, adapter=kept)
+    assert straight["loss"][0] - straight["loss"][-1] > 0.1  # it learns
+    np.testing.assert_allclose([*first["loss"], *second["loss"]], straight["loss"], atol=1e-5)
+    np.testing.assert_allclose(second["val_loss"][-1], straight["val_loss"][-1], atol=1e-5)
+
+
+def test_stock_keras_lora_is_dead_after_a_load(tmp_path):
+    """The trap: Keras merges A and B on saving and sets both to zero on loading, where the gradient is zero too."""
+
+    def dense() -> keras.Model:
+        layer = keras.layers.Dense(4, use_bias=False, name="dense")
+        model = keras.Sequential([keras.Input((4,)), layer])
+        layer.enable_lora(2)
+        model.compile(keras.optimizers.Adam(0.05), "mse")
+        return model
+
+    x = np.random.default_rng(0).normal(size=(32, 4)).astype(np.float32)
+    model = dense()
+    losses = model.fit(x, x, epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    model.save_weights(tmp_path / "lora.weights.h5")
+    loaded = dense()
+    loaded.optimizer.build(loaded.trainable_variables)
+    loaded.load_weights(tmp_path / "lora.weights.h5")
+    loaded.compile(keras.optimizers.Adam(0.05), "mse")  # without the moments, which would still push a little
+    assert not np.any(loaded.layers[0].lora_kernel_a)
+    assert not np.any(loaded.layers[0].lora_kernel_b)
+    losses = loaded.fit(x, x, epochs=3, verbose=0).history["loss"]
+    assert losses[0] == losses[-1]
+
+
+def test_freezing_before_enable_lora_leaves_nothing_trainable():
+    layer = keras.layers.Dense(4)
+    layer.build((None, 4))
+    layer.trainable = False
+    layer.enable_lora(2)
+    assert not layer.trainable_variables
+
+
+def test_toggling_trainable_unfreezes_the_base_of_stock_lora():
+    layer = keras.layers.Dense(4, use_bias=False)
+    layer.build((None, 4))
+    layer.enable_lora(2)
+    assert len(layer.trainable_variables) == 2
+    layer.trainable = False
+    layer.trainable = True
+    assert len(layer.trainable_variables) == 3
+
+
+def test_rank_four_of_convnext_is_below_five_percent(small_task):
+    model = builders.image_classifier("ConvNeXtTiny", 3, image_size=32, weights=None)
+    attached = Lora(rank=4).prepare(model, seed=0)
+    assert sum(attached.sizes().values()) < 0.05 * model.count_params()
+
+
+def test_an_adapter_for_another_base_is_refused_by_digest(trained, small_network):
+    keras.utils.set_random_seed(9)
+    with pytest.raises(InputError, match=rf"trained on {trained[2].base[:16]}, this network is [0-9a-f]{{16}}"):
+        trained[2].merge_into(small_network())
+
+
+def test_another_head_is_refused(trained, small_network):
+    adapter = trained[2]
+    other = small_network(num_classes=4)
+    changed = Adapter(adapter.row, adapter.factors, adapter.head, adapter.labels, adapters.base_digest(other))
+    with pytest.raises(InputError, match="as many classes"):
+        changed.merge_into(other)
+
+
+def test_another_strategy_cannot_go_on_from_an_adapter(trained, small_network, small_task, small_data):
+    with pytest.raises(InputError, match="leave out its probe"):
+        training.fine_tune(
+            small_network(), small_task, small_data, strategies.lora(rank=2, where="conv"), adapter=trained[2]
+        )
+
+
+def test_a_network_without_matching_layers_is_refused(small_network, small_task, small_data):
+    phase = Phase("LoRA", "head", adapter=Lora(where="dense"))
+    with pytest.raises(InputError, match="matches no layer below the head.*BatchNormalization, Conv2D"):
+        training.fine_tune(small_network(), small_task, small_data, (phase,))
+
+
+def test_files_that_are_no_adapters_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no adapter file"):
+        Adapter.load(tmp_path / "missing")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(InputError, match="cannot be read"):
+        Adapter.load(tmp_path / "text")
+    save_file({"x": np.zeros(1)}, tmp_path / "other")
+    with pytest.raises(InputError, match="no adapter of this toolkit"):
+        Adapter.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize("bad", [{"rank": 0}, {"rank": 1.5}, {"where": "attention"}, {"alpha": -1.0}])
+def test_bad_rows_are_refused(bad):
+    with pytest.raises(InputError):
+        Lora(**bad)
+
+
+def test_a_bad_pattern_is_refused(small_network):
+    with pytest.raises(InputError, match="regular expression"):
+        Lora(where="re:(").prepare(small_network(), 0)

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+
+from tftransfer import comparison
+from tftransfer.comparison import Trial
+from tftransfer.errors import InputError
+
+TRIALS = (
+    Trial("full", 0, -1, 0.8, 10.0, 100, 0.9, 0.5),
+    Trial("full", 1, -1, 0.9, 20.0, 100, 0.9, 0.3),
+    Trial("linear_probe", 0, -1, 0.95, 1.0, 10, 0.9, 0.9),
+)
+
+
+def test_the_table_holds_means_and_ranges_the_best_first():
+    table = comparison.table(TRIALS, "accuracy")
+    assert [row[0] for row in table.rows] == ["linear_probe", "full"]
+    name, accuracy, trials, seconds, parameters, before, after = table.rows[1]
+    assert (name, trials, seconds, parameters) == ("full", 2, 15.0, 100)
+    assert (accuracy.value, accuracy.low, accuracy.high) == (pytest.approx(0.85), 0.8, 0.9)
+    assert before.value == pytest.approx(0.9)
+    assert after.value == pytest.approx(0.4)
+
+
+def test_without_an_old_task_there_are_no_columns_for_it():
+    table = comparison.table((Trial("full", 0, -1, 0.8, 10.0, 100),), "accuracy")
+    assert table.columns == ("strategy", "accuracy", "trials", "seconds", "parameters trained")
+
+
+def test_the_lowest_error_comes_first():
+    trials = (Trial("a", 0, -1, 2.0, 1.0, 1), Trial("b", 0, -1, 1.0, 1.0, 1))
+    assert comparison.table(trials, "mean_absolute_error").rows[0][0] == "b"
+
+
+def test_markdown_and_json_say_the_same():
+    text = comparison.markdown(comparison.table(TRIALS, "accuracy")).replace("\u00a0", " ")
+    assert "| full | 85.0 % (80.0 % to 90.0 %) | 2 | 15.0 | 100 |" in text
+    found = comparison.to_json(TRIALS, "accuracy", data="x")
+    assert found["strategies"][1]["accuracy"]["value"] == pytest.approx(0.85)
+    assert [Trial(**trial) for trial in found["trials"]] == list(TRIALS)
+
+
+def test_the_picture_is_drawn():
+    assert comparison.picture(comparison.table(TRIALS, "accuracy")).png.startswith(b"\x89PNG")
+
+
+def test_folds_hold_out_every_training_example_once_and_no_test_example(small_data):
+    parts = list(comparison.folds(small_data, 4))
+    held = np.concatenate([part.test.names for part in parts])
+    assert sorted(held) == sorted(small_data.train.names)
+    for part in parts:
+        assert not set(part.train.names) & set(part.test.names)
+        assert len(part.train) + len(part.test) == len(small_data.train)
+        assert np.bincount(part.test.targets).tolist() == [2, 2, 2]
+        number = small_data.train.names.index(part.test.names[1])
+        np.testing.assert_array_equal(part.test.pictures.load(1), small_data.train.pictures.load(number))
+        assert part.test.targets[1] == small_data.train.targets[number]
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_impossible_folds_are_refused(small_data, count):
+    with pytest.raises(InputError, match="from 2 to 8"):
+        list(comparison.folds(small_data, count))
+
+
+@pytest.mark.parametrize("text", ["", "full,full", "full,nonsense", "full:layer_decay=2"])
+def test_bad_lists_of_strategies_are_refused(text):
+    with pytest.raises(InputError):
+        comparison.split_list(text)
+
+
+@pytest.mark.parametrize("text", ["", "a", "0,0", "-1", "0,,1"])
+def test_bad_seeds_are_refused(text):
+    with pytest.raises(InputError, match="seeds"):
+        comparison.seeds(text)
