@@ -118,8 +118,6 @@ def test_mobilenets_batch_norm_is_slow():
     assert model.get_layer("bn_Conv1").momentum == pytest.approx(0.999)
 
 
-<<<<<<< HEAD
-=======
 def test_unfreezing_with_training_false_lets_statistics_run_away(small_network):
     """The guide's recipe: `training=False` and everything trainable; ours stays where it was."""
     base = small_network()
@@ -132,7 +130,6 @@ def test_unfreezing_with_training_false_lets_statistics_run_away(small_network):
     assert np.abs(base.get_layer("norm_1").moving_variance.numpy() / variance - 1).max() > 0.01
 
 
->>>>>>> ffe9d82 (Tests of adapters, penalties, averages, mixing, checkpoints, advice and comparison)
 def test_gamma_that_trains_in_a_frozen_layer_is_lost_on_load(small_network, tmp_path):
     model = small_network()
     trainable.set_trainable(model, "norm")
@@ -144,14 +141,14 @@ def test_gamma_that_trains_in_a_frozen_layer_is_lost_on_load(small_network, tmp_
     assert loaded.get_layer("norm_1").gamma.trainable
 
 
-<<<<<<< HEAD
 def test_a_model_built_outside_a_strategy_cannot_train_inside_one(small_network, small_task, small_data):
     """Stock Keras fails deep in TensorFlow; ours says so before it begins."""
     model = small_network()
     _compile(model)
     with tf.distribute.OneDeviceStrategy("/cpu:0").scope(), pytest.raises(InputError, match="same `with tft.devices"):
         training.fine_tune(model, small_task, small_data, (Phase("probe", epochs=1),))
-=======
+
+
 def test_multi_optimizer_does_not_survive_a_load(tmp_path):
     """Keras' own way to rates per layer trains, but a file saved with it does not load; `LayerwiseAdamW`'s does."""
     rates = keras.optimizers.OptimizerMap(keras.optimizers.Adam(1e-3))
@@ -177,4 +174,3 @@ def test_a_fresh_optimizer_forgets_its_moments_and_ours_carries_them(small_netwo
         return training.fine_tune(model, small_task, small_data, phases, batch_size=8)["loss"][-1]
 
     assert second_phase(True) != second_phase(False)
->>>>>>> ffe9d82 (Tests of adapters, penalties, averages, mixing, checkpoints, advice and comparison)
