@@ -20,7 +20,7 @@ from tftransfer import bundles, distribution, prefix, serving, training, weights
 from tftransfer.backbones import backbone, names
 from tftransfer.builders import outputs_are_logits
 from tftransfer.checks import performance
-from tftransfer.console import print_table
+from tftransfer.console import literal_console, print_table
 from tftransfer.data import audit, images, load_for
 from tftransfer.errors import InputError
 from tftransfer.report import Table
