@@ -70,7 +70,7 @@ def test_batch_losses_are_undone_from_running_means():
     watch = advice._BatchLosses(count=10, batch_size=4)
     watch.set_model(type("Model", (), {"stop_training": False})())
     watch.on_epoch_begin(0)
-    for batch, (loss, seen) in enumerate([(1.0, 4), (3.0, 8), (2.0, 10)]):
+    for batch, seen in enumerate([4, 8, 10]):
         total = [4.0, 4.0 + 12.0, 4.0 + 12.0 + 4.0][batch]
         watch.on_train_batch_end(batch, {"loss": total / seen})
     first, second = 1.0, (0.9 * 0.1 * 1 + 0.1 * 3) / (1 - 0.9**2)
