@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import tensorflow as tf
 
 from tftransfer import backbones, builders, serving, strategies, tasks, training
 from tftransfer.data import Data, Examples, Pictures
+from tftransfer.errors import InputError
 from tftransfer.strategies import Phase
 
 # The demo's network and one with residual blocks; one row of each other family is slow.
@@ -74,21 +77,34 @@ class _Watch(keras.callbacks.Callback):
         self.weights = {weight.path: weight.numpy() for weight in self.model.weights}
 
 
-def _should_train(model: keras.Model, selector: str) -> set[str]:
-    """Return the paths of the weights that a selector means, found from layer names, not from any flag."""
+def _should_train(model: keras.Model, phase: Phase) -> set[str]:
+    """Return the paths of the weights that a phase means, found from names and classes of layers, not from any flag."""
     groups = backbones.depth_groups(model)
-    kept = {"head": (), "all": groups}.get(selector)
-    chosen = groups[-int(selector.removeprefix("last:")) :] if kept is None else kept
-    names = {name for group in chosen for name in group.layers} | {"logits"}
-    found = {w.path for layer in model.layers if layer.name in names for w in layer.weights}
-    return {path for path in found if "moving" not in path and "seed_generator" not in path}
+    below = [layer for layer in model.layers if layer.name in {name for group in groups for name in group.layers}]
+    leaves = [leaf for layer in below for leaf in layer._flatten_layers()]
+    if phase.selector.startswith("last:"):
+        text = phase.selector.removeprefix("last:")
+        count = math.ceil(int(text[:-1]) / 100 * len(groups)) if text.endswith("%") else int(text)
+        names = {name for group in groups[-count:] for name in group.layers}
+        chosen = [w for layer in below if layer.name in names for w in layer.weights]
+    else:
+        norms = (keras.layers.BatchNormalization, keras.layers.LayerNormalization)
+        chosen = {
+            "head": [],
+            "all": [w for leaf in leaves for w in leaf.weights],
+            "norm": [w for leaf in leaves if isinstance(leaf, norms) for w in leaf.weights],
+            "bias": [w for leaf in leaves for w in leaf.weights if w.name in ("bias", "beta")],
+            "attention": [w for w in model.weights if "squeeze_excite" in w.path or "_se_" in w.path],
+        }[phase.selector]
+    head = [w for w in model.weights if w.path.startswith("logits")]
+    return {w.path for w in (*chosen, *head) if "moving" not in w.path and "seed_generator" not in w.path}
 
 
 def _moved(network: keras.Model, phase: Phase, data: Data) -> set[str]:
     before = {weight.path: weight.numpy() for weight in network.weights}
     watch = _Watch()
     training.fine_tune(network, TASK, data, (phase,), batch_size=4, max_steps=2, callbacks=[watch])
-    for weight in network.weights:  # what was kept at the end is frozen in the same places
+    for weight in network.weights if phase.adapter is None else ():  # what was kept at the end is frozen alike
         if np.array_equal(watch.weights[weight.path], before[weight.path]) and "seed_generator" not in weight.path:
             np.testing.assert_array_equal(weight, before[weight.path], err_msg=weight.path)
     return {
@@ -98,17 +114,42 @@ def _moved(network: keras.Model, phase: Phase, data: Data) -> set[str]:
     }
 
 
-# Every phase of every strategy, one of those that train the same variables.
-PHASES = {phase.selector: phase for name in strategies.names() for phase in strategies.parse(name)}
+def _phases() -> dict[str, Phase]:
+    """Return every phase of every strategy, one of those that train the same in the same way."""
+    found: dict[str, Phase] = {}
+    for name in strategies.names():
+        for phase in strategies.parse(name):
+            parts = (phase.adapter, phase.penalty, phase.average)
+            kinds = [type(part).__name__ for part in parts if part] + ["moments"] * phase.carry_moments
+            found.setdefault("-".join([phase.selector, *kinds]), phase)
+    return found
 
 
-@_both(NETWORKS)
-@pytest.mark.parametrize("selector", PHASES)
-def test_two_steps_move_what_trains_and_nothing_else(network, selector):
-    expected = _should_train(network, selector)
-    moved = _moved(network, PHASES[selector], _data(network.input_shape[1]))
+PHASES = _phases()
+QUICK_PHASES = ("head", "all-Ema", "norm-Ema", "head-Lora-Ema")
+
+
+def _network_and_phase():
+    for parameter in NETWORKS:
+        for key in PHASES:
+            (name, weights) = parameter.values[0]
+            slow = parameter.marks or (weights != "demo" and key not in QUICK_PHASES)
+            marks = (pytest.mark.slow,) if slow else ()
+            yield pytest.param((name, weights), key, id=f"{parameter.id}-{key}", marks=marks)
+
+
+@pytest.mark.parametrize(("network", "key"), list(_network_and_phase()), indirect=["network"])
+def test_two_steps_move_what_trains_and_nothing_else(network, key):
+    phase = PHASES[key]
+    data = _data(network.input_shape[1])
+    expected = _should_train(network, phase)
+    if phase.selector == "attention" and len(expected) == 2:
+        with pytest.raises(InputError, match="matches nothing below the head"):
+            _moved(network, phase, data)
+        return
+    moved = _moved(network, phase, data)
     assert moved <= expected
-    kernels = {path for path in expected if path.endswith("kernel")}
+    kernels = {path for path in expected if path.endswith(("kernel", "gamma"))}
     assert kernels <= moved  # offsets may have no gradient in two steps
 
 
@@ -116,7 +157,7 @@ def test_a_selector_that_trains_too_much_would_be_seen(small_network):
     """The promise above can fail: what "all" moves is more than "head" means, and a rate of nearly zero moves less."""
     network = small_network()
     data = _data(32)
-    assert not _moved(network, Phase("all", "all"), data) <= _should_train(network, "head")
+    assert not _moved(network, Phase("all", "all"), data) <= _should_train(network, Phase("probe", "head"))
     assert not {"logits/kernel"} <= _moved(network, Phase("probe", "head", learning_rate=1e-30), data)
 
 
