@@ -27,6 +27,7 @@ setup(
         "scikit-learn>=1.6",
         "scipy>=1.14",
         "h5py>=3.12",
+        "safetensors>=0.5",
         "Pillow>=11",
         "matplotlib>=3.10",
         "rich>=13.9",

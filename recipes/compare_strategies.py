@@ -4,13 +4,14 @@
     python recipes/compare_strategies.py --data PHOTOS --strategy full,lora:rank=8 --seeds 0,1,2 --folds 5
 
 With `--folds K` strategies are compared by cross-validation on the training split, and the test split is not looked
-at: choose so, then measure the choice without it. Writes comparison.json, comparison.md and comparison.png; a run that
-was stopped goes on after its last trial.
+at: choose so, then measure the choice without it. Writes comparison.json, comparison.md and comparison.png; the same
+command with the same --out goes on after the last trial of a run that was stopped.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import tftransfer as tft
 from tftransfer import cli
@@ -19,33 +20,37 @@ if TYPE_CHECKING:
     import keras
 
 NAME = "compare_strategies"
-STRATEGIES = "linear_probe,full,freeze_then_unfreeze,l2_sp,ewc,wise_ft"
+PHOTOS = "linear_probe,full,freeze_then_unfreeze,l2_sp,wise_ft"
+DIGITS = "linear_probe," + ",".join(  # a mirrored digit is another sign
+    f"{name}:augmentation=light_no_flip" for name in ("full", "freeze_then_unfreeze", "l2_sp", "ewc", "wise_ft")
+)
 
 
 def main() -> int:
     """Train every strategy with every seed, and put the results side by side."""
-    parser = cli.recipe_parser(NAME, __doc__, epochs_help="30, the budget of every strategy")
-    parser.set_defaults(strategy=STRATEGIES, epochs=30)
+    parser = cli.recipe_parser(
+        NAME,
+        __doc__,
+        strategy_help=f"comma list of NAME[:OPTION=VALUE,...] (default: {PHOTOS}; on the digits with ewc, no flips)",
+        epochs_help="30, the budget of every strategy",
+    )
+    parser.set_defaults(epochs=30)
     parser.add_argument("--seeds", default="0,1,2", help="comma list (default: %(default)s)")
     parser.add_argument("--folds", type=cli.at_least(2), help="cross-validate on the training split (default: test)")
-    parser.add_argument(
-        "--source", help="measure forgetting on this (demo, or as --data; default: demo for the digits)"
-    )
+    parser.add_argument("--source", help="measure forgetting on this (demo, or as --data; default: demo if it fits)")
     options = cli.parse(parser)
-    strategies, seeds = tft.comparison.split_list(options.strategy), tft.comparison.seeds(options.seeds)
+    texts = tft.comparison.split_list(options.strategy or (DIGITS if options.data == "demo" else PHOTOS))
+    choices = [tft.advice.Choice(text, options.epochs, options.learning_rate) for text in texts]
+    seeds = tft.comparison.seeds(options.seeds)
 
     run = tft.runs.prepare(NAME, options)
     if run.finished:
-        run.console.print((run.folder / "comparison.md").read_text(encoding="utf-8"), markup=False)
+        run.console.print((run.folder / tft.comparison.MARKDOWN).read_text(encoding="utf-8"))
         return cli.DONE
     network = tft.runs.choose_network(options)
     data, task = tft.data.load(
         options.data, image_size=network.image_size, seed=options.seed, limit=64 if options.smoke else None
     )
-    source = tft.runs.old_data(
-        options.source or ("demo" if network.is_demo else None), network.image_size, options.seed
-    )
-    metric = tft.comparison.metric_of(task)
     parts = dict(enumerate(tft.comparison.folds(data, options.folds, options.seed))) if options.folds else {-1: data}
 
     def build() -> keras.Model:
@@ -53,31 +58,65 @@ def main() -> int:
             network.backbone, task.num_outputs, image_size=network.image_size, weights=network.weights
         )
 
+    with tft.devices(options.devices, options.precision) as devices:
+        model = build()
+    for choice in choices:
+        tft.runs.check_strategy(model, choice.planned)
+    source = tft.runs.old_task(options.source or ("demo" if network.is_demo else None), network, model, options)
+    tft.runs.announce(run, data, devices)
     if options.dry_run:
-        trials = len(strategies) * len(seeds) * len(parts)
-        run.console.print(f"{trials} trials of {len(data.train)} training examples; nothing was written")
+        trials = len(choices) * len(seeds) * len(parts)
+        run.console.print(f"{trials} trials; nothing was written, the run would go to {run.folder}", soft_wrap=True)
         return cli.DONE
-    trials = tft.runs.begin_trials(run)
-    for strategy in strategies:
+
+    about = _about(options, network, data, devices)
+    metric = tft.comparison.metric_of(task)
+    tft.bundles.begin(run.folder, run.configuration, again=run.again)
+    trials = tft.comparison.begin(run.folder, about)
+    done = {trial.key for trial in trials}
+    for choice in choices:
         for seed in seeds:
             for fold, part in parts.items():
-                if (strategy, seed, fold) in {trial.key for trial in trials}:
+                if (choice.text, seed, fold) in done:
                     continue
                 with tft.devices(options.devices, options.precision):
                     trial = tft.comparison.run_trial(
-                        strategy,
+                        choice,
                         build,
                         task,
                         part,
                         seed=seed,
                         fold=fold,
-                        epochs=options.epochs,
                         batch_size=options.batch_size,
                         max_steps=2 if options.smoke else None,
                         source=source,
                     )
-                trials = tft.runs.add_trial(run, trials, trial, metric)
-    return tft.runs.finish_trials(run, trials, data, metric)
+                trials = (*trials, trial)
+                run.console.print(f"{trial.line(metric)}")
+                compared = tft.comparison.write(run.folder, trials, metric, about)
+    tft.bundles.finish(run.folder, run.configuration, data={"fingerprint": data.fingerprint, "splits": data.splits})
+    tft.runs.print_table(run.console, compared)
+    run.console.print(f"Table: {run.folder / tft.comparison.MARKDOWN}", soft_wrap=True)
+    return cli.DONE
+
+
+def _about(options: Any, network: Any, data: Any, devices: Any) -> dict[str, Any]:
+    """Return what a reader of the table must know, and what must be the same when a comparison goes on."""
+    return {
+        **dataclasses.asdict(network),
+        "image_size": list(network.image_size),
+        "data": data.name,
+        "fingerprint": data.fingerprint,
+        "train": len(data.train),
+        "test": len(data.test),
+        "quarantined": len(data.quarantined),
+        "folds": options.folds,
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "learning_rate": options.learning_rate,
+        "precision": devices.precision,
+        "versions": tft.bundles.versions(),
+    }
 
 
 if __name__ == "__main__":

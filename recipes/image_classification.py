@@ -31,7 +31,7 @@ def main() -> int:
     if run.finished:
         return tft.runs.show_finished(run)
     keras.utils.set_random_seed(options.seed)
-    choose = tft.runs.strategy_chooser(options)
+    choice = tft.runs.strategy_choice(options)
     network = tft.runs.choose_network(options)
     data, task = tft.data.load(
         options.data,
@@ -52,12 +52,21 @@ def main() -> int:
             dropout=options.dropout,
         )
         model = tft.builders.in_units_of(model, data.train.targets) if task.kind == "regression" else model
-    chosen = choose(model, task, data)
+    tft.runs.check_strategy(model, choice.planned)
+    source = tft.runs.old_task(options.source, network, model, options)
     if options.dry_run:
-        return tft.runs.show_plan(run, model, data, chosen, devices)
+        return tft.runs.show_plan(run, model, data, choice, devices)
 
-    old = tft.runs.old_task(options.source, model, options.seed)
-    tft.runs.check_strategy(model, chosen.strategy)
+    max_steps = 2 if options.smoke else None
+    chosen = choice(
+        model,
+        task,
+        data,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        max_steps=max_steps,
+        decided=run.decisions.get("trains", ""),
+    )
     tft.runs.begin(run, data, devices, chosen)
     history = tft.fine_tune(
         model,
@@ -67,11 +76,11 @@ def main() -> int:
         output=run.folder,
         seed=options.seed,
         batch_size=options.batch_size,
-        max_steps=2 if options.smoke else None,
-        source=old and old.source,
+        max_steps=max_steps,
+        source=source,
         quiet=options.quiet,
     )
-    return tft.runs.finish(run, model, task, data, history, network, devices, chosen, old)
+    return tft.runs.finish(run, model, task, data, history, network, devices, chosen, source)
 
 
 if __name__ == "__main__":

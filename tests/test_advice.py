@@ -88,7 +88,7 @@ def test_batch_losses_are_undone_from_running_means():
 )
 def test_bad_advice_is_refused_at_once(text, said):
     with pytest.raises(InputError, match=said):
-        advice.chooser(text)
+        advice.Choice(text)
 
 
 @pytest.mark.parametrize("bad", [{"high": 0.0}, {"high": float("inf")}, {"steps": 5}])

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -32,12 +34,64 @@ def test_the_lowest_error_comes_first():
     assert comparison.table(trials, "mean_absolute_error").rows[0][0] == "b"
 
 
-def test_markdown_and_json_say_the_same():
-    text = comparison.markdown(comparison.table(TRIALS, "accuracy")).replace("\u00a0", " ")
+ABOUT = {
+    "backbone": "MobileNet-0.25",
+    "weights": "demo",
+    "image_size": [32, 32],
+    "data": "colours",
+    "fingerprint": "f",
+    "train": 24,
+    "test": 12,
+    "folds": None,
+    "epochs": 3,
+    "batch_size": 8,
+}
+
+
+def test_what_is_written_says_the_same_and_is_read_again(tmp_path):
+    compared = comparison.write(tmp_path, TRIALS, "accuracy", ABOUT)
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8").replace("\u00a0", " ")
     assert "| full | 85.0 % (80.0 % to 90.0 %) | 2 | 15.0 | 100 |" in text
-    found = comparison.to_json(TRIALS, "accuracy", data="x")
+    assert "MobileNet-0.25 (demo) at 32x32 pixels on colours, 3 epochs of 24 examples in batches of 8." in text
+    assert "too hopeful" in text
+    found = json.loads((tmp_path / "comparison.json").read_text())
     assert found["strategies"][1]["accuracy"]["value"] == pytest.approx(0.85)
-    assert [Trial(**trial) for trial in found["trials"]] == list(TRIALS)
+    assert comparison.begin(tmp_path, ABOUT) == TRIALS
+    assert compared.rows[0][0] == "linear_probe"
+
+
+def test_other_data_and_damage_are_not_gone_on_with(tmp_path):
+    comparison.write(tmp_path, TRIALS, "accuracy", ABOUT)
+    with pytest.raises(InputError, match="differs in fingerprint"):
+        comparison.begin(tmp_path, {**ABOUT, "fingerprint": "g"})
+    (tmp_path / "comparison.json").write_text('{"trials": [{}]}')
+    with pytest.raises(InputError, match="is no comparison"):
+        comparison.begin(tmp_path, ABOUT)
+
+
+def test_with_folds_the_range_is_over_seeds_and_the_test_split_is_said_to_be_closed():
+    trials = [Trial("full", seed, fold, 0.1 * (seed + fold), 1.0, 1) for seed in (0, 2) for fold in (0, 4)]
+    accuracy = comparison.table(trials, "accuracy").rows[0][1]
+    assert (accuracy.value, accuracy.low, accuracy.high) == pytest.approx((0.3, 0.2, 0.4))
+    one_seed = comparison.table(trials[:2], "accuracy")
+    assert (one_seed.rows[0][1].low, one_seed.rows[0][1].high) == pytest.approx((0.0, 0.4))
+    assert "over folds" in one_seed.note
+    assert "not looked at" in comparison.note({**ABOUT, "folds": 5})
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "mean_absolute_error"])
+def test_a_strategy_without_finite_answers_comes_last_and_is_said(metric):
+    trials = (Trial("broken", 0, -1, None, 1.0, 1), Trial("full", 0, -1, 0.2, 1.0, 1))
+    table = comparison.table(trials, metric)
+    assert [row[0] for row in table.rows] == ["full", "broken"]
+    assert table.rows[1][1].value is None
+    assert "1 trials gave no finite answers" in table.note
+    comparison.picture(table)
+
+
+def test_a_pattern_does_not_break_the_markdown_table():
+    trials = (Trial("partial:layers=re:a|b", 0, -1, 0.2, 1.0, 1),)
+    assert "partial:layers=re:a\\|b" in comparison.markdown(comparison.table(trials, "accuracy"))
 
 
 def test_the_picture_is_drawn():

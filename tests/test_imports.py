@@ -27,9 +27,9 @@ LAYERS = (
     {"training"},
     {"checks"},
     {"advice"},
-    {"comparison", "serving"},
+    {"serving"},
     {"bundles"},
-    {"runs"},
+    {"comparison", "runs"},
     {"commands"},
     {"cli"},
 )

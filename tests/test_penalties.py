@@ -30,7 +30,9 @@ def examples(make_examples):
 
 @pytest.fixture
 def source(examples):
-    return Source("old", examples, examples, np.array([[1.0, -1.0], [0.5, 2.0]], np.float32), np.zeros(2, np.float32))
+    return Source(
+        "old", examples, examples, np.array([[1.0, -1.0], [0.5, 2.0]], np.float32), np.zeros(2, np.float32), 1.0
+    )
 
 
 def test_l2_sp_is_half_the_squared_distance_to_the_start(examples):

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from tftransfer import bundles, distribution, runs
+from tftransfer import advice, bundles, distribution, runs
 from tftransfer.errors import InputError
 from tftransfer.report import Check, Number, Report, Table
 
@@ -18,7 +18,7 @@ def _prepared(folder, seed=0, quiet=True):
 
 def _begin(run, data):
     with distribution.devices("cpu") as devices:
-        runs.begin(run, data, devices)
+        runs.begin(run, data, devices, advice.Advice(()))
 
 
 def _finished(folder, model, task, **provenance):

@@ -51,7 +51,7 @@ def test_options_reach_the_strategy():
         ("full:augmentation=heavy", "one of none, light"),
         ("partial:last=0", "whole number from 1"),
         ("partial:last=1.5", "whole number"),
-        ("linear_probe:last=3", "has no options"),
+        ("norm_only:last=3", "has no options"),
         ("full:layer_decay=2", r"in \(0, 1\]"),
     ],
 )

@@ -18,7 +18,7 @@ import tensorflow as tf
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tftransfer.errors import InputError, check
+from tftransfer.errors import InputError, check, nearest
 from tftransfer.optimizers import Moment
 from tftransfer.trainable import all_groups, weight_layers
 
@@ -80,10 +80,12 @@ class Lora:
         layers = [layer for layer in weight_layers(model) if id(layer) not in inside]
         found = [kernel for layer in layers for kernel in _kernels_of(layer, self.where)]
         if not found:
+            names = [layer.name for layer in layers]
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+            groups = ", ".join(group.name for group in all_groups(model))
             raise InputError(
-                f"`where` of LoRA matches no layer below the head of this network, which holds {kinds}. "
-                f"Received: where={self.where!r}"
+                f"`where` of LoRA matches no kernel below the head of this network, whose layers are {kinds}."
+                f"{nearest(self.where.removeprefix('re:'), names)} Groups: {groups}. Received: where={self.where!r}"
             )
         return found
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ import tensorflow as tf
 from tftransfer import builders, schedules, strategies, trainable, training
 from tftransfer.checks import drawing
 from tftransfer.data import Data, order
-from tftransfer.errors import check
+from tftransfer.errors import InputError, check
 from tftransfer.report import CURVES, OTHER, Picture, Table
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
@@ -29,54 +29,86 @@ class Advice:
 
     Args:
         strategy: What `fine_tune` takes.
-        reasons: Why, in plain sentences.
-        table: The numbers behind them.
+        reasons: Why, in plain sentences. Defaults to none.
+        table: The numbers behind them. Defaults to None.
+        decision: What a run writes down, so that it decides the same when it goes on. Defaults to nothing.
     """
 
     strategy: Strategy
     reasons: tuple[str, ...] = ()
     table: Table | None = None
+    decision: str = ""
 
 
-def chooser(
-    text: str,
-    epochs: int | None = None,
-    learning_rate: float | None = None,
-    seed: int = 0,
-    batch_size: int = 32,
-    patience: int = 0,
-) -> Callable[[keras.Model, Task, Data], Advice]:
-    """Read a strategy as the command line writes it, `surgical` included.
+@dataclass(frozen=True)
+class Choice:
+    """A strategy as the command line writes it, `surgical` included, which the data decide.
 
     Args:
-        text: As for `strategies.parse`, or `"surgical:share=0.3"`.
-        epochs, learning_rate: As for `strategies.parse`.
-        seed, batch_size: Of the probe that `surgical` needs.
+        text: As for `strategies.parse`, or such as `"surgical:share=0.3"`.
+        epochs, learning_rate: As for `strategies.parse`. Default to the strategy's own.
         patience: Of every phase; 0 leaves the strategy's own. Defaults to 0.
-
-    Returns:
-        A function from model, task and data to the strategy.
 
     Raises:
         InputError: If the name, an option or a value is not known.
+
+    Example:
+        >>> [phase.selector for phase in Choice("partial:last=3").planned]
+        ['last:3']
     """
-    if text.partition(":")[0] != "surgical":
-        strategy = strategies.parse(text, epochs, learning_rate, also=("surgical",))
-        return lambda model, task, data: Advice(_patient(strategy, patience))
-    options = strategies.options_of("surgical", surgical, text)
-    strategies.freeze_then_unfreeze(epochs=epochs, learning_rate=learning_rate)  # refuses bad numbers at once
-    check(0 < options.get("share", 1.0) <= 1, "share", "in (0, 1]", options.get("share"))
-    given = {**options, "epochs": epochs, "learning_rate": learning_rate, "seed": seed, "batch_size": batch_size}
 
-    def choose(model: keras.Model, task: Task, data: Data) -> Advice:
-        advised = surgical(model, task, data, **given)
-        return replace(advised, strategy=_patient(advised.strategy, patience))
+    text: str
+    epochs: int | None = None
+    learning_rate: float | None = None
+    patience: int = 0
 
-    return choose
+    def __post_init__(self) -> None:
+        _ = self.planned  # refuses what is not known
 
+    @property
+    def asks_the_data(self) -> bool:
+        """Whether the strategy depends on the data."""
+        return self.text.partition(":")[0] == "surgical"
 
-def _patient(strategy: Strategy, patience: int) -> Strategy:
-    return strategies.with_patience(strategy, patience) if patience else strategy
+    @property
+    def planned(self) -> Strategy:
+        """The strategy as far as the text decides it: for `surgical` every group trains."""
+        if not self.asks_the_data:
+            return self._patient(strategies.parse(self.text, self.epochs, self.learning_rate, also=("surgical",)))
+        return self._patient(_surgical("all", **self._surgical_options()).strategy)
+
+    def __call__(
+        self,
+        model: keras.Model,
+        task: Task,
+        data: Data,
+        *,
+        seed: int = 0,
+        batch_size: int = 32,
+        max_steps: int | None = None,
+        decided: str = "",
+    ) -> Advice:
+        """Settle the strategy.
+
+        Args:
+            model, task, data, seed, batch_size, max_steps: As for `surgical`.
+            decided: The decision of an earlier call, to be kept. Defaults to none.
+        """
+        if not self.asks_the_data:
+            return Advice(self.planned)
+        options = self._surgical_options()
+        if decided:
+            advised = _surgical(decided, **options)
+        else:
+            advised = surgical(model, task, data, **options, seed=seed, batch_size=batch_size, max_steps=max_steps)
+        return replace(advised, strategy=self._patient(advised.strategy))
+
+    def _surgical_options(self) -> dict[str, Any]:
+        given = strategies.options_of("surgical", surgical, self.text)
+        return {**given, "epochs": self.epochs, "learning_rate": self.learning_rate}
+
+    def _patient(self, strategy: Strategy) -> Strategy:
+        return strategies.with_patience(strategy, self.patience) if self.patience else strategy
 
 
 def surgical(
@@ -90,6 +122,7 @@ def surgical(
     *,
     seed: int = 0,
     batch_size: int = 32,
+    max_steps: int | None = None,
 ) -> Advice:
     """Choose what trains by relative gradient norm per depth group, after a probe.
 
@@ -105,6 +138,7 @@ def surgical(
         epochs, learning_rate: As for `strategies.freeze_then_unfreeze`.
         seed: Of the probe. Defaults to 0.
         batch_size: Examples per step. Defaults to 32.
+        max_steps: Of the probe, to try things out. Defaults to None: no bound.
 
     Returns:
         A probe followed by a phase that trains the chosen groups, the reasons, and the table.
@@ -112,11 +146,11 @@ def surgical(
     Source: Lee et al. 2023, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", arXiv:2210.11466
     (Auto-RGN).
     """
-    check(0 < share <= 1, "share", "in (0, 1]", share)
-    probe, tune = strategies.freeze_then_unfreeze(augmentation, epochs, learning_rate)
-    norms = relative_gradient_norms(model, task, data, probe, seed=seed, batch_size=batch_size)
+    planned = _surgical("all", share, augmentation, epochs, learning_rate)
+    norms = relative_gradient_norms(
+        model, task, data, planned.strategy[0], seed=seed, batch_size=batch_size, max_steps=max_steps
+    )
     chosen = _largest(norms, share)
-    tuned = replace(tune, name="surgical", selector=f"groups:{'+'.join(chosen)}", layer_decay=1.0)
     largest = max(norms, key=lambda name: norms[name])
     reasons = (
         f"After a probe the gradient is largest, against its weights, in {largest} ({norms[largest]:.3g}).",
@@ -127,11 +161,34 @@ def surgical(
     table = Table(
         "Relative gradient norms after the probe", ("group", "gradient / weights", "so it"), rows, section=OTHER
     )
-    return Advice((probe, tuned), reasons, table)
+    decided = _surgical(f"groups:{'+'.join(chosen)}", share, augmentation, epochs, learning_rate)
+    return replace(decided, reasons=reasons, table=table)
+
+
+def _surgical(
+    selector: str,
+    share: float = 0.5,
+    augmentation: str = "strong",
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+) -> Advice:
+    """Return the strategy for groups that are decided."""
+    check(0 < share <= 1, "share", "in (0, 1]", share)
+    probe, tune = strategies.freeze_then_unfreeze(augmentation, epochs, learning_rate)
+    tuned = replace(tune, name="surgical", selector=selector, layer_decay=1.0)
+    kept = ("What trains was decided when this run began.",)
+    return Advice((probe, tuned), kept, decision=selector)
 
 
 def relative_gradient_norms(
-    model: keras.Model, task: Task, data: Data, probe: Phase, *, seed: int = 0, batch_size: int = 32
+    model: keras.Model,
+    task: Task,
+    data: Data,
+    probe: Phase,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    max_steps: int | None = None,
 ) -> dict[str, float]:
     """Return, for each depth group below the head, the norm of the gradient over that of the weights.
 
@@ -139,10 +196,10 @@ def relative_gradient_norms(
         model: Its weights are the same afterwards.
         task, data: The training split is measured, 512 examples of it at the most.
         probe: The phase that fits the head first.
-        seed, batch_size: Of the probe.
+        seed, batch_size, max_steps: Of the probe.
     """
     kept = model.get_weights()
-    training.fine_tune(model, task, data, (probe,), seed=seed, batch_size=batch_size)
+    training.fine_tune(model, task, data, (probe,), seed=seed, batch_size=batch_size, max_steps=max_steps)
     trainable.set_trainable(model, "all")
     groups = trainable.all_groups(model)[:-1]
     gradients = _gradients(model, task, data, batch_size, seed)
@@ -230,30 +287,47 @@ def find_learning_rate(
         task, data: Only training examples decide.
         phase: What trains and how; its own rate and schedule are not used. Defaults to everything, plainly.
         high: The last rate, above 0; the first is a millionth of it. Defaults to 1.
-        steps: How many, at least 10; rounded up to whole epochs. Defaults to 100.
+        steps: How many, at least 10; more than an epoch's are rounded to whole epochs. Defaults to 100.
         seed, batch_size: As for `fine_tune`.
 
     Returns:
-        Rates, losses and the suggestion; `.picture()` draws them.
+        Rates, losses and the suggestion; `.picture().png` is a plot of them.
+
+    Raises:
+        InputError: If the very first loss is not finite.
 
     Source: Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186.
     """
     check(math.isfinite(high) and high > 0, "high", "a number above 0", high)
     check(isinstance(steps, int) and steps >= 10, "steps", "a whole number from 10", steps)
-    epochs = -(-steps // order.steps_per_epoch(len(data.train), batch_size))
+    per_epoch = order.steps_per_epoch(len(data.train), batch_size)
+    epochs = max(round(steps / per_epoch), 1)
+    steps = min(steps, per_epoch) if epochs == 1 else epochs * per_epoch
     ranged = replace(
         phase or Phase("range test", "all"),
         schedule="exponential",
         learning_rate=high,
         warmup=0.0,
         epochs=epochs,
+        patience=0,
         average=None,
     )
     watch = _BatchLosses(len(data.train), batch_size)
     kept = model.get_weights()
-    training.fine_tune(model, task, data, (ranged,), callbacks=[watch], seed=seed, batch_size=batch_size)
+    training.fine_tune(
+        model,
+        task,
+        data,
+        (ranged,),
+        callbacks=[watch],
+        seed=seed,
+        batch_size=batch_size,
+        max_steps=steps if epochs == 1 else None,
+    )
     model.set_weights(kept)
-    rate = schedules.learning_rate(ranged, epochs * order.steps_per_epoch(len(data.train), batch_size))
+    if not watch.smoothed:
+        raise InputError("the loss of the first step is not finite: look at the pictures, or at the network's outputs")
+    rate = schedules.learning_rate(ranged, steps)
     rates = tuple(float(rate(step)) for step in range(len(watch.smoothed)))
     return RateTest(rates, tuple(watch.smoothed), rates[int(np.argmin(watch.smoothed))] / 10)
 

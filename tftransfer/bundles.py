@@ -26,7 +26,7 @@ MODEL = "model.keras"
 SAMPLES = "samples"
 REPORT = "report.json"
 _PATTERN_CHARACTERS = frozenset("[]*?\\")
-PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "tensorflow-datasets")
+PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "safetensors", "tensorflow-datasets")
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,20 @@ def claim(folder: Path, configuration: Mapping[str, Any]) -> bool:
     return bool(manifest.get("complete"))
 
 
-def begin(folder: Path, configuration: Mapping[str, Any], *, again: bool = False) -> None:
+def begin(
+    folder: Path,
+    configuration: Mapping[str, Any],
+    *,
+    again: bool = False,
+    decisions: Mapping[str, Any] | None = None,
+) -> None:
     """Make a run's folder and note in its manifest which run it holds; of several at the same time one succeeds.
 
     Args:
         folder: The run's folder; it need not exist.
         configuration: Everything that decides the run's result.
         again: Whether the folder held this run, interrupted, when it was claimed. Defaults to False.
+        decisions: What was decided from the data; `begun_decisions` reads it when the run goes on. Defaults to none.
 
     Raises:
         InputError: If another run began there, or this one was finished, since the folder was claimed.
@@ -96,9 +103,17 @@ def begin(folder: Path, configuration: Mapping[str, Any], *, again: bool = False
     try:
         # x: of several, only one can create it.
         with (folder / MANIFEST).open("x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(_json({"complete": False, "configuration": dict(configuration)}))
+            begun = {"complete": False, "configuration": dict(configuration), "decisions": dict(decisions or {})}
+            file.write(_json(begun))
     except FileExistsError:
         raise InputError(taken) from None
+
+
+def begun_decisions(folder: Path) -> dict[str, Any]:
+    """Return what a run that was interrupted had decided from the data; empty if the folder holds none."""
+    if not (folder / MANIFEST).is_file():
+        return {}
+    return dict(read_manifest(folder).get("decisions", {}))
 
 
 def next_folder(root: Path, name: str) -> Path:
@@ -130,18 +145,29 @@ def save(
     write_json(folder / REPORT, report.to_json())
     write_text(folder / "report.html", report.to_html())
     write_text(folder / "MODEL_CARD.md", model_card(report, provenance))
-    manifest = {
-        "complete": report.complete,
-        "configuration": dict(configuration),
-        "task": tasks.to_json(task),
-        "labels": list(task.labels),
-        "image_size": list(model.input_shape[1:3]),
-        "strategy": report.strategy,
+    finish(
+        folder,
+        configuration,
+        complete=report.complete,
+        task=tasks.to_json(task),
+        labels=list(task.labels),
+        image_size=list(model.input_shape[1:3]),
+        strategy=report.strategy,
         **provenance,
-        "versions": versions(),
-        "files": digests(folder),
-    }
-    _write_manifest(folder, manifest)
+    )
+
+
+def finish(folder: Path, configuration: Mapping[str, Any], *, complete: bool = True, **content: Any) -> None:
+    """Write the manifest of a run that is done, sealed, with the digest of every file in its folder.
+
+    Args:
+        folder: The run's folder, with all other files in it.
+        configuration: Everything that decided the result.
+        complete: Whether the run came to its end. Defaults to True.
+        content: Whatever else the manifest is to say.
+    """
+    manifest = {"complete": complete, "configuration": dict(configuration), **content}
+    _write_manifest(folder, {**manifest, "versions": versions(), "files": digests(folder)})
 
 
 def write_samples(folder: Path, samples: Sequence[bytes]) -> None:

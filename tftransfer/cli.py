@@ -33,12 +33,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
 
 
-def recipe_parser(name: str, description: str, *, epochs_help: str = "the strategy's own") -> Parser:
+def recipe_parser(
+    name: str,
+    description: str,
+    *,
+    strategy_help: str = "NAME[:OPTION=VALUE,...] (default: freeze_then_unfreeze; for the demo's digits without flips)",
+    epochs_help: str = "the strategy's own",
+) -> Parser:
     """Return a parser with the options that recipes share; a recipe adds its own to it.
 
     Args:
         name: The recipe's name.
         description: What `--help` says first.
+        strategy_help: How to write `--strategy`, and what happens without it.
         epochs_help: What happens without `--epochs`.
     """
     parser = Parser(prog=f"recipes/{name}.py", description=description)
@@ -53,10 +60,7 @@ def recipe_parser(name: str, description: str, *, epochs_help: str = "the strate
         help="imagenet, demo, none or a file (default: demo for the demo's backbone, else imagenet)",
     )
     add("--image-size", type=image_size, metavar="N|HxW", help="pixels (default: the backbone's natural size)")
-    add(
-        "--strategy",
-        help="NAME[:OPTION=VALUE,...] (default: freeze_then_unfreeze; for the demo's digits without flips)",
-    )
+    add("--strategy", help=f"{strategy_help}; `tftransfer strategies` lists them")
     add("--epochs", type=int, help=f"total over all phases (default: {epochs_help})")
     add("--batch-size", type=at_least(1), default=32, help="examples per step over all devices (default: %(default)s)")
     add("--learning-rate", type=float, help="peak of the last phase (default: the strategy's own)")
@@ -216,6 +220,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     _command(commands, "doctor", "versions, devices, memory, and what is missing")
     _command(commands, "backbones", "the pretrained networks, their sizes and preprocessing")
+    _command(commands, "strategies", "the ways to fine-tune, with their options")
     predict = _command(commands, "predict", "labels for pictures, by a finished run")
     predict.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     predict.add_argument("files", type=Path, nargs="+", metavar="FILE", help="pictures")

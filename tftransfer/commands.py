@@ -17,6 +17,7 @@ import psutil
 import tensorflow as tf
 
 from tftransfer import bundles, distribution, prefix, serving, training, weights
+from tftransfer.advice import surgical
 from tftransfer.backbones import backbone, names
 from tftransfer.builders import outputs_are_logits
 from tftransfer.checks import performance
@@ -24,6 +25,8 @@ from tftransfer.console import literal_console, print_table
 from tftransfer.data import audit, images, load_for
 from tftransfer.errors import InputError
 from tftransfer.report import Table
+from tftransfer.strategies import describe
+from tftransfer.strategies import names as strategy_names
 
 _BATCH_SIZE = 32  # pictures that `predict` holds at a time
 _OPTIONAL = {"pytest": "to run the tests (extra dev)", "tensorboard": "to look at a run's logs/"}
@@ -63,6 +66,15 @@ def backbones(options: argparse.Namespace) -> int:
     rows = tuple((r.name, r.family, r.natural_size, r.smallest_size, r.preprocessing) for r in records)
     content = [dict(zip(columns, row, strict=True)) for row in rows]
     _show(options, content, Table(f"{len(rows)} backbones", columns, rows))
+    return 0
+
+
+def strategies(options: argparse.Namespace) -> int:
+    """List the ways to fine-tune that `--strategy` takes."""
+    columns = ("strategy", "what it does", "options and defaults", "source")
+    rows = (*map(describe, strategy_names()), describe(surgical))
+    content = [dict(zip(columns, row, strict=True)) for row in rows]
+    _show(options, content, Table(f"{len(rows)} strategies, --strategy NAME[:OPTION=VALUE,...]", columns, rows))
     return 0
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ import numpy as np
 import tensorflow as tf
 from sklearn.model_selection import KFold, StratifiedKFold
 
-from tftransfer import advice, report_html, training
+from tftransfer import advice, bundles, report_html, training
 from tftransfer.checks import drawing, forgetting, performance
 from tftransfer.data import Data, Examples
 from tftransfer.errors import InputError, check
+from tftransfer.penalties import Source
 from tftransfer.report import RESULT, Number, Picture, Table
 from tftransfer.tasks import Task
+
+JSON, MARKDOWN, PICTURE = "comparison.json", "comparison.md", "comparison.png"
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Trial:
         strategy: As the command line writes it.
         seed: Of everything.
         fold: Number of the held-out fold; -1 if the test split was measured.
-        metric: The task's first metric on what was held out.
+        metric: The task's metric on what was held out; None where it is undefined.
         seconds: What training took, advice included.
         parameters: How many numbers trained in the phase that trained most.
         source_before, source_after: Accuracy on the old task, None if it is not known.
@@ -41,7 +45,7 @@ class Trial:
     strategy: str
     seed: int
     fold: int
-    metric: float
+    metric: float | None
     seconds: float
     parameters: int
     source_before: float | None = None
@@ -51,6 +55,17 @@ class Trial:
     def key(self) -> tuple[str, int, int]:
         """What tells trials apart."""
         return self.strategy, self.seed, self.fold
+
+    def line(self, metric: str) -> str:
+        """Say how it went.
+
+        Example:
+            >>> Trial("full", 0, 1, 0.9, 12.3, 100).line("accuracy")
+            'full seed 0 fold 1: accuracy 0.9000, 12 s'
+        """
+        part = f" fold {self.fold}" if self.fold >= 0 else ""
+        value = "undefined" if self.metric is None else f"{self.metric:.4f}"
+        return f"{self.strategy} seed {self.seed}{part}: {metric} {value}, {self.seconds:.0f} s"
 
 
 _METRICS = {"single_label": "accuracy", "multi_label": "macro_f1", "regression": "mean_absolute_error"}
@@ -80,7 +95,7 @@ def split_list(text: str) -> tuple[str, ...]:
     found = tuple(part for part in re.split(r",(?=\w+(?:[:,]|$))", text) if part)
     check(bool(found) and len(set(found)) == len(found), "strategy", "a comma list of different strategies", text)
     for part in found:
-        advice.chooser(part)  # refuses what is not known
+        advice.Choice(part)  # refuses what is not known
     return found
 
 
@@ -116,96 +131,109 @@ def _subset(examples: Examples, numbers: np.ndarray) -> Examples:
 
 
 def run_trial(
-    strategy: str,
+    choice: advice.Choice,
     build: Callable[[], keras.Model],
     task: Task,
     data: Data,
     *,
     seed: int,
     fold: int = -1,
-    epochs: int | None = None,
     batch_size: int = 32,
     max_steps: int | None = None,
-    source: Data | None = None,
+    source: Source | None = None,
 ) -> Trial:
     """Train a fresh network by one strategy and measure it on the data's test part.
 
     Args:
-        strategy: As the command line writes it.
-        build: Makes the network.
+        choice: The strategy, with its budget of epochs.
+        build: Makes the network, the same pretrained one each time.
         task, data: What to learn; `data.test` is measured.
         seed: Of everything.
         fold: Kept in the trial. Defaults to -1.
-        epochs, batch_size, max_steps: The budget, as for `fine_tune`.
-        source: Data of the old task, to measure forgetting. Defaults to None.
+        batch_size, max_steps: As for `fine_tune`.
+        source: The old task, from `source_probe` on the network before tuning. Defaults to None.
     """
     keras.utils.set_random_seed(seed)
     model = build()
-    old = forgetting.source_probe(model, source) if source else None
-    before = forgetting.source_accuracy(model, old) if old else None
     began = time.monotonic()
-    chosen = advice.chooser(strategy, epochs, None, seed, batch_size)(model, task, data)
+    chosen = choice(model, task, data, seed=seed, batch_size=batch_size, max_steps=max_steps)
     history = training.fine_tune(
-        model, task, data, chosen.strategy, seed=seed, batch_size=batch_size, max_steps=max_steps, source=old
+        model, task, data, chosen.strategy, seed=seed, batch_size=batch_size, max_steps=max_steps, source=source
     )
     seconds = time.monotonic() - began
     given = training.predict(model, task, data.test)
     metrics = performance.performance(task, data.test, given, train_targets=data.train.targets).metrics
     return Trial(
-        strategy,
+        choice.text,
         seed,
         fold,
-        float(metrics[metric_of(task)].value or 0.0),
+        metrics[metric_of(task)].value,
         seconds,
         max(sum(row.trainable for row in record.audit) for record in history.phases),
-        before.old_head if before else None,
-        forgetting.source_accuracy(model, old).old_head if old else None,
+        source.before if source else None,
+        forgetting.source_accuracy(model, source) if source else None,
     )
 
 
-def table(trials: Sequence[Trial], metric: str) -> Table:
-    """Put the trials of each strategy together, the best first: means, and the range over seeds and folds."""
+def table(trials: Sequence[Trial], metric: str, note: str = "") -> Table:
+    """Put the trials of each strategy together, the best first: means, and ranges over seeds.
+
+    Folds of one seed are averaged first; with a single seed the range is that over its folds.
+
+    Args:
+        trials: At least one.
+        metric: What `Trial.metric` is.
+        note: What was compared, said below the table.
+    """
     rows = [
-        _row(strategy, [trial for trial in trials if trial.strategy == strategy]) for strategy in _strategies(trials)
+        _row(strategy, [trial for trial in trials if trial.strategy == strategy])
+        for strategy in dict.fromkeys(trial.strategy for trial in trials)
     ]
-    rows.sort(key=lambda row: row[1].value, reverse=metric != "mean_absolute_error")
-    forgets = any(trial.source_after is not None for trial in trials)
+    sign = 1 if metric == "mean_absolute_error" else -1
+    rows.sort(key=lambda row: math.inf if row[1].value is None else sign * row[1].value)
     columns: tuple[str, ...] = ("strategy", metric, "trials", "seconds", "parameters trained")
     percent: tuple[str, ...] = (metric,) if metric in ("accuracy", "macro_f1") else ()
-    if forgets:
+    if any(trial.source_after is not None for trial in trials):
         columns += ("old task before", "old task after")
         percent += columns[-2:]
-    note = "Mean over the trials; in brackets the smallest and largest."
+    over = "seeds" if len({trial.seed for trial in trials}) > 1 else "folds"
+    undefined = sum(trial.metric is None for trial in trials)
+    notes = [f"Means, with the smallest and largest over {over}."] if len(trials) > len(rows) else []
+    notes += [f"{undefined} trials gave no finite answers."] if undefined else []
     return Table(
         "Strategies compared",
         columns,
         tuple(row[: len(columns)] for row in rows),
-        note,
+        " ".join([*notes, note]).strip(),
         section=RESULT,
         percent=percent,
     )
 
 
-def _strategies(trials: Iterable[Trial]) -> list[str]:
-    return list(dict.fromkeys(trial.strategy for trial in trials))
-
-
 def _row(strategy: str, trials: Sequence[Trial]) -> tuple[Any, ...]:
     return (
         strategy,
-        _spread([trial.metric for trial in trials]),
+        _spread([(trial.seed, trial.metric) for trial in trials]),
         len(trials),
         round(float(np.mean([trial.seconds for trial in trials])), 1),
         max(trial.parameters for trial in trials),
-        _spread([trial.source_before for trial in trials if trial.source_before is not None]),
-        _spread([trial.source_after for trial in trials if trial.source_after is not None]),
+        _spread([(trial.seed, trial.source_before) for trial in trials]),
+        _spread([(trial.seed, trial.source_after) for trial in trials]),
     )
 
 
-def _spread(values: Sequence[float]) -> Number:
-    if not values:
-        return Number(None)
-    return Number(float(np.mean(values)), min(values), max(values), "range")
+def _spread(values: Sequence[tuple[int, float | None]]) -> Number:
+    """Return the mean, and the range over seeds or, with one seed, over what was measured with it."""
+    by_seed: dict[int, list[float]] = {}
+    for seed, value in values:
+        if value is None:
+            return Number(None)
+        by_seed.setdefault(seed, []).append(value)
+    per_seed = list(by_seed.values())
+    several = [float(np.mean(part)) for part in per_seed] if len(per_seed) > 1 else per_seed[0]
+    if len(several) == 1:
+        return Number(several[0])
+    return Number(float(np.mean(several)), min(several), max(several), "range")
 
 
 def picture(compared: Table) -> Picture:
@@ -216,7 +244,11 @@ def picture(compared: Table) -> Picture:
     axes = drawing.style(drawn.subplots(), metric)
     for place, row in enumerate(rows):
         number = row[1]
-        axes.plot([number.low, number.high], [place, place], color=drawing.BLUE, linewidth=2, solid_capstyle="round")
+        if number.value is None:
+            continue
+        if number.low is not None:
+            span = [number.low, number.high]
+            axes.plot(span, [place, place], color=drawing.BLUE, linewidth=2, solid_capstyle="round")
         axes.plot(number.value, place, "o", color=drawing.BLUE, markersize=5)
     axes.set_yticks(range(len(rows)), [drawing.text(str(row[0]), 32) for row in rows])
     caption = f"Dots are means of {metric}, lines reach from the smallest to the largest trial."
@@ -228,9 +260,9 @@ def markdown(compared: Table) -> str:
 
     def cell(value: Any, column: str) -> str:
         if not isinstance(value, Number):
-            return str(value)
+            return str(value).replace("|", "\\|")
         parts = [report_html.number(part, column in compared.percent) for part in (value.value, value.low, value.high)]
-        return "-" if value.value is None else f"{parts[0]} ({parts[1]} to {parts[2]})"
+        return parts[0] if value.low is None else f"{parts[0]} ({parts[1]} to {parts[2]})"
 
     lines = [" | ".join(compared.columns), " | ".join("---" for _ in compared.columns)]
     lines += [
@@ -241,16 +273,48 @@ def markdown(compared: Table) -> str:
     return f"# {compared.title}\n\n{body}\n\n{compared.note}\n"
 
 
-def read(path: Path) -> tuple[Trial, ...]:
-    """Return the trials that a comparison has written so far; none if it has not begun."""
+def note(about: Mapping[str, Any]) -> str:
+    """Say in one line what was compared, and how far the table may be trusted.
+
+    Args:
+        about: What `comparison.json` says beside the trials: the network, the budget and the data.
+    """
+    epochs = f"{about['epochs']} epochs" if about["epochs"] else "each strategy's own epochs"
+    said = (
+        f"{about['backbone']} ({about['weights']}) at {'x'.join(map(str, about['image_size']))} pixels on "
+        f"{about['data']}, {epochs} of {about['train']} examples in batches of {about['batch_size']}."
+    )
+    if about["folds"]:
+        return f"{said} Measured on {about['folds']} folds of the training split; the test split was not looked at."
+    return (
+        f"{said} Measured on the test split of {about['test']}: to choose by this table and then quote the best row "
+        "is too hopeful; choose with --folds."
+    )
+
+
+def begin(folder: Path, about: Mapping[str, Any]) -> tuple[Trial, ...]:
+    """Return the trials that an earlier call of the same comparison has written down.
+
+    Raises:
+        InputError: If the data or the network changed since then, or the file is damaged.
+    """
+    path = folder / JSON
     if not path.is_file():
         return ()
-    return tuple(Trial(**trial) for trial in json.loads(path.read_text(encoding="utf-8"))["trials"])
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name, value in about.items() if found["about"][name] != value and name != "versions"]
+        trials = tuple(Trial(**trial) for trial in found["trials"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no comparison ({error!r}): choose a new folder") from None
+    if changed:
+        raise InputError(f"`out` {folder} holds a comparison that differs in {', '.join(changed)}: choose a new folder")
+    return trials
 
 
-def to_json(trials: Sequence[Trial], metric: str, **about: Any) -> dict[str, Any]:
-    """Return what `comparison.json` holds: every trial, and a row per strategy."""
-    compared = table(trials, metric)
+def write(folder: Path, trials: Sequence[Trial], metric: str, about: Mapping[str, Any]) -> Table:
+    """Write what is known so far: every trial and the table as JSON, the table as Markdown, and a picture of it."""
+    compared = table(trials, metric, note(about))
     rows = [
         {
             column: dataclasses.asdict(value) if isinstance(value, Number) else value
@@ -258,7 +322,11 @@ def to_json(trials: Sequence[Trial], metric: str, **about: Any) -> dict[str, Any
         }
         for row in compared.rows
     ]
-    return {**about, "metric": metric, "strategies": rows, "trials": [dataclasses.asdict(trial) for trial in trials]}
+    content = {"about": dict(about), "metric": metric, "strategies": rows, "trials": list(map(vars, trials))}
+    bundles.write_json(folder / JSON, content)
+    bundles.write_text(folder / MARKDOWN, markdown(compared))
+    (folder / PICTURE).write_bytes(picture(compared).png)
+    return compared
 
 
 def seeds(text: str) -> tuple[int, ...]:

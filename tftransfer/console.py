@@ -13,8 +13,8 @@ from tftransfer.report import TRAINING, Number, Table
 from tftransfer.trainable import AuditRow
 
 
-def audit_table(title: str, rows: tuple[AuditRow, ...]) -> Table:
-    """Return what trains as a table for the terminal and the report."""
+def audit_table(title: str, rows: tuple[AuditRow, ...], note: str = "") -> Table:
+    """Return what trains as a table for the terminal and the report, with a note below it."""
     columns = ("group", "layers", "parameters", "trainable", "learning rate", "BatchNorm statistics")
     cells = tuple(
         (
@@ -27,7 +27,7 @@ def audit_table(title: str, rows: tuple[AuditRow, ...]) -> Table:
         )
         for row in rows
     )
-    return Table(title, columns, cells, section=TRAINING)
+    return Table(title, columns, cells, note, section=TRAINING)
 
 
 def print_table(console: Console, table: Table) -> None:

@@ -25,6 +25,7 @@ class PhaseRecord:
         best_epoch: The epoch of the phase whose weights were kept; 0 if those it began with were better.
         seconds: What the phase took.
         tuned_share: Where `WiseFt` stopped between the weights that the phase began with (0) and the tuned ones (1).
+        penalty_basis: What a penalty held the network to; empty without one.
     """
 
     phase: Phase
@@ -34,6 +35,7 @@ class PhaseRecord:
     best_epoch: int
     seconds: float
     tuned_share: float | None = None
+    penalty_basis: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Describe the phase for `report.json` and the manifest."""
@@ -45,6 +47,7 @@ class PhaseRecord:
             "frozen_share": self.frozen_share,
             "seconds": self.seconds,
             "tuned_share": self.tuned_share,
+            "penalty_basis": self.penalty_basis or None,
         }
 
 

@@ -28,6 +28,7 @@ class Source:
         test: Others, on which forgetting is measured.
         kernel: `(features, classes)` float32.
         bias: `(classes,)` float32.
+        before: Accuracy of this layer on `test` before tuning, in [0, 1].
     """
 
     name: str
@@ -35,6 +36,7 @@ class Source:
     test: Examples
     kernel: np.ndarray
     bias: np.ndarray
+    before: float
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,20 @@ class L2SP:
     Use it when few examples would carry a pretrained network far away; it needs nothing but the weights.
 
     Args:
-        strength: From 0. Defaults to 0.01.
+        strength: From 0. Defaults to 0.1.
 
     Source: Li et al. 2018, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks",
     arXiv:1802.01483.
     """
 
-    strength: float = 0.01
+    strength: float = 0.1
 
     def __post_init__(self) -> None:
         _check_strength(self.strength)
+
+    def basis(self, source: Source | None) -> str:
+        """Say what the network is held to, for table and report."""
+        return "held to the weights that the phase began with"
 
     def prepare(self, subject: Subject) -> Term:
         """Remember the weights as they are."""
@@ -91,18 +97,23 @@ class EWC:
     scaled to mean 1, so that `strength` means what it does for `L2SP`.
 
     Args:
-        strength: From 0. Defaults to 0.01.
+        strength: From 0. Defaults to 0.1.
         examples: How many pictures the importance is measured on, from 1. Defaults to 256.
 
     Source: Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks", arXiv:1612.00796.
     """
 
-    strength: float = 0.01
+    strength: float = 0.1
     examples: int = 256
 
     def __post_init__(self) -> None:
         _check_strength(self.strength)
         check(isinstance(self.examples, int) and self.examples >= 1, "examples", "a whole number from 1", self.examples)
+
+    def basis(self, source: Source | None) -> str:
+        """Say what the network is held to, for table and report."""
+        of = f"the old task ({source.name})" if source else "the new pictures' features, as no old task was given"
+        return f"held to the weights that the phase began with, by their importance for {of}"
 
     def prepare(self, subject: Subject) -> Term:
         """Measure the importance of each weight and remember the weights as they are."""
@@ -131,6 +142,10 @@ class DistillFromSource:
     def __post_init__(self) -> None:
         _check_strength(self.strength)
         check(self.temperature >= 1, "temperature", "a number from 1", self.temperature)
+
+    def basis(self, source: Source | None) -> str:
+        """Say what the network is held to, for table and report."""
+        return f"held to its answers to {source.name}" if source else "held to its features, as no old task was given"
 
     def prepare(self, subject: Subject) -> Term:
         """Remember the weights as they are: they are the teacher."""

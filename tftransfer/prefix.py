@@ -71,7 +71,11 @@ def cut(model: keras.Model, adapted: Sequence[keras.Variable] = ()) -> Cut:
     """
     above = _operations_above(model, {id(variable) for variable in adapted})
     if not above:
-        raise InputError("nothing trains: every variable of the network is frozen; choose another `selector`")
+        names = ", ".join(group.name for group in all_groups(model))
+        raise InputError(
+            "nothing trains: every variable of the network is frozen; choose another `selector`, such as 'head', "
+            f"'last:1' or 'all'. Groups: {names}"
+        )
     crossing = _crossing_tensors(model, above)
     frozen = _network(model.inputs, crossing) if crossing else None
     if frozen is None or not any(_could_train(layer) for layer in frozen.layers):

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import keras
 from rich.console import Console
 
-from tftransfer import advice, backbones, bundles, comparison, serving, training, weights
+from tftransfer import advice, backbones, bundles, serving, training, weights
 from tftransfer.checks import calibration, charts, demo, forgetting, overfitting, performance
 from tftransfer.console import audit_table, literal_console, print_table
 from tftransfer.data import Data, load
 from tftransfer.distribution import Devices
+from tftransfer.errors import InputError
 from tftransfer.history import History
 from tftransfer.penalties import Source
 from tftransfer.report import Findings, Report
 from tftransfer.strategies import Strategy
 from tftransfer.tasks import Task
 
-# Options that do not decide a run's result; every other one is part of its configuration.
 ADAPTER = "adapter.safetensors"
+# Options that do not decide a run's result; every other one is part of its configuration.
 _NOT_CONFIGURATION = ("out", "quiet", "dry_run")
 
 
@@ -40,6 +41,7 @@ class Run:
         console: Where progress goes.
         began: When the call began, in seconds of the monotonic clock.
         again: Whether the folder already holds this run, interrupted. Defaults to False.
+        decisions: What it had decided from the data by then. Defaults to nothing.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Run:
     console: Console
     began: float
     again: bool = False
+    decisions: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def quiet(self) -> bool:
@@ -71,7 +74,9 @@ def prepare(name: str, options: argparse.Namespace) -> Run:
     folder = options.out or bundles.next_folder(Path("saved_models"), name)
     again = (folder / bundles.MANIFEST).is_file()
     finished = bundles.claim(folder, configuration)
-    return Run(name, folder, configuration, finished, literal_console(options.quiet), time.monotonic(), again)
+    decisions = bundles.begun_decisions(folder)
+    console = literal_console(options.quiet)
+    return Run(name, folder, configuration, finished, console, time.monotonic(), again, decisions)
 
 
 @dataclass(frozen=True)
@@ -104,26 +109,15 @@ def choose_network(options: argparse.Namespace) -> Network:
     return Network(row.name, None if kind == "none" else kind, options.image_size or (natural, natural))
 
 
-Chooser = Callable[[keras.Model, Task, Data], advice.Advice]
-
-
-def strategy_chooser(options: argparse.Namespace) -> Chooser:
+def strategy_choice(options: argparse.Namespace) -> advice.Choice:
     """Read the strategy; without one probe first and then train everything, mirroring no digits.
-
-    Returns:
-        A function from model, task and data to the strategy: most do not look at them, `surgical` does.
 
     Raises:
         InputError: If the strategy is not known, or a number is out of its range.
     """
     usual = "freeze_then_unfreeze:augmentation=light_no_flip" if options.data == "demo" else "freeze_then_unfreeze"
-    return advice.chooser(
-        options.strategy or usual,
-        options.epochs,
-        options.learning_rate,
-        options.seed,
-        options.batch_size,
-        getattr(options, "patience", None) or 0,
+    return advice.Choice(
+        options.strategy or usual, options.epochs, options.learning_rate, getattr(options, "patience", None) or 0
     )
 
 
@@ -139,47 +133,34 @@ def check_strategy(model: keras.Model, strategy: Strategy) -> None:
         training.plan(model, phase)
 
 
-@dataclass(frozen=True)
-class OldTask:
-    """The task that a backbone comes from, and how well it was done before tuning."""
-
-    source: Source
-    before: forgetting.Kept
-
-
-def old_data(name: str | None, image_size: tuple[int, int], seed: int) -> Data | None:
-    """Read data of the task that a backbone comes from.
-
-    Args:
-        name: `"demo"` for generated signs, or a data set as `--data` takes it; None for none.
-        image_size: `(height, width)` of the model's input.
-        seed: Decides which signs are generated, and the splits.
-
-    Raises:
-        InputError: If the data cannot be read.
-    """
-    if name is None:
-        return None
-    if name == "demo":
-        return forgetting.demo_source(image_size, seed)
-    return load(name, image_size=image_size, seed=seed)[0]
-
-
-def old_task(name: str | None, model: keras.Model, seed: int) -> OldTask | None:
+def old_task(name: str | None, network: Network, model: keras.Model, options: argparse.Namespace) -> Source | None:
     """Fit a head for the task that the backbone comes from, to see later what was forgotten.
 
     Args:
-        name, seed: As for `old_data`.
+        name: `"demo"` for generated signs, or a data set as `--data` takes it; None for none.
+        network: Where the model's weights come from.
         model: Not tuned yet.
+        options: The recipe's, with `seed` and `smoke`.
 
     Raises:
-        InputError: If the data cannot be read or holds no single labels.
+        InputError: If the data cannot be read or holds no single labels, or the network never learned them.
     """
-    data = old_data(name, model.input_shape[1:3], seed)
-    if data is None:
+    if name is None:
         return None
-    source = forgetting.source_probe(model, data, "generated signs" if name == "demo" else "")
-    return OldTask(source, forgetting.source_accuracy(model, source))
+    if network.weights is None:
+        raise InputError(f"`source` needs pretrained weights: `--weights none` has no old task. Received: {name!r}")
+    limit = 256 if options.smoke else None
+    if name != "demo":
+        data = load(name, image_size=network.image_size, seed=options.seed, limit=limit)[0]
+        return forgetting.source_probe(model, data)
+    if not network.is_demo:
+        raise InputError(
+            "`source` demo is the task of the embedded backbone (--weights demo): give the data that "
+            f"{network.backbone} was trained on, as --data takes it"
+        )
+    return forgetting.source_probe(
+        model, forgetting.demo_source(network.image_size, options.seed, limit), "generated signs"
+    )
 
 
 def begin(run: Run, data: Data, devices: Devices, chosen: advice.Advice) -> None:
@@ -190,8 +171,12 @@ def begin(run: Run, data: Data, devices: Devices, chosen: advice.Advice) -> None
     Raises:
         InputError: If another run has taken the folder since `prepare`.
     """
-    announce(run, data, devices, chosen)
-    bundles.begin(run.folder, run.configuration, again=run.again)
+    announce(run, data, devices)
+    if chosen.table:
+        print_table(run.console, chosen.table)
+    for reason in chosen.reasons:
+        run.console.print(reason)
+    bundles.begin(run.folder, run.configuration, again=run.again, decisions={"trains": chosen.decision})
 
 
 def show_finished(run: Run) -> int:
@@ -216,20 +201,22 @@ def _exit_code(report: Report, published: bool) -> int:
     return 0 if published and finite else 1
 
 
-def show_plan(run: Run, model: keras.Model, data: Data, chosen: advice.Advice, devices: Devices) -> int:
+def show_plan(run: Run, model: keras.Model, data: Data, choice: advice.Choice, devices: Devices) -> int:
     """Print what a run would do: data, devices, and per phase what trains."""
-    announce(run, data, devices, chosen)
-    for phase in chosen.strategy:
+    announce(run, data, devices)
+    for phase in choice.planned:
         rows, parts = training.plan(model, phase)
         share = parts.frozen_share
         title = f"{phase.name}: {phase.epochs} epochs at {phase.learning_rate:g}, {share:.0%} runs as constants"
         print_table(run.console, audit_table(title, rows))
+    if choice.asks_the_data:
+        run.console.print("Which of these groups train is decided after a probe.")
     run.console.print(f"Nothing was written; the run would go to {run.folder}", soft_wrap=True)
     return 0
 
 
-def announce(run: Run, data: Data, devices: Devices, chosen: advice.Advice) -> None:
-    """Print what was found and chosen."""
+def announce(run: Run, data: Data, devices: Devices) -> None:
+    """Print what was found."""
     console = run.console
     console.print(f"Devices: {devices.reason}")
     counts = f"{len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test"
@@ -238,10 +225,6 @@ def announce(run: Run, data: Data, devices: Devices, chosen: advice.Advice) -> N
         console.print(f"  set aside: {item.file}: {item.reason}")
     if len(data.quarantined) > 5:
         console.print(f"  and {len(data.quarantined) - 5} more, all in the report")
-    if chosen.table:
-        print_table(console, chosen.table)
-    for reason in chosen.reasons:
-        console.print(reason, markup=False)
 
 
 def finish(
@@ -253,7 +236,7 @@ def finish(
     network: Network,
     devices: Devices,
     chosen: advice.Advice,
-    old: OldTask | None = None,
+    source: Source | None = None,
 ) -> int:
     """Measure on the test split, publish the SavedModel, write the folder, and print the result.
 
@@ -266,27 +249,27 @@ def finish(
         network: The pretrained network that training began with.
         devices: What it was trained on.
         chosen: The strategy and why it was chosen.
-        old: The task that the backbone comes from, if forgetting is to be measured. Defaults to None.
+        source: The task that the backbone comes from, if forgetting is to be measured. Defaults to None.
 
     Returns:
         The exit code: 0, or 1 if the export did not pass verification or the model's outputs are not finite.
     """
     findings = _measure(model, task, data, history)
     if network.is_demo and data.name == "demo":
-        comparison = demo.demo_comparison(data, network.image_size)
-        print_table(run.console, comparison.tables[0])
-        findings += comparison
+        worth = demo.demo_comparison(data, network.image_size)
+        print_table(run.console, worth.tables[0])
+        findings += worth
     if chosen.table:
         findings += Findings(tables=(chosen.table,))
-    if old:
-        findings += forgetting.forgetting(model, old.source, old.before)
+    if source:
+        findings += forgetting.forgetting(model, source)
     if history.adapter:
         history.adapter.save(run.folder / ADAPTER)
     pictures = samples(data)
     bundles.write_samples(run.folder, pictures)
     version, verification = serving.publish(model, task, run.folder / "serving", pictures)
     findings += Findings(checks=verification.checks)
-    report = _report(run, task, data, history, network, findings)
+    report = _report(run, task, data, history, network, findings, chosen.reasons)
     provenance = {
         "backbone": network.backbone,
         "weights": weights.describe_weights(network.backbone, network.weights, image_size=network.image_size),
@@ -303,46 +286,12 @@ def finish(
             "precision": devices.precision,
             "weights": network.weights,
             "image_size": list(network.image_size),
+            "trains": chosen.decision,
         },
     }
     bundles.save(run.folder, model, task, report, configuration=run.configuration, provenance=provenance)
     _print_result(run, report, version)
     return _exit_code(report, published=version is not None)
-
-
-def begin_trials(run: Run) -> tuple[comparison.Trial, ...]:
-    """Make a comparison's folder, and return the trials that an earlier call has already written there."""
-    bundles.begin(run.folder, run.configuration)
-    trials = comparison.read(run.folder / "comparison.json")
-    if trials:
-        run.console.print(f"Going on after {len(trials)} trials")
-    return trials
-
-
-def add_trial(
-    run: Run, trials: tuple[comparison.Trial, ...], trial: comparison.Trial, metric: str
-) -> tuple[comparison.Trial, ...]:
-    """Write a trial down, so that it need not be done again, and say how it went."""
-    trials = (*trials, trial)
-    bundles.write_json(run.folder / "comparison.json", comparison.to_json(trials, metric))
-    part = f" fold {trial.fold}" if trial.fold >= 0 else ""
-    run.console.print(
-        f"{trial.strategy} seed {trial.seed}{part}: {metric} {trial.metric:.4f}, {trial.seconds:.0f} s", markup=False
-    )
-    return trials
-
-
-def finish_trials(run: Run, trials: tuple[comparison.Trial, ...], data: Data, metric: str) -> int:
-    """Write and print the comparison's table."""
-    compared = comparison.table(trials, metric)
-    about = {"data": data.name, "fingerprint": data.fingerprint, "versions": bundles.versions()}
-    bundles.write_json(run.folder / "comparison.json", comparison.to_json(trials, metric, **about))
-    bundles.write_text(run.folder / "comparison.md", comparison.markdown(compared))
-    (run.folder / "comparison.png").write_bytes(comparison.picture(compared).png)
-    bundles.write_json(run.folder / bundles.MANIFEST, {"complete": True, "configuration": dict(run.configuration)})
-    print_table(run.console, compared)
-    run.console.print(f"Table: {run.folder / 'comparison.md'}")
-    return 0
 
 
 def samples(data: Data, count: int = 8) -> list[bytes]:
@@ -366,8 +315,16 @@ def _measure(model: keras.Model, task: Task, data: Data, history: History) -> Fi
     )
 
 
-def _report(run: Run, task: Task, data: Data, history: History, network: Network, findings: Findings) -> Report:
-    audits = tuple(audit_table(f"What trained: {r.phase.name}", r.audit) for r in history.phases)
+def _report(
+    run: Run,
+    task: Task,
+    data: Data,
+    history: History,
+    network: Network,
+    findings: Findings,
+    notes: tuple[str, ...],
+) -> Report:
+    audits = tuple(audit_table(f"What trained: {r.phase.name}", r.audit, r.penalty_basis) for r in history.phases)
     return Report(
         task=task.name,
         backbone=network.backbone,
@@ -386,6 +343,7 @@ def _report(run: Run, task: Task, data: Data, history: History, network: Network
         seed=int(run.configuration["seed"]),
         tables=audits + findings.tables,
         pictures=findings.pictures,
+        notes=notes,
     )
 
 

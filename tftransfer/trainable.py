@@ -57,7 +57,7 @@ def set_trainable(
         model: A functional model, from a builder or the user's own.
         selector: One of
             `"none"`; `"head"`; `"all"`;
-            `"last:N"`, the head and the N topmost depth groups; `"last:P%"`, that share of them, rounded up;
+            `"last:N"`, the head and the N topmost depth groups; `"last:K/N"`, the K topmost of N even parts of them;
             `"groups:A+B"`, the depth groups of these names;
             `"from:LAYER"`, that layer and all that come after it;
             `"LAYER_A:LAYER_B"`, the layers from A to B;
@@ -238,7 +238,7 @@ def _pattern(selector: str) -> re.Pattern[str]:
 def _layer_names(model: keras.Model, selector: str, groups: tuple[backbones.Group, ...]) -> tuple[str, ...]:
     first, colon, second = selector.partition(":")
     if not colon:
-        known = (*FIXED_SELECTORS, "last:N", "last:P%", "groups:A+B", "from:LAYER", "LAYER_A:LAYER_B", "re:PATTERN")
+        known = (*FIXED_SELECTORS, "last:N", "last:K/N", "groups:A+B", "from:LAYER", "LAYER_A:LAYER_B", "re:PATTERN")
         raise InputError(
             f"`selector` must be one of {', '.join(known)}.{nearest(selector, FIXED_SELECTORS)} Received: {selector!r}"
         )
@@ -257,15 +257,16 @@ def _layer_names(model: keras.Model, selector: str, groups: tuple[backbones.Grou
 
 
 def _last_groups(count: str, groups: tuple[backbones.Group, ...]) -> tuple[str, ...]:
-    share = count.removesuffix("%")
-    if share != count and share.isdigit() and 1 <= int(share) <= 100:
-        count = str(-(-int(share) * len(groups) // 100))
-    if not count.isdigit() or not 1 <= int(count) <= len(groups):
+    parts, slash, of = count.partition("/")
+    given = [int(number) if number.isdecimal() else 0 for number in (parts, of if slash else parts)]
+    if not 1 <= given[0] <= given[1] <= len(groups):
         raise InputError(
-            f"`selector` last:N takes a whole number from 1 to {len(groups)}, the depth groups of this network, or a "
-            f"share of them, last:P%. Groups: {', '.join(group.name for group in groups)}. Received: 'last:{count}'"
+            f"`selector` last:N takes a whole number from 1 to {len(groups)}, the depth groups of this network, and "
+            f"last:K/N takes K of N parts of them. Groups: {', '.join(group.name for group in groups)}. "
+            f"Received: 'last:{count}'"
         )
-    return tuple(name for group in groups[-int(count) :] for name in group.layers)
+    number = round(len(groups) * given[0] / given[1]) if slash else given[0]
+    return tuple(name for group in groups[len(groups) - number :] for name in group.layers)
 
 
 def _named_groups(names: list[str], groups: tuple[backbones.Group, ...]) -> tuple[str, ...]:
@@ -299,7 +300,14 @@ def _refuse_empty(
     for layer in weight_layers(model):
         if id(layer) not in head and any(matches(layer, variable) for variable in layer._trainable_variables):
             return
-    names = ", ".join(group.name for group in all_groups(model))
     raise InputError(
-        f"`selector` matches nothing below the head of this network. Groups: {names}. Received: {selector!r}"
+        f"`selector` matches nothing below the head of this network.{_nearest_names(model, selector)} Groups: "
+        f"{', '.join(group.name for group in all_groups(model))}. Received: {selector!r}"
     )
+
+
+def _nearest_names(model: keras.Model, selector: str) -> str:
+    """Suggest layers that a pattern may have meant."""
+    words = re.findall(r"\w{3,}", selector.removeprefix("re:"))
+    names = [layer.name for layer in model.layers if layer.weights]
+    return next((said for said in (nearest(word, names) for word in words) if said), "")

@@ -190,6 +190,7 @@ def _run_phase(run: _Run, phase: Phase, number: int, history: History, carried: 
     began = time.monotonic()
     trainable.set_trainable(run.model, phase.selector, train_batch_norm=phase.train_batch_norm)
     parts = prefix.cut(run.model, carried.attached.kernels if carried.attached else ())
+    _check_fits(run.model, phase, parts.trained)
     audit = _audit(run, phase, carried.attached)
     _seed_generators(run.model, run.seed, number)
     steps_per_epoch, epochs = run.steps(phase)
@@ -214,7 +215,14 @@ def _run_phase(run: _Run, phase: Phase, number: int, history: History, carried: 
     tuned_share = _interpolate(phase, trainee, start, validation)
     seconds = time.monotonic() - began
     record = PhaseRecord(
-        phase, audit, parts.frozen_share, len(logs["loss"]), keep.kept_epoch, seconds, tuned_share=tuned_share
+        phase,
+        audit,
+        parts.frozen_share,
+        len(logs["loss"]),
+        keep.kept_epoch,
+        seconds,
+        tuned_share,
+        _penalty_basis(run, phase),
     )
     history.add(logs, record)
     return dataclasses.replace(carried, moments=trainee.optimizer.moments())
@@ -224,6 +232,9 @@ def plan(model: keras.Model, phase: Phase) -> tuple[tuple[trainable.AuditRow, ..
     """Set what a phase trains, and say what that is: the audit table, and the two parts of the network.
 
     An adapter is made for it and thrown away.
+
+    Raises:
+        InputError: If the network does not have what the phase asks for.
     """
     trainable.set_trainable(model, phase.selector, train_batch_norm=phase.train_batch_norm)
     attached = phase.adapter.prepare(model, 0) if phase.adapter else None
@@ -233,7 +244,32 @@ def plan(model: keras.Model, phase: Phase) -> tuple[tuple[trainable.AuditRow, ..
         layer_decay=phase.layer_decay,
         added=attached.sizes() if attached else {},
     )
-    return rows, prefix.cut(model, attached.kernels if attached else ())
+    parts = prefix.cut(model, attached.kernels if attached else ())
+    _check_fits(model, phase, parts.trained)
+    return rows, parts
+
+
+def _check_fits(model: keras.Model, phase: Phase, part: keras.Model) -> None:
+    """Refuse a phase that asks for what the part of the network that trains does not have."""
+    if phase.cutmix and any(len(tensor.shape) != 4 for tensor in part.inputs):
+        raise InputError(
+            f"phase {phase.name!r} has `cutmix`, but what trains begins above pooling, where there are no pictures to "
+            "cut: use `mixup`, or a wider `selector`"
+        )
+    if phase.penalty and not _below_the_head(model, part):
+        raise InputError(
+            f"phase {phase.name!r} has a `penalty`, but no weight below the head trains: choose a wider `selector`"
+        )
+    if phase.stochastic_depth and not mixing.residual_branches(part):
+        raise InputError(
+            f"phase {phase.name!r} has `stochastic_depth`, but what trains has no residual branches: leave it out"
+        )
+
+
+def _below_the_head(model: keras.Model, part: keras.Model) -> tuple[keras.Variable, ...]:
+    """Return the variables of a part that train, but for those of the head."""
+    head = {v.path for name in trainable.all_groups(model)[-1].layers for v in model.get_layer(name).weights}
+    return tuple(variable for variable in part.trainable_variables if variable.path not in head)
 
 
 def _audit(run: _Run, phase: Phase, attached: Attached | None) -> tuple[trainable.AuditRow, ...]:
@@ -241,8 +277,12 @@ def _audit(run: _Run, phase: Phase, attached: Attached | None) -> tuple[trainabl
     added = attached.sizes() if attached else {}
     rows = trainable.audit(run.model, learning_rate=phase.learning_rate, layer_decay=phase.layer_decay, added=added)
     if not run.quiet:
-        print_table(literal_console(), audit_table(f"What trains: {phase.name}", rows))
+        print_table(literal_console(), audit_table(f"What trains: {phase.name}", rows, _penalty_basis(run, phase)))
     return rows
+
+
+def _penalty_basis(run: _Run, phase: Phase) -> str:
+    return phase.penalty.basis(run.source) if phase.penalty else ""
 
 
 def _interpolate(
@@ -340,12 +380,7 @@ def _extras(
     below: Callable[[tf.Tensor], list[tf.Tensor]] | None,
     attached: Attached | None,
 ) -> Extras:
-    """Prepare what the phase adds to the step, and refuse what this part of the network does not have."""
-    if phase.cutmix and any(len(tensor.shape) != 4 for tensor in part.inputs):
-        raise InputError(
-            f"phase {phase.name!r} has `cutmix`, but what trains begins above pooling, where there are no pictures to "
-            "cut: use `mixup`, or a wider `selector`"
-        )
+    """Prepare what the phase adds to the step."""
     term, body = None, None
     if phase.penalty:
         subject, body = _subject(run, phase, part, below)
@@ -359,17 +394,11 @@ def _subject(
     run: _Run, phase: Phase, part: keras.Model, below: Callable[[tf.Tensor], list[tf.Tensor]] | None
 ) -> tuple[penalties.Subject, keras.Model]:
     """Return what a penalty is prepared for, and the network that gives outputs and features at once."""
-    head = {v.path for name in trainable.all_groups(run.model)[-1].layers for v in run.model.get_layer(name).weights}
-    held = tuple(variable for variable in part.trainable_variables if variable.path not in head)
-    if not held:
-        raise InputError(
-            f"phase {phase.name!r} has a `penalty`, but no weight below the head trains: choose a wider `selector`"
-        )
     features = prefix.features(run.model)
     subject = penalties.Subject(
         body=keras.Model(part.inputs, features),
         below=_to_inputs(below),
-        held=held,
+        held=_below_the_head(run.model, part),
         examples=run.data.train,
         source=run.source,
         seed=run.seed,
@@ -391,10 +420,6 @@ def _branches(phase: Phase, part: keras.Model) -> dict[int, tuple[int, float]]:
     if not phase.stochastic_depth:
         return {}
     found = mixing.residual_branches(part)
-    if not found:
-        raise InputError(
-            f"phase {phase.name!r} has `stochastic_depth`, but what trains has no residual branches: leave it out"
-        )
     return {
         key: (branch, phase.stochastic_depth * height / len(found))
         for height, (key, branch) in enumerate(found.items(), start=1)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tftransfer import tasks
+from tftransfer import strategies, tasks
 from tftransfer.checks.overfitting import overfitting, remedy
 
 
@@ -31,14 +31,32 @@ def test_the_same_gap_counts_with_more_examples():
     assert "by heart" in _found(9000, 8000, count=10_000).note
 
 
+def test_a_small_gap_that_is_certain_is_not_called_chance():
+    note = _found(99_900, 99_200, count=100_000).note
+    assert "small gap" in note
+    assert "by heart" not in note
+
+
+def test_a_model_that_is_better_on_unseen_examples_is_not_said_to_learn_by_heart():
+    assert "better on what it has not seen" in _found(700, 900, count=1000).note
+
+
+@pytest.mark.parametrize("name", strategies.names())
+def test_the_remedy_is_another_strategy_that_exists(name):
+    used = strategies.parse(name)
+    text = remedy([phase.to_json() for phase in used]).split("`")[1].removeprefix("--strategy ")
+    assert strategies.parse(text) != used
+
+
 @pytest.mark.parametrize(
     ("phase", "said"),
     [
-        ({"selector": "head"}, "weight_decay"),
-        ({"selector": "all", "augmentation": "none"}, "freeze_then_unfreeze"),
-        ({"selector": "all", "augmentation": "strong"}, "l2_sp"),
-        ({"selector": "all", "augmentation": "strong", "penalty": {"kind": "L2SP"}}, "linear_probe"),
-        ({"selector": "last:2", "augmentation": "light"}, "linear_probe"),
+        ({"selector": "head", "weight_decay": 1.0}, "linear_probe:weight_decay=10"),
+        ({"selector": "all", "augmentation": "none"}, "freeze_then_unfreeze:augmentation=strong`"),
+        ({"selector": "all", "augmentation": "light_no_flip"}, "freeze_then_unfreeze:augmentation=strong_no_flip"),
+        ({"selector": "all", "augmentation": "strong"}, "l2_sp:augmentation=strong`"),
+        ({"selector": "all", "augmentation": "strong", "penalty": {"kind": "L2SP"}}, "linear_probe`"),
+        ({"selector": "last:2", "augmentation": "light"}, "linear_probe`"),
     ],
 )
 def test_the_remedy_fits_what_was_done(phase, said):

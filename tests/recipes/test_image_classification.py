@@ -14,7 +14,7 @@ from tftransfer import bundles, cli
 SMALL = ["--backbone", "MobileNet-0.25", "--weights", "none", "--image-size", "32", "--quiet"]
 CONTRACT = {
     "model.keras", "manifest.json", "manifest.sha256", "history.csv", "report.json", "report.html", "MODEL_CARD.md",
-    "logs", "samples", "serving",
+    "checkpoints", "logs", "samples", "serving",
 }  # fmt: skip
 
 

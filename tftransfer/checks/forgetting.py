@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import keras
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -13,34 +11,20 @@ from tftransfer.checks.intervals import proportion
 from tftransfer.data import Data, Examples, glyphs, load, order
 from tftransfer.errors import InputError
 from tftransfer.penalties import Source
-from tftransfer.report import OTHER, Check, Findings, Table
+from tftransfer.report import OTHER, Check, Findings, Number, Table
 
 INVERSE_REGULARISATION = 10.0
 PICTURES = (2000, 1000)  # generated for training and test of the built-in probe
 _SEEDS = 1_000_000  # apart from the seeds that the embedded weights may be pretrained with
 
 
-@dataclass(frozen=True)
-class Kept:
-    """How well the old task is still done.
-
-    Args:
-        old_head: Accuracy of the old task's own head on the network's features, in [0, 1].
-        new_head: Accuracy of a head that is fitted again to these features: what they still hold.
-        count: On how many test pictures.
-    """
-
-    old_head: float
-    new_head: float
-    count: int
-
-
-def demo_source(image_size: tuple[int, int], seed: int = 0) -> Data:
+def demo_source(image_size: tuple[int, int], seed: int = 0, limit: int | None = None) -> Data:
     """Generate pictures of the task that the embedded backbone was pretrained on: printed letters and signs.
 
     Args:
         image_size: `(height, width)` in pixels; the pictures are made square and resized.
         seed: From 0; other pictures than those that the weights were pretrained on. Defaults to 0.
+        limit: Use at most about this many of them, for a quick try. Defaults to all.
 
     Returns:
         2,000 pictures for training (a tenth of them for validation) and 1,000 for test.
@@ -49,7 +33,7 @@ def demo_source(image_size: tuple[int, int], seed: int = 0) -> Data:
     for number, (name, count) in enumerate(zip(("train", "test"), PICTURES, strict=True)):
         pictures, labels, _ = glyphs.generated_signs(count, side, _SEEDS + 2 * seed + number, drawn=0)
         parts[name] = (pictures, labels)
-    data, _ = load(parts, image_size=image_size, seed=seed)
+    data, _ = load(parts, image_size=image_size, seed=seed, limit=limit)
     return data
 
 
@@ -62,7 +46,7 @@ def source_probe(model: keras.Model, data: Data, name: str = "") -> Source:
         name: What the report calls it. Defaults to the data's own name.
 
     Returns:
-        What `fine_tune` takes as `source`, and `forgetting` afterwards.
+        What `fine_tune` takes as `source`, and `forgetting` afterwards; with the accuracy before tuning.
 
     Raises:
         InputError: If the data's image size is not the model's, or its labels are not single ones.
@@ -71,7 +55,7 @@ def source_probe(model: keras.Model, data: Data, name: str = "") -> Source:
         >>> import tftransfer as tft
         >>> model = tft.builders.image_classifier("MobileNet-0.25", 10, image_size=64, weights="demo")
         >>> source = source_probe(model, demo_source((64, 64)))
-        >>> forgetting(model, source, source_accuracy(model, source)).checks[0].name
+        >>> forgetting(model, source).checks[0].name
         'forgetting'
     """
     given, expected = data.train.pictures.image_size, tuple(model.input_shape[1:3])
@@ -80,41 +64,37 @@ def source_probe(model: keras.Model, data: Data, name: str = "") -> Source:
     if data.train.targets.ndim != 1:
         raise InputError("`source` must hold one class per picture; several labels or numbers cannot be probed")
     kernel, bias = _fitted(_features(model, data.train), data.train.targets, len(data.labels))
-    return Source(name or data.name, data.train, data.test, kernel, bias)
+    before = _accuracy(_features(model, data.test) @ kernel + bias, data.test.targets)
+    return Source(name or data.name, data.train, data.test, kernel, bias, before)
 
 
-def source_accuracy(model: keras.Model, source: Source) -> Kept:
-    """Measure how well a network, as it stands, does the old task.
+def source_accuracy(model: keras.Model, source: Source) -> float:
+    """Measure how well a network does the old task with the old task's head, in [0, 1].
 
     Args:
-        model: The network, before or after tuning.
-        source: From `source_probe`.
+        model: The network, as it stands.
+        source: From `source_probe`, before tuning.
     """
-    test, targets = _features(model, source.test), source.test.targets
-    kernel, bias = _fitted(_features(model, source.examples), source.examples.targets, source.kernel.shape[1])
-    return Kept(
-        _accuracy(test @ source.kernel + source.bias, targets), _accuracy(test @ kernel + bias, targets), len(targets)
-    )
+    return _accuracy(_features(model, source.test) @ source.kernel + source.bias, source.test.targets)
 
 
-def forgetting(model: keras.Model, source: Source, before: Kept) -> Findings:
+def forgetting(model: keras.Model, source: Source) -> Findings:
     """Compare what a tuned network knows of the old task with what it knew.
 
     Args:
         model: The tuned network.
         source: From `source_probe`, before tuning.
-        before: From `source_accuracy`, before tuning.
 
     Returns:
         A table, and a check without a verdict that carries the numbers.
     """
-    after = source_accuracy(model, source)
+    targets, features = source.test.targets, _features(model, source.test)
+    kernel, bias = _fitted(_features(model, source.examples), source.examples.targets, source.kernel.shape[1])
+    after = _accuracy(features @ source.kernel + source.bias, targets)
+    fitted_again = _accuracy(features @ kernel + bias, targets)
     rows = (
-        ("its own head", *(proportion(round(kept.old_head * kept.count), kept.count) for kept in (before, after))),
-        (
-            "a head fitted again",
-            *(proportion(round(kept.new_head * kept.count), kept.count) for kept in (before, after)),
-        ),
+        ("its own head", _with_interval(source.before, targets), _with_interval(after, targets)),
+        ("a head fitted again", _with_interval(source.before, targets), _with_interval(fitted_again, targets)),
     )
     table = Table(
         f"What is left of the old task ({source.name})",
@@ -125,13 +105,12 @@ def forgetting(model: keras.Model, source: Source, before: Kept) -> Findings:
         section=OTHER,
         percent=("before", "after"),
     )
-    metrics = {
-        "before": before.old_head,
-        "after": after.old_head,
-        "before_fitted_again": before.new_head,
-        "after_fitted_again": after.new_head,
-    }
+    metrics = {"before": source.before, "after": after, "after_fitted_again": fitted_again}
     return Findings(tables=(table,), checks=(Check("forgetting", None, metrics),))
+
+
+def _with_interval(accuracy: float, targets: np.ndarray) -> Number:
+    return proportion(round(accuracy * len(targets)), len(targets))
 
 
 def _features(model: keras.Model, examples: Examples) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,48 +34,77 @@ def overfitting(
     """
     what = "squared error" if task.kind == "regression" else "accuracy"
     seen, unseen = (_scores(task, *pair) for pair in (training, validation))
-    gap = float(unseen.mean() - seen.mean()) if what == "squared error" else float(seen.mean() - unseen.mean())
-    error = math.sqrt(seen.var() / len(seen) + unseen.var() / len(unseen))
     scale = float(np.var(training[0])) or 1.0 if what == "squared error" else 1.0
-    overfits = gap > CHANCE * error and gap > SMALL * scale
-    note = sentence(what, float(seen.mean()), float(unseen.mean()), error, overfits, phases)
-    rows = (("training", len(seen), float(seen.mean())), ("validation", len(unseen), float(unseen.mean())))
+    gap = Gap(
+        what,
+        float(seen.mean()),
+        float(unseen.mean()),
+        math.sqrt(seen.var() / len(seen) + unseen.var() / len(unseen)),
+        SMALL * scale,
+    )
+    rows = (("training", len(seen), gap.seen), ("validation", len(unseen), gap.unseen))
     percent = () if what == "squared error" else (what,)
+    note = f"{gap.sentence(phases)} Validation chose the epoch, so that on new examples the gap is a little wider."
     return Findings(
         tables=(Table("Seen and unseen examples", ("split", "examples", what), rows, note, CURVES, percent),)
     )
 
 
-def sentence(
-    what: str, seen: float, unseen: float, error: float, overfits: bool, phases: Sequence[dict[str, Any]]
-) -> str:
-    """Say what the gap means, and which strategy would reduce it.
+@dataclass(frozen=True)
+class Gap:
+    """How far apart a model is on examples that it has seen and others.
 
-    Example:
-        >>> sentence("accuracy", 1.0, 0.98, 0.02, False, [])
-        'Accuracy is 1 on training and 0.98 on validation examples: no more apart than chance (standard error 0.02).'
+    Args:
+        what: `"accuracy"`, where more is better, or `"squared error"`.
+        seen, unseen: Mean of it on training and validation examples.
+        error: Standard error of their difference.
+        small: A difference up to this does not matter, however certain it is.
     """
-    said = f"{what.capitalize()} is {seen:.3g} on training and {unseen:.3g} on validation examples: "
-    if not overfits:
-        return f"{said}no more apart than chance (standard error {error:.2g})."
-    return f"{said}the model has learned some of them by heart. {remedy(phases)}"
+
+    what: str
+    seen: float
+    unseen: float
+    error: float
+    small: float = SMALL
+
+    def sentence(self, phases: Sequence[dict[str, Any]]) -> str:
+        """Say what the gap means, and which strategy would reduce it.
+
+        Example:
+            >>> Gap("accuracy", 1.0, 0.98, 0.02).sentence([]).partition(": ")[2]
+            'no more apart than chance (standard error 0.02).'
+        """
+        worse = self.unseen - self.seen if self.what == "squared error" else self.seen - self.unseen
+        said = f"{self.what.capitalize()} is {self.seen:.3g} on training and {self.unseen:.3g} on validation examples: "
+        if abs(worse) <= CHANCE * self.error:
+            return f"{said}no more apart than chance (standard error {self.error:.2g})."
+        if worse < 0:
+            return f"{said}better on what it has not seen, so the two splits differ in difficulty."
+        if worse <= self.small:
+            return f"{said}a small gap, too certain to be chance (standard error {self.error:.2g})."
+        return f"{said}the model has learned some of them by heart. {remedy(phases)}"
 
 
 def remedy(phases: Sequence[dict[str, Any]]) -> str:
-    """Name the strategy that would reduce the gap, given the one that was used.
+    """Name a strategy that would reduce the gap: one that trains or moves less than the one that was used.
 
     Example:
-        >>> remedy([{"selector": "head"}])
-        'The head alone does this: more examples, or a higher `weight_decay` in the probe, would reduce it.'
+        >>> remedy([{"selector": "all", "augmentation": "none"}])
+        '`--strategy freeze_then_unfreeze:augmentation=strong` would reduce it; so would more examples.'
     """
     last = phases[-1] if phases else {}
+    augmentation = last.get("augmentation", "none")
+    better = "strong_no_flip" if augmentation.endswith("no_flip") else "strong"
     if last.get("selector") == "head" and not last.get("adapter"):
-        return "The head alone does this: more examples, or a higher `weight_decay` in the probe, would reduce it."
-    if last.get("augmentation", "none") == "none" and last.get("selector") == "all":
-        return "`--strategy freeze_then_unfreeze` with its strong augmentation would reduce it."
-    if last.get("selector") == "all" and not last.get("penalty"):
-        return "`--strategy l2_sp`, or `partial:last=2`, which trains less, would reduce it."
-    return "`--strategy linear_probe`, which trains the head alone, would reduce it; so would more examples."
+        decay = 10 * (last.get("weight_decay") or 0.1)
+        strategy = f"linear_probe:weight_decay={decay:g}"
+    elif last.get("selector") != "all" or last.get("adapter") or last.get("penalty"):
+        strategy = "linear_probe"
+    elif augmentation != better:
+        strategy = f"freeze_then_unfreeze:augmentation={better}"
+    else:
+        strategy = f"l2_sp:augmentation={better}"
+    return f"`--strategy {strategy}` would reduce it; so would more examples."
 
 
 def _scores(task: Task, targets: np.ndarray, given: np.ndarray) -> np.ndarray:

@@ -66,6 +66,7 @@ __all__ = [
     "SCHEDULES",
     "Phase",
     "Strategy",
+    "describe",
     "names",
     "options_of",
     "parse",
@@ -107,25 +108,58 @@ def parse(
     return function(**options_of(name, function, text), epochs=epochs, learning_rate=learning_rate)
 
 
+def describe(function: Callable[..., Any] | str) -> tuple[str, str, str, str]:
+    """Return what a user chooses a strategy by: its name, what it does, its options with defaults, its source.
+
+    Args:
+        function: A strategy's function, or its name.
+
+    Example:
+        >>> describe("wise_ft")[2]
+        'steps=10, augmentation=strong'
+    """
+    function = _NAMED[function] if isinstance(function, str) else function
+    text = inspect.getdoc(function) or ""
+    summary = text.partition("\n\n")[0]
+    source = text.partition("Source: ")[2].partition("\n\n")[0].replace("\n", " ").rstrip(".")
+    given = inspect.signature(function).parameters
+    options = (f"{name}={'' if given[name].default is None else given[name].default}" for name in _options(function))
+    return function.__name__, summary, ", ".join(options), source
+
+
+def _options(function: Callable[..., Any]) -> dict[str, type]:
+    """Return the type of each option that the command line takes."""
+    return {
+        option.name: _TYPES[option.annotation]
+        for option in inspect.signature(function).parameters.values()
+        if option.annotation in _TYPES
+        and option.kind is option.POSITIONAL_OR_KEYWORD
+        and option.name not in _SHARED_OPTIONS
+    }
+
+
 def options_of(name: str, function: Callable[..., Any], text: str) -> dict[str, Any]:
     """Read the options of a strategy from `NAME:OPTION=VALUE,...`, by the function's own arguments.
 
     Raises:
         InputError: If an option or a value is not known.
     """
-    parameters = inspect.signature(function).parameters.values()
-    types = {
-        option.name: _TYPES[option.annotation]
-        for option in parameters
-        if option.annotation in _TYPES and option.kind is option.POSITIONAL_OR_KEYWORD
-    }
-    types = {option: kind for option, kind in types.items() if option not in _SHARED_OPTIONS}
+    types = _options(function)
     options = text.partition(":")[2]
-    return dict(_option(name, part, types) for part in re.split(r",(?=\w+=)", options) if part)
+    found = [_option(name, part, types) for part in re.split(r",(?=\w+=)", options) if part]
+    if len(dict(found)) < len(found):
+        raise InputError(f"`strategy` {name} takes each option once. Received: {text!r}")
+    return dict(found)
 
 
 _SHARED_OPTIONS = ("epochs", "learning_rate")
-_TYPES = {"int": int, "float": float, "float | None": float, "str": str}  # of an option, by its annotation
+_TYPES = {
+    "int": int,
+    "int | None": int,
+    "float": float,
+    "float | None": float,
+    "str": str,
+}  # of an option, by its annotation
 
 
 def _option(strategy: str, part: str, types: dict[str, type]) -> tuple[str, int | float | str]:

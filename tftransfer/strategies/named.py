@@ -14,18 +14,21 @@ _PROBE = Phase("probe", "head", 10, 9e-3, weight_decay=1.0)
 _TUNE = Phase("fine-tune", "all", 20, 5e-4, layer_decay=0.9, weight_decay=0.05, average=Ema(4.0))
 
 
-def linear_probe(epochs: int | None = None, learning_rate: float | None = None) -> Strategy:
+def linear_probe(weight_decay: float = 1.0, epochs: int | None = None, learning_rate: float | None = None) -> Strategy:
     """Train the head alone: the strongest choice for a handful of examples, and the cheapest.
 
     Args:
+        weight_decay: Of the head, see `Phase`; more of it learns less by heart. Defaults to 1.
         epochs: Total passes over the training split. Defaults to 30.
-        learning_rate: Peak rate of the last phase. Defaults to 1e-2.
+        learning_rate: Peak rate. Defaults to 1e-2.
+
+    Source: Kornblith et al. 2019, "Do Better ImageNet Models Transfer Better?", arXiv:1805.08974.
 
     Example:
         >>> [phase.selector for phase in linear_probe()]
         ['head']
     """
-    return scaled((Phase("linear probe", "head", 30, 1e-2, weight_decay=1.0),), epochs, learning_rate)
+    return scaled((Phase("linear probe", "head", 30, 1e-2, weight_decay=weight_decay),), epochs, learning_rate)
 
 
 def full(
@@ -48,6 +51,8 @@ def full(
         epochs: Total passes over the training split. Defaults to 20.
         learning_rate: Peak rate. Defaults to 1e-3.
 
+    Source: Girshick et al. 2014, "Rich Feature Hierarchies", arXiv:1311.2524; Kornblith et al. 2019, arXiv:1805.08974.
+
     Example:
         >>> [phase.selector for phase in full()]
         ['all']
@@ -69,7 +74,7 @@ def full(
 
 
 def partial(
-    last: int = 2,
+    last: int | None = None,
     layers: str = "",
     augmentation: str = "light",
     epochs: int | None = None,
@@ -79,18 +84,21 @@ def partial(
 
     Args:
         last: How many of the topmost depth groups of the backbone train, at least 1. Defaults to 2.
-        layers: Instead of `last`, a selector: `"from:LAYER"`, `"LAYER_A:LAYER_B"`, `"re:PATTERN"`,
+        layers: In place of `last`, a selector: `"from:LAYER"`, `"LAYER_A:LAYER_B"`, `"re:PATTERN"`,
             `"groups:A+B"`. Defaults to none.
         augmentation: One of `AUGMENTATIONS`. Defaults to `"light"`.
         epochs: Total passes over the training split. Defaults to 20.
         learning_rate: Peak rate. Defaults to 1e-3.
 
+    Source: Yosinski et al. 2014, "How Transferable Are Features in Deep Neural Networks?", arXiv:1411.1792.
+
     Example:
         >>> partial(last=3)[0].selector, partial(layers="from:block_12")[0].selector
         ('last:3', 'from:block_12')
     """
-    check(isinstance(last, int) and last >= 1, "last", "a whole number from 1", last)
-    phase = Phase("partial", layers or f"last:{last}", 20, 1e-3, augmentation=augmentation)
+    check(last is None or (isinstance(last, int) and last >= 1), "last", "a whole number from 1", last)
+    check(last is None or not layers, "last", "left out where `layers` says what trains", last)
+    phase = Phase("partial", layers or f"last:{last or 2}", 20, 1e-3, augmentation=augmentation)
     return scaled((phase,), epochs, learning_rate)
 
 
@@ -121,10 +129,10 @@ def gradual(
     """Unfreeze from top to stem, stage by stage, each layer group at a lower rate than the one above it.
 
     Use it where training everything at once forgets too much. As many stages as the network has depth groups unfreeze
-    group by group. The optimizer's moments are carried over.
+    group by group; more are refused. The optimizer's moments are carried over.
 
     Args:
-        stages: Into how many steps the backbone's depth groups are divided, at least 1. Defaults to 3.
+        stages: Into how many parts the backbone's depth groups are divided, at least 1. Defaults to 3.
         augmentation: One of `AUGMENTATIONS`, after the probe. Defaults to `"strong"`.
         epochs: Total passes over the training split. Defaults to 10 for the probe and 18 shared by the stages.
         learning_rate: Peak rate of the stages; the probe's is 18 times as high. Defaults to 5e-4.
@@ -133,20 +141,19 @@ def gradual(
 
     Example:
         >>> [phase.selector for phase in gradual(stages=3)]
-        ['head', 'last:33%', 'last:67%', 'all']
+        ['head', 'last:1/3', 'last:2/3', 'all']
     """
-    check(isinstance(stages, int) and 1 <= stages <= 99, "stages", "a whole number from 1 to 99", stages)
-    shares = [round(100 * stage / stages) for stage in range(1, stages)]
+    check(isinstance(stages, int) and stages >= 1, "stages", "a whole number from 1", stages)
     steps = tuple(
         dataclasses.replace(
             _TUNE,
-            name=f"unfreeze {number} of {stages}",
-            selector=selector,
+            name=f"unfreeze {stage} of {stages}",
+            selector=f"last:{stage}/{stages}" if stage < stages else "all",
             epochs=max(18 // stages, 1),
             augmentation=augmentation,
             carry_moments=True,
         )
-        for number, selector in enumerate([*(f"last:{share}%" for share in shares), "all"], start=1)
+        for stage in range(1, stages + 1)
     )
     return scaled((_PROBE, *steps), epochs, learning_rate)
 
@@ -233,6 +240,8 @@ def head_and_norm(epochs: int | None = None, learning_rate: float | None = None)
         epochs: Total passes over the training split. Defaults to 20.
         learning_rate: Peak rate. Defaults to 5e-3.
 
+    Source: Mudrakarta et al. 2019, "K for the Price of 1", arXiv:1810.10703.
+
     Example:
         >>> [phase.selector for phase in head_and_norm()]
         ['norm']
@@ -303,7 +312,8 @@ def ewc(
 ) -> Strategy:
     """Probe, then train everything on a leash that is short for the weights that matter to the old task.
 
-    Use it instead of `l2_sp` where pictures of the old task are at hand (`source`).
+    Use it in place of `l2_sp` where pictures of the old task are at hand (`source`); without them the importance is
+    measured on the features of the new task's pictures.
 
     Args:
         strength: Of the pull, see `penalties.EWC`. Defaults to 0.1.
@@ -323,7 +333,8 @@ def distill_from_source(
 ) -> Strategy:
     """Probe, then train everything while the old task's answers to the new pictures stay as they were.
 
-    Use it where weights may move far as long as the function stays.
+    Use it where weights may move far as long as the function stays. Without a `source` there is no old head: the
+    features themselves are kept.
 
     Args:
         strength, temperature: See `penalties.DistillFromSource`. Default to 1 and 2.
