@@ -1,19 +1,23 @@
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tftransfer import adapters, builders, strategies, training
+from tftransfer import adapters, builders, strategies, tasks, training
 from tftransfer.adapters import Adapter, Lora
+from tftransfer.averages import WiseFt
 from tftransfer.errors import InputError
+from tftransfer.penalties import L2SP
 from tftransfer.strategies import Phase
 
-ROW = Lora(rank=2, where="conv")
+ROW = Lora(rank=2, where="conv", alpha=4.0)
 
 
 def _phase(epochs: int, **others) -> Phase:
     """Constant rate and one batch an epoch: nothing depends on where a phase ends."""
-    return Phase("LoRA", "head", epochs, 0.02, schedule="constant", warmup=0, adapter=ROW, **others)
+    return Phase("LoRA", "head", epochs, 0.005, schedule="constant", warmup=0, adapter=ROW, **others)
 
 
 def _weights(model) -> dict[str, np.ndarray]:
@@ -29,19 +33,54 @@ def trained(small_network, small_task, small_data):
     return model, before, history.adapter
 
 
+KERNELS = ("conv_1/kernel", "conv_2/kernel", "conv_3/kernel")
+
+
 def test_training_and_merging_change_the_chosen_kernels_and_the_head_only(trained):
     model, before, adapter = trained
     changed = {path for path, value in _weights(model).items() if not np.array_equal(value, before[path])}
-    assert changed == {*adapter.factors, *adapter.head}
-    assert set(adapter.factors) == {"conv_1/kernel", "conv_2/kernel", "conv_3/kernel"}
+    assert changed == {*KERNELS, "logits/kernel", "logits/bias"}
+    assert len(adapter.factors) == 3
 
 
-def test_the_merged_kernel_is_the_base_plus_the_product(trained):
+def test_the_merged_kernel_is_the_base_plus_the_scaled_product(trained):
     model, before, adapter = trained
-    for path, (a, b) in adapter.factors.items():
-        expected = before[path] + (a @ b).reshape(before[path].shape)
+    assert adapter.row.scale == 2
+    for path, (a, b) in zip(KERNELS, adapter.factors, strict=True):
+        expected = before[path] + 2 * (a @ b).reshape(before[path].shape)
         np.testing.assert_allclose(_weights(model)[path], expected, atol=1e-6)
         assert np.linalg.matrix_rank(a.astype(np.float64) @ b.astype(np.float64)) <= 2
+
+
+LAYERS = {
+    "dense": (keras.layers.Dense(5), (4,)),
+    "einsum": (keras.layers.EinsumDense("abc,cd->abd", (3, 5)), (3, 4)),
+    "embedding": (keras.layers.Embedding(7, 4), (3,)),
+    "conv_1d": (keras.layers.Conv1D(5, 3), (6, 4)),
+    "conv_2d": (keras.layers.Conv2D(5, 3), (6, 6, 4)),
+    "conv_3d": (keras.layers.Conv3D(5, 2), (4, 4, 4, 2)),
+    "separable": (keras.layers.SeparableConv2D(5, 3), (6, 6, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_kind_of_layer_answers_attached_as_it_does_merged(name):
+    layer, shape = keras.layers.deserialize(keras.layers.serialize(LAYERS[name][0])), LAYERS[name][1]
+    inputs = keras.Input(shape)
+    x = keras.layers.Flatten()(layer(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(2, name="logits")(x))
+    x = np.random.default_rng(0).integers(0, 7, (2, *shape)).astype(np.float32)
+    plain = model(x)
+    attached = Lora(rank=2, alpha=6.0).prepare(model, seed=0)
+    np.testing.assert_array_equal(attached.call(lambda: model(x), []), plain)
+    (_, b), kernel = attached.factors[0], attached.kernels[0]
+    b.assign(np.random.default_rng(1).normal(size=b.shape))
+    changed = attached.call(lambda: model(x), [])
+    expected = kernel.numpy() + 3 * (attached.factors[0][0].numpy() @ b.numpy()).reshape(kernel.shape)
+    assert np.abs(changed - plain).max() > 1e-3
+    attached.merge()
+    np.testing.assert_allclose(kernel.numpy(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model(x), changed, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_is_left_on_the_model(trained, small_network):
@@ -82,21 +121,43 @@ def test_a_saved_adapter_makes_the_tuned_network_of_its_base(trained, small_netw
         np.testing.assert_array_equal(value, _weights(model)[path])
 
 
-def test_ten_epochs_saved_loaded_and_ten_more_equal_twenty(small_network, small_task, small_data, tmp_path):
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_ten_epochs_saved_loaded_and_ten_more_equal_twenty(small_network, small_task, small_data, tmp_path, dropout):
+    """Order, augmentation, mixing and dropout go on too; validation is far enough away to keep the last epoch."""
+    given = {"task": small_task, "data": dataclasses.replace(small_data, validation=small_data.train), "batch_size": 8}
+
     def fresh():
         keras.utils.set_random_seed(3)
-        return small_network()
+        return small_network(dropout=dropout)
 
-    whole = fresh()
-    straight = training.fine_tune(whole, small_task, small_data, (_phase(20),), batch_size=24)
-    first = training.fine_tune(fresh(), small_task, small_data, (_phase(10),), batch_size=24)
+    def trained(model, epochs, **others):
+        phase = _phase(epochs, augmentation="light", mixup=0.2)
+        return training.fine_tune(model, strategy=(phase,), **given, **others)
+
+    straight = trained(fresh(), 20)
+    first = trained(fresh(), 10)
+    assert first.phases[0].best_epoch == 10  # or there would be less to go on from
     first.adapter.save(tmp_path / "adapter.safetensors")
-    resumed = fresh()
-    kept = Adapter.load(tmp_path / "adapter.safetensors")
-    second = training.fine_tune(resumed, small_task, small_data, (_phase(10),), batch_size=24, adapter=kept)
+    second = trained(fresh(), 10, adapter=Adapter.load(tmp_path / "adapter.safetensors"))
     assert straight["loss"][0] - straight["loss"][-1] > 0.1  # it learns
     np.testing.assert_allclose([*first["loss"], *second["loss"]], straight["loss"], atol=1e-5)
-    np.testing.assert_allclose(second["val_loss"][-1], straight["val_loss"][-1], atol=1e-5)
+    np.testing.assert_allclose([*first["val_loss"], *second["val_loss"]], straight["val_loss"], atol=1e-5)
+
+
+def test_an_adapter_fits_another_copy_whose_layers_keras_numbered_otherwise(small_task, small_data):
+    def unnamed():
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((32, 32, 3))
+        x = keras.layers.Conv2D(4, 3, strides=4)(inputs)
+        x = keras.layers.GlobalAveragePooling2D()(x)
+        return keras.Model(inputs, keras.layers.Dense(3)(x))
+
+    first, second = unnamed(), unnamed()
+    assert first.weights[0].path != second.weights[0].path
+    adapter = training.fine_tune(first, small_task, small_data, (_phase(1),), batch_size=8).adapter
+    adapter.merge_into(second)
+    for one, two in zip(first.weights, second.weights, strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_stock_keras_lora_is_dead_after_a_load(tmp_path):
@@ -157,7 +218,7 @@ def test_an_adapter_for_another_base_is_refused_by_digest(trained, small_network
 def test_another_head_is_refused(trained, small_network):
     adapter = trained[2]
     other = small_network(num_classes=4)
-    changed = Adapter(adapter.row, adapter.factors, adapter.head, adapter.labels, adapters.base_digest(other))
+    changed = dataclasses.replace(adapter, base=adapters.base_digest(other))
     with pytest.raises(InputError, match="as many classes"):
         changed.merge_into(other)
 
@@ -171,19 +232,49 @@ def test_another_strategy_cannot_go_on_from_an_adapter(trained, small_network, s
 
 def test_a_network_without_matching_layers_is_refused(small_network, small_task, small_data):
     phase = Phase("LoRA", "head", adapter=Lora(where="dense"))
-    with pytest.raises(InputError, match="matches no layer below the head.*BatchNormalization, Conv2D"):
+    with pytest.raises(InputError, match="matches no kernel below the head.*BatchNormalization, Conv2D.*Groups: "):
         training.fine_tune(small_network(), small_task, small_data, (phase,))
 
 
 def test_files_that_are_no_adapters_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no adapter file"):
+    with pytest.raises(InputError, match="no file"):
         Adapter.load(tmp_path / "missing")
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(InputError, match="cannot be read"):
         Adapter.load(tmp_path / "text")
     save_file({"x": np.zeros(1)}, tmp_path / "other")
-    with pytest.raises(InputError, match="no adapter of this toolkit"):
+    with pytest.raises(InputError, match="no file of this kind"):
         Adapter.load(tmp_path / "other")
+
+
+def test_a_flipped_bit_is_seen(trained, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    trained[2].save(path)
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"adapter\.safetensors is damaged"):
+        Adapter.load(path)
+
+
+def test_an_adapter_for_other_labels_is_refused(trained, small_network, small_data):
+    task = tasks.SingleLabel(("green", "red", "blue"))
+    with pytest.raises(InputError, match="labels"):
+        training.fine_tune(small_network(), task, small_data, (_phase(1),), adapter=trained[2])
+
+
+@pytest.mark.parametrize(
+    "others", [{"selector": "norm"}, {"penalty": L2SP()}, {"average": WiseFt()}], ids=lambda others: next(iter(others))
+)
+def test_what_an_adapter_could_not_hold_is_refused(others):
+    with pytest.raises(InputError, match=next(iter(others))):
+        Phase("LoRA", **{"selector": "head", "adapter": ROW, **others})
+
+
+def test_a_base_that_nobody_has_is_refused(small_network, small_task, small_data):
+    strategy = (Phase("full", "all", 1), _phase(1))
+    with pytest.raises(InputError, match="'full' before it changes that"):
+        training.fine_tune(small_network(), small_task, small_data, strategy)
 
 
 @pytest.mark.parametrize("bad", [{"rank": 0}, {"rank": 1.5}, {"where": "attention"}, {"alpha": -1.0}])

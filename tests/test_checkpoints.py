@@ -1,11 +1,14 @@
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
 
-from tftransfer import builders, strategies, training
-from tftransfer.adapters import Lora
+from tftransfer import builders, checkpoints, strategies, tasks, training
+from tftransfer.adapters import Adapter, Lora
 from tftransfer.averages import Ema
 from tftransfer.errors import InputError
+from tftransfer.penalties import Source
 from tftransfer.strategies import Phase
 
 STRATEGIES = {
@@ -120,6 +123,44 @@ def test_another_network_cannot_go_on(small_network, small_task, small_data, tmp
 def test_a_damaged_file_is_named(small_network, small_task, small_data, tmp_path):
     strategy = (Phase("probe", "head", 1),)
     training.fine_tune(_fresh(small_network), small_task, small_data, strategy, output=tmp_path)
-    (tmp_path / "checkpoints" / "phase.safetensors").write_bytes(b"damaged")
-    with pytest.raises(InputError, match=r"phase\.safetensors cannot be read"):
-        training.fine_tune(_fresh(small_network), small_task, small_data, strategy, output=tmp_path)
+    path = tmp_path / "checkpoints" / "phase.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    for damage, said in ((bytes(content), "is damaged"), (b"damaged", "cannot be read")):
+        path.write_bytes(damage)
+        with pytest.raises(InputError, match=rf"phase\.safetensors {said}.*remove it to begin again"):
+            training.fine_tune(_fresh(small_network), small_task, small_data, strategy, output=tmp_path)
+
+
+def test_another_task_source_or_adapter_cannot_go_on(small_task, small_data, make_examples):
+    def call(**changes):
+        given = {"data": small_data, "task": small_task, "source": None, "adapter": None}
+        return checkpoints.call_of((Phase("probe"),), 0, 32, None, **{**given, **changes})
+
+    smoothed = tasks.SingleLabel(small_task.labels, label_smoothing=0.1)
+    source = Source("old", small_data.train, small_data.test, np.ones((2, 2)), np.zeros(2), 0.5)
+    adapter = Adapter(Lora(2), ((np.ones((2, 2)), np.ones((2, 2))),), (), small_task.labels, "")
+    other = dataclasses.replace(small_data, train=small_data.test)
+    for changes in ({"task": smoothed}, {"source": source}, {"adapter": adapter}, {"data": other}):
+        name = next(iter(changes))
+        assert getattr(call(**changes), name) != getattr(call(), name)
+
+
+def test_a_phase_that_cannot_run_is_refused_before_the_first_one(small_network, small_task, small_data):
+    model = small_network()
+    before = _weights(model)
+    strategy = (Phase("probe", "head", 1), Phase("top", "last:99"))
+    with pytest.raises(InputError, match="last:N takes a whole number"):
+        training.fine_tune(model, small_task, small_data, strategy)
+    for one, two in zip(before, _weights(model), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_moments_are_those_of_the_weights_that_were_kept(small_network, small_task, small_data, tmp_path):
+    """A ruinous phase is undone; what it left in the optimizer must not go on either."""
+    ruin = Phase("ruin", "head", 1, 1e30, warmup=0, schedule="constant")
+    strategy = (ruin, Phase("tune", "all", 4, 0.02, carry_moments=True))
+    history = training.fine_tune(_fresh(small_network), small_task, small_data, strategy, batch_size=8)
+    assert history.phases[0].best_epoch == 0
+    assert np.isfinite(history["loss"][1:]).all()
+    assert min(history["val_loss"][1:]) < history["val_loss"][1]

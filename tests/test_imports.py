@@ -15,6 +15,7 @@ LAYERS = (
     {"errors"},
     {"report", "report_html"},
     {"tasks", "heads", "optimizers", "metrics", "averages"},
+    {"tensor_files"},
     {"data"},
     {"depth", "weights"},
     {"weight_files"},

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from tftransfer import tensor_files
 from tftransfer.errors import InputError, check, nearest
 from tftransfer.optimizers import Moment
 from tftransfer.trainable import all_groups, weight_layers
 
 KINDS = {
     "dense": (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Embedding),
-    "conv": (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D),
+    "conv": (
+        keras.layers.Conv1D,
+        keras.layers.Conv2D,
+        keras.layers.Conv3D,
+        keras.layers.SeparableConv1D,
+        keras.layers.SeparableConv2D,
+    ),
 }
 FORMAT = "tftransfer adapter 1"
 
@@ -91,12 +95,11 @@ class Lora:
 
     def _factors(self, kernel: keras.Variable, seed: int, number: int) -> tuple[keras.Variable, keras.Variable]:
         rows, columns = math.prod(kernel.shape[:-1]), kernel.shape[-1]
-        bound = math.sqrt(6 / rows)  # He's, as Keras and the paper's code have it
+        bound = math.sqrt(6 / rows)  # He's, as Keras' own LoRA has it
         start = np.random.default_rng([seed, number]).uniform(-bound, bound, (rows, self.rank)).astype(np.float32)
-        name = kernel.path.replace("/", ".")
         return (
-            keras.Variable(start, name=f"{name}.lora_a", dtype="float32"),
-            keras.Variable(np.zeros((self.rank, columns), np.float32), name=f"{name}.lora_b", dtype="float32"),
+            keras.Variable(start, name=f"lora_a_{number}", dtype="float32"),
+            keras.Variable(np.zeros((self.rank, columns), np.float32), name=f"lora_b_{number}", dtype="float32"),
         )
 
 
@@ -121,7 +124,8 @@ class Attached:
 
     def sizes(self) -> dict[str, int]:
         """Return how many numbers train beside each kernel, by its path."""
-        return {name: a.size + b.size for name, (a, b) in self.arrays().items()}
+        pairs = zip(self.kernels, self.factors, strict=True)
+        return {kernel.path: math.prod(a.shape) + math.prod(b.shape) for kernel, (a, b) in pairs}
 
     def multipliers(self, of_kernels: Mapping[str, float]) -> dict[str, float]:
         """Give each factor its kernel's multiplier on the learning rate."""
@@ -155,15 +159,39 @@ class Attached:
         for kernel, value in self.effective():
             kernel.assign(value)
 
-    def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return A and B of each kernel, by its path."""
-        return {kernel.path: (a.numpy(), b.numpy()) for kernel, (a, b) in zip(self.kernels, self.factors, strict=True)}
+    def arrays(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """Return A and B of each kernel, in order."""
+        return tuple((a.numpy(), b.numpy()) for a, b in self.factors)
 
-    def set(self, arrays: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        """Go on from factors that were kept."""
-        for kernel, pair in zip(self.kernels, self.factors, strict=True):
-            for factor, value in zip(pair, arrays[kernel.path], strict=True):
+    def set(self, arrays: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Go on from factors that were kept.
+
+        Raises:
+            InputError: If they are of other kernels.
+        """
+        given, here = ([(a.shape, b.shape) for a, b in pairs] for pairs in (arrays, self.arrays()))
+        if given != here:
+            raise InputError(f"the adapter's factors have the shapes {given}, those of this network {here}")
+        for pair, values in zip(self.factors, arrays, strict=True):
+            for factor, value in zip(pair, values, strict=True):
                 factor.assign(value)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How far training with an adapter came, so that more of it goes on as if it had not stopped.
+
+    Args:
+        phase: Number of the phase in its call, which is a part of every seed.
+        steps: How many steps of it the factors have seen.
+        moments: What the optimizer remembers, by place of the variable or name of the factor.
+        generators: States of the network's random layers, in order.
+    """
+
+    phase: int = 0
+    steps: int = 0
+    moments: Mapping[str, Moment] = field(default_factory=dict, repr=False)
+    generators: tuple[np.ndarray, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -172,24 +200,24 @@ class Adapter:
 
     Args:
         row: Rank, scale and place.
-        factors: From a kernel's path to A `(rows, rank)` and B `(rank, columns)`.
-        head: The head's variables by path.
+        factors: A `(rows, rank)` and B `(rank, columns)` of each kernel, in the network's order.
+        head: The head's variables, in order.
         labels: What the outputs mean, in order.
         base: Digest of the base, see `base_digest`.
-        moments: What the optimizer remembered, to train on from here.
+        reached: To train on from here. Defaults to a new start.
     """
 
     row: Lora
-    factors: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(repr=False)
-    head: Mapping[str, np.ndarray] = field(repr=False)
+    factors: tuple[tuple[np.ndarray, np.ndarray], ...] = field(repr=False)
+    head: tuple[np.ndarray, ...] = field(repr=False)
     labels: tuple[str, ...]
     base: str
-    moments: Mapping[str, Moment] = field(default_factory=dict, repr=False)
+    reached: Reached = field(default_factory=Reached, repr=False)
 
     @property
     def parameters(self) -> int:
         """How many numbers the factors hold."""
-        return sum(a.size + b.size for a, b in self.factors.values())
+        return sum(a.size + b.size for a, b in self.factors)
 
     def attach(self, model: keras.Model) -> Attached:
         """Set the head and make the factors ready for training on from here; the base stays as it is.
@@ -204,8 +232,8 @@ class Adapter:
                 "(digests of all weights below the head); load the weights that training began with"
             )
         attached = self.row.prepare(model, seed=0)
-        _set_head(model, self.head)
         attached.set(self.factors)
+        _set_head(model, self.head)
         return attached
 
     def merge_into(self, model: keras.Model) -> None:
@@ -217,90 +245,65 @@ class Adapter:
         self.attach(model).merge()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the adapter to a safetensors file, in one step.
-
-        Example:
-            `Adapter.load(path).merge_into(base)` gives the tuned network again.
-        """
-        target = Path(path)
-        staged = target.with_name(f".{target.name}.staged")
-        described = {
-            "format": FORMAT,
-            "rank": self.row.rank,
-            "where": self.row.where,
-            "alpha": self.row.alpha,
-            "labels": self.labels,
-            "base": self.base,
-            "ages": {name: moment.age for name, moment in self.moments.items()},
+        """Write the adapter to a safetensors file, in one step; `Adapter.load(path)` reads it."""
+        moments, ages = tensor_files.pack(self.reached.moments)
+        kinds = {
+            "a": tensor_files.numbered(a for a, _ in self.factors),
+            "b": tensor_files.numbered(b for _, b in self.factors),
+            "head": tensor_files.numbered(self.head),
+            "generator": tensor_files.numbered(self.reached.generators),
+            **moments,
         }
-        save_file(dict(self._tensors()), staged, {"tftransfer": json.dumps(described)})
-        os.replace(staged, target)
-
-    def _tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        for name, (a, b) in self.factors.items():
-            yield f"a:{name}", np.ascontiguousarray(a)
-            yield f"b:{name}", np.ascontiguousarray(b)
-        for name, value in self.head.items():
-            yield f"head:{name}", np.ascontiguousarray(value)
-        for name, moment in self.moments.items():
-            for number, slot in enumerate(moment.slots):
-                yield f"moment{number}:{name}", np.ascontiguousarray(slot)
+        tensor_files.write(
+            Path(path),
+            kinds,
+            FORMAT,
+            **asdict(self.row),
+            labels=self.labels,
+            base=self.base,
+            ages=ages,
+            phase=self.reached.phase,
+            steps=self.reached.steps,
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Adapter:
         """Read an adapter's file.
 
         Raises:
-            InputError: If there is none, or it is no adapter.
+            InputError: If there is none, it is damaged, or it is no adapter.
         """
-        try:
-            with safe_open(path, "np") as file:
-                described = json.loads((file.metadata() or {}).get("tftransfer", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-        except FileNotFoundError:
-            raise InputError(f"there is no adapter file {path}") from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as an adapter: {error}") from None
-        if described.get("format") != FORMAT:
-            raise InputError(f"{path} is no adapter of this toolkit: expected {FORMAT!r} in its metadata")
-        kinds: dict[str, dict[str, np.ndarray]] = {}
-        for name, value in tensors.items():
-            kind, _, of = name.partition(":")
-            kinds.setdefault(kind, {})[of] = value
-        slots = [kinds[f"moment{number}"] for number in range(8) if f"moment{number}" in kinds]
-        moments = {
-            name: Moment(tuple(slot[name] for slot in slots if name in slot), age)
-            for name, age in described["ages"].items()
-        }
-        factors = {name: (a, kinds["b"][name]) for name, a in kinds["a"].items()}
-        row = Lora(described["rank"], described["where"], described["alpha"])
-        return cls(row, factors, kinds["head"], tuple(described["labels"]), described["base"], moments)
+        described, kinds = tensor_files.read(Path(path), FORMAT)
+        a, b, head, generators = (
+            tensor_files.in_order(kinds.get(kind, {})) for kind in ("a", "b", "head", "generator")
+        )
+        return cls(
+            Lora(described["rank"], described["where"], described["alpha"]),
+            tuple(zip(a, b, strict=True)),
+            head,
+            tuple(described["labels"]),
+            described["base"],
+            Reached(described["phase"], described["steps"], tensor_files.unpack(kinds, described["ages"]), generators),
+        )
 
 
 def adapter_of(
-    model: keras.Model,
-    attached: Attached,
-    labels: Sequence[str],
-    base: str,
-    moments: Mapping[str, Moment] | None = None,
+    model: keras.Model, attached: Attached, labels: Sequence[str], base: str, reached: Reached | None = None
 ) -> Adapter:
     """Collect what `Adapter` holds from a model with factors beside it."""
-    return Adapter(attached.row, attached.arrays(), _head(model), tuple(labels), base, dict(moments or {}))
+    head = tuple(variable.numpy() for variable in _head_variables(model))
+    return Adapter(attached.row, attached.arrays(), head, tuple(labels), base, reached or Reached())
 
 
 def base_digest(model: keras.Model) -> str:
-    """Return the SHA-256 over paths and values of all variables below the head."""
+    """Return the SHA-256 over shapes and values of all variables below the head, in the network's order."""
     digest = hashlib.sha256()
-    head = set(_head(model))
-    for variable in sorted(model.variables, key=lambda variable: variable.path):
-        if variable.path not in head and "seed_generator" not in variable.path:
-            digest.update(variable.path.encode())
+    head = {id(variable) for variable in _head_variables(model)}
+    for variable in model.variables:
+        if id(variable) not in head and "seed_generator" not in variable.path:
+            digest.update(f"{variable.name} {tuple(variable.shape)};".encode())
             digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
     return digest.hexdigest()
-
-
-def _head(model: keras.Model) -> dict[str, np.ndarray]:
-    return {variable.path: variable.numpy() for variable in _head_variables(model)}
 
 
 def _head_variables(model: keras.Model) -> list[keras.Variable]:
@@ -312,21 +315,22 @@ def _head_variables(model: keras.Model) -> list[keras.Variable]:
     ]
 
 
-def _set_head(model: keras.Model, values: Mapping[str, np.ndarray]) -> None:
+def _set_head(model: keras.Model, values: Sequence[np.ndarray]) -> None:
     variables = _head_variables(model)
-    differing = [v.path for v in variables if v.path not in values or values[v.path].shape != tuple(v.shape)]
-    if differing or len(variables) != len(values):
+    given, here = [value.shape for value in values], [tuple(variable.shape) for variable in variables]
+    if given != here:
         raise InputError(
-            f"the adapter's head holds {', '.join(values)}, this network's {', '.join(v.path for v in variables)}: "
-            "build it with as many classes and the same hidden layers"
+            f"the adapter's head has the shapes {given}, this network's {here}: build it with as many classes and the "
+            "same hidden layers"
         )
-    for variable in variables:
-        variable.assign(values[variable.path])
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 def _kernels_of(layer: keras.Layer, where: str) -> list[keras.Variable]:
     """Return the kernels of a layer that LoRA can change; those of depthwise convolutions are small already."""
-    own = [variable for variable in layer._trainable_variables if variable.name in ("kernel", "embeddings")]
+    names = ("kernel", "embeddings", "pointwise_kernel")
+    own = [variable for variable in layer._trainable_variables if variable.name in names]
     if where.startswith("re:"):
         try:
             return [variable for variable in own if re.search(where[len("re:") :], variable.path)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -26,14 +27,17 @@ class KeepBest(keras.callbacks.Callback):
     Args:
         model: The model that will be trained.
         patience: Epochs without a lower loss before training stops; 0 for never. Defaults to 0.
+        remember: What else is to be kept at the same time, as `kept`. Defaults to nothing.
 
     Source: the one-standard-error rule, Breiman et al. 1984, "Classification and Regression Trees", section 3.4.3.
     """
 
-    def __init__(self, model: keras.Model, patience: int = 0) -> None:
+    def __init__(self, model: keras.Model, patience: int = 0, remember: Callable[[], Any] = lambda: None) -> None:
         super().__init__()
         self.set_model(model)
         self.patience = patience
+        self.kept: Any = None
+        self._remember = remember
         self.kept_epoch = 0
         self._epoch = 0
         self._lowest = math.inf
@@ -55,6 +59,7 @@ class KeepBest(keras.callbacks.Callback):
         if not self._weights or (math.isfinite(loss) and loss <= self._most):
             self.kept_epoch = epoch
             self._weights = self.model.get_weights()
+            self.kept = self._remember()
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         logs = logs or {}

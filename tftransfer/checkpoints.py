@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from tftransfer.adapters import Attached
+from tftransfer import tensor_files
+from tftransfer.adapters import Adapter, Attached
+from tftransfer.data import Data
 from tftransfer.errors import InputError
 from tftransfer.history import History, PhaseRecord
 from tftransfer.optimizers import Moment
+from tftransfer.penalties import Source
 from tftransfer.strategies import Strategy
-from tftransfer.trainable import AuditRow
+from tftransfer.tasks import Task
+from tftransfer.trainable import AuditRow, places
 
 FORMAT = "tftransfer phase 1"
 FOLDER, FILE = "checkpoints", "phase.safetensors"
@@ -28,13 +31,24 @@ FOLDER, FILE = "checkpoints", "phase.safetensors"
 
 @dataclass(frozen=True)
 class Call:
-    """What must be the same for a call of `fine_tune` to go on where another one ended."""
+    """What must be the same for a call of `fine_tune` to go on where another one ended.
+
+    Args:
+        strategy, seed, batch_size, max_steps: Its arguments.
+        data: Fingerprint of the examples.
+        task: What is learned, in words.
+        source: Digest of the old task, empty without one.
+        adapter: Digest of the adapter it went on from, empty without one.
+    """
 
     strategy: Strategy
     seed: int
     batch_size: int
     max_steps: int | None
     data: str
+    task: str
+    source: str = ""
+    adapter: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return what is written beside the weights."""
@@ -43,20 +57,53 @@ class Call:
         )
 
 
+def call_of(
+    strategy: Strategy,
+    seed: int,
+    batch_size: int,
+    max_steps: int | None,
+    data: Data,
+    task: Task,
+    source: Source | None,
+    adapter: Adapter | None,
+) -> Call:
+    """Describe a call of `fine_tune`; see `Call`."""
+    examples = data.fingerprint or _digest(
+        part for split in (data.train, data.validation) for part in (split.targets, np.array(split.names))
+    )
+    return Call(
+        tuple(strategy),
+        seed,
+        batch_size,
+        max_steps,
+        examples,
+        repr(task),
+        _digest([source.kernel, source.bias]) if source else "",
+        _digest([*adapter.head, *(part for pair in adapter.factors for part in pair)]) if adapter else "",
+    )
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Kept:
     """A finished phase, read back.
 
     Args:
-        weights: Every variable of the model by path.
-        factors: Of the adapter that is beside the model, by kernel.
+        weights: Every variable of the model by place, see `trainable.places`.
+        factors: A and B of the adapter that is beside the model; empty without one.
         base: Digest of its base.
-        moments: Of the optimizer, by variable.
+        moments: Of the optimizer, by place of the variable or name of the factor.
         history: Up to here.
     """
 
     weights: Mapping[str, np.ndarray]
-    factors: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    factors: tuple[tuple[np.ndarray, np.ndarray], ...]
     base: str
     moments: Mapping[str, Moment]
     history: History
@@ -67,13 +114,14 @@ class Kept:
         Raises:
             InputError: If the model has others.
         """
-        paths = {variable.path: tuple(variable.shape) for variable in _kept(model)}
-        differing = [path for path, shape in paths.items() if self.weights.get(path, np.empty(0)).shape != shape]
-        if differing or len(paths) != len(self.weights):
-            told = ", ".join(differing[:3]) or ", ".join(sorted({*self.weights} - {*paths})[:3])
+        by_place = {places(model)[variable.path]: variable for variable in _kept(model)}
+        shapes = {place: tuple(variable.shape) for place, variable in by_place.items()}
+        if shapes != {place: value.shape for place, value in self.weights.items()}:
+            differing = {*shapes.items()} ^ {(place, value.shape) for place, value in self.weights.items()}
+            told = ", ".join(f"{place} {list(shape)}" for place, shape in sorted(differing, key=str)[:3])
             raise InputError(f"`output` holds phases of another network (its variables differ at {told})")
-        for variable in _kept(model):
-            variable.assign(self.weights[variable.path])
+        for place, variable in by_place.items():
+            variable.assign(self.weights[place])
 
 
 def save(
@@ -94,43 +142,38 @@ def save(
         history: So far.
         attached: The adapter beside the model, if any.
         base: Digest of its base.
-        moments: Of the last phase's optimizer.
+        moments: Of the last phase's optimizer, by place of the variable or name of the factor.
     """
-    tensors = {f"weight:{variable.path}": variable.numpy() for variable in _kept(model)}
-    for name, (a, b) in (attached.arrays() if attached else {}).items():
-        tensors |= {f"a:{name}": a, f"b:{name}": b}
-    for name, moment in moments.items():
-        tensors |= {f"moment{number}:{name}": slot for number, slot in enumerate(moment.slots)}
-    described = {
-        "format": FORMAT,
-        "call": call.to_json(),
-        "base": base,
-        "ages": {name: moment.age for name, moment in moments.items()},
-        "history": dict(history),
-        "phases": [_record_to_json(record) for record in history.phases],
+    of = places(model)
+    slots, ages = tensor_files.pack(moments)
+    factors = attached.arrays() if attached else ()
+    kinds = {
+        "weight": {of[variable.path]: variable.numpy() for variable in _kept(model)},
+        "a": tensor_files.numbered(a for a, _ in factors),
+        "b": tensor_files.numbered(b for _, b in factors),
+        **slots,
     }
     path = folder / FOLDER / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{FILE}.staged")
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, staged, {"tftransfer": json.dumps(described)})
-    os.replace(staged, path)
+    records = [_record_to_json(record) for record in history.phases]
+    tensor_files.write(
+        path, kinds, FORMAT, call=call.to_json(), base=base, ages=ages, history=_no_nan(history), phases=records
+    )
 
 
 def latest(folder: Path, call: Call) -> Kept | None:
     """Read what the last finished phase of the same call left, or None if there is none.
 
     Raises:
-        InputError: If the folder holds phases of another call; says what differs.
+        InputError: If the folder holds phases of another call; says what differs. If the file is damaged.
     """
     path = folder / FOLDER / FILE
     if not path.is_file():
         return None
     try:
-        with safe_open(path, "np") as file:
-            described = json.loads(file.metadata()["tftransfer"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): remove it to begin again") from None
+        described, kinds = tensor_files.read(path, FORMAT)
+    except InputError as error:
+        raise InputError(f"{error}; remove it to begin again") from None
     before, now = described["call"], call.to_json()
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
@@ -138,22 +181,24 @@ def latest(folder: Path, call: Call) -> Kept | None:
             f"`output` {folder} holds phases of another call, which differs in {', '.join(changed)}: "
             "choose a new folder, or `resume=False` to begin again"
         )
-    kinds: dict[str, dict[str, np.ndarray]] = {}
-    for name, value in tensors.items():
-        kind, _, of = name.partition(":")
-        kinds.setdefault(kind, {})[of] = value
-    slots = [kinds[kind] for kind in sorted(kinds) if kind.startswith("moment")]
-    moments = {
-        name: Moment(tuple(slot[name] for slot in slots if name in slot), age)
-        for name, age in described["ages"].items()
-    }
-    factors = {name: (a, kinds["b"][name]) for name, a in kinds.get("a", {}).items()}
-    return Kept(kinds["weight"], factors, described["base"], moments, _history(described, call.strategy))
+    a, b = (tensor_files.in_order(kinds.get(kind, {})) for kind in ("a", "b"))
+    return Kept(
+        kinds["weight"],
+        tuple(zip(a, b, strict=True)),
+        described["base"],
+        tensor_files.unpack(kinds, described["ages"]),
+        _history(described, call.strategy),
+    )
 
 
 def _kept(model: keras.Model) -> list[keras.Variable]:
-    """Return a model's variables but for the states of random layers: each phase sets them, and Keras numbers them."""
+    """Return a model's variables but for the states of random layers, which each phase sets."""
     return [variable for variable in model.variables if "seed_generator" not in variable.path]
+
+
+def _no_nan(history: History) -> dict[str, list[float | None]]:
+    """Return the lists with null for what is not a finite number, as JSON has it."""
+    return {name: [value if math.isfinite(value) else None for value in values] for name, values in history.items()}
 
 
 def _record_to_json(record: PhaseRecord) -> dict[str, Any]:
@@ -163,7 +208,8 @@ def _record_to_json(record: PhaseRecord) -> dict[str, Any]:
 
 def _history(described: Mapping[str, Any], strategy: Strategy) -> History:
     history = History()
-    history.update(described["history"])
+    for name, values in described["history"].items():
+        history[name] = [math.nan if value is None else value for value in values]
     for phase, record in zip(strategy, described["phases"], strict=False):
         audit = tuple(AuditRow(**row) for row in record["audit"])
         history.phases.append(PhaseRecord(**{**record, "phase": phase, "audit": audit}))

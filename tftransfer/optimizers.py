@@ -26,6 +26,16 @@ class Moment:
     age: int
 
 
+def renamed(moments: Mapping[str, Moment], names: Mapping[str, str]) -> dict[str, Moment]:
+    """Give moments other names, where there are any.
+
+    Example:
+        >>> list(renamed({"a": Moment((), 0), "b": Moment((), 0)}, {"a": "x"}))
+        ['x', 'b']
+    """
+    return {names.get(name, name): moment for name, moment in moments.items()}
+
+
 class _Layerwise(keras.optimizers.Optimizer):
     """What the optimizers below share: a factor per variable on rate and decay, and moments that can be carried over.
 
@@ -55,13 +65,13 @@ class _Layerwise(keras.optimizers.Optimizer):
         """Decay and step one variable at its own rate."""
         index = self._get_variable_index(variable)
         own_rate = keras.ops.cast(learning_rate, variable.dtype) * self._factors[index]
-        if self.weight_decay and len(variable.shape) > 1:
+        if self.weight_decay and len(variable.shape) > 1 and self._use_weight_decay(variable):
             self.assign_sub(variable, variable * own_rate * self.weight_decay)
-        super().update_step(gradient, variable, own_rate * self._correction(self._ages[index]))
+        self._step(gradient, variable, own_rate)
 
-    def _correction(self, age: int) -> Any:
-        """Return the factor on the step of a variable whose moments are older than the optimizer."""
-        return 1.0
+    def _step(self, gradient: tf.Tensor, variable: keras.Variable, rate: tf.Tensor) -> None:
+        """Move one variable at its own rate, without decay."""
+        raise NotImplementedError
 
     def _apply_weight_decay(self, variables: list[keras.Variable]) -> None:
         """Do nothing: Keras would decay every variable at the global rate; `update_step` does it at its own."""
@@ -90,10 +100,19 @@ class _Layerwise(keras.optimizers.Optimizer):
         self.build(variables)
         for index, variable in enumerate(variables):
             moment = moments.get(variable.path)
-            if moment and len(moment.slots) == len(self._slots()) and moment.slots[0].shape == tuple(variable.shape):
+            if moment and self._fits(moment, variable):
                 self._ages[index] = moment.age
                 for slot, value in zip(self._slots(), moment.slots, strict=True):
                     slot[index].assign(value)
+
+    def _fits(self, moment: Moment, variable: keras.Variable) -> bool:
+        """Whether moments are of this kind of optimizer, of this variable's shape, and finite."""
+        shapes = [slot.shape for slot in moment.slots]
+        return shapes == [tuple(variable.shape)] * len(self._slots()) and all(map(_finite, moment.slots))
+
+
+def _finite(slot: np.ndarray) -> bool:
+    return bool(np.isfinite(slot).all())
 
 
 @keras.saving.register_keras_serializable("tftransfer")
@@ -130,6 +149,8 @@ class LayerwiseAdamW(_Layerwise, keras.optimizers.AdamW):
         name: str = "layerwise_adamw",
         **base_config: Any,  # what Keras' own get_config adds, such as clipnorm
     ) -> None:
+        if base_config.get("amsgrad"):
+            raise InputError("`amsgrad` is not supported: its third moment would be lost between phases")
         super().__init__(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -140,6 +161,10 @@ class LayerwiseAdamW(_Layerwise, keras.optimizers.AdamW):
             **base_config,
         )
         self._layerwise(multipliers)
+
+    def _step(self, gradient: tf.Tensor, variable: keras.Variable, rate: tf.Tensor) -> None:
+        age = self._ages[self._get_variable_index(variable)]
+        keras.optimizers.AdamW.update_step(self, gradient, variable, rate * self._correction(age))
 
     def _correction(self, age: int) -> Any:
         """Correct the bias of the moments for their own age: Keras corrects for the age of the optimizer."""
@@ -167,6 +192,9 @@ class LayerwiseSGD(_Layerwise, keras.optimizers.SGD):
         momentum: Share of the last step that is taken again, in [0, 1]. Defaults to 0.9.
         name: The optimizer's name.
 
+    The momentum is an average of gradients, which each step multiplies by its own rate (as in PyTorch), so that it can
+    be carried to a phase with another rate; at a constant rate the steps are those of `keras.optimizers.SGD`.
+
     Example:
         >>> optimizer = LayerwiseSGD(1e-2, multipliers={"stem/kernel": 0.1})
         >>> LayerwiseSGD.from_config(optimizer.get_config()).multipliers
@@ -188,6 +216,14 @@ class LayerwiseSGD(_Layerwise, keras.optimizers.SGD):
             learning_rate=learning_rate, weight_decay=weight_decay, momentum=momentum, name=name, **base_config
         )
         self._layerwise(multipliers)
+
+    def _step(self, gradient: tf.Tensor, variable: keras.Variable, rate: tf.Tensor) -> None:
+        step = keras.ops.cast(gradient, variable.dtype)
+        if self.momentum:
+            average = self.momentums[self._get_variable_index(variable)]
+            self.assign(average, self.momentum * average + step)
+            step = step + self.momentum * average if self.nesterov else average
+        self.assign_sub(variable, rate * step)
 
     def _slots(self) -> Sequence[Sequence[keras.Variable]]:
         return (self.momentums,) if self.momentum else ()

@@ -64,6 +64,8 @@ class Subject:
 class L2SP:
     """Pull the weights below the head towards where the phase began: `strength / 2` times the squared distance.
 
+    It takes the place of weight decay there, which would pull to zero at the same time.
+
     Use it when few examples would carry a pretrained network far away; it needs nothing but the weights.
 
     Args:
@@ -74,6 +76,7 @@ class L2SP:
     """
 
     strength: float = 0.1
+    replaces_decay = True
 
     def __post_init__(self) -> None:
         _check_strength(self.strength)
@@ -105,6 +108,7 @@ class EWC:
 
     strength: float = 0.1
     examples: int = 256
+    replaces_decay = True
 
     def __post_init__(self) -> None:
         _check_strength(self.strength)
@@ -138,6 +142,7 @@ class DistillFromSource:
 
     strength: float = 1.0
     temperature: float = 2.0
+    replaces_decay = False
 
     def __post_init__(self) -> None:
         _check_strength(self.strength)
@@ -155,6 +160,7 @@ class DistillFromSource:
             with keras.StatelessScope(list(zip(subject.held, kept, strict=True))):
                 taught = tf.stop_gradient(subject.body(inputs, training=False))
             if subject.source is None:
+                taught, features = tf.cast(taught, tf.float32), tf.cast(features, tf.float32)
                 scale = tf.reduce_mean(tf.square(taught)) + 1e-12
                 return self.strength * tf.reduce_mean(tf.square(features - taught)) / scale
             return self.strength * self._divergence(subject.source, taught, features)

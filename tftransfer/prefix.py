@@ -83,14 +83,15 @@ def cut(model: keras.Model, adapted: Sequence[keras.Variable] = ()) -> Cut:
     return Cut(frozen, _network(crossing, model.outputs))
 
 
-def features(model: keras.Model) -> keras.KerasTensor:
+def features(model: keras.Model, part: keras.Model | None = None) -> keras.KerasTensor:
     """Return the tensor that the head reads: pooled features, before the head's dropout.
 
     Args:
         model: From a builder, or the user's own; then the head is its last layer with weights.
+        part: A part of it, whose graph has tensors of its own, to find the features there. Defaults to the whole.
     """
     head = set(all_groups(model)[-1].layers)
-    first = next(node for node in nodes_in_order(model) if node.operation.name in head)
+    first = next(node for node in nodes_in_order(part or model) if node.operation.name in head)
     tensor = first.input_tensors[0]
     while isinstance(tensor._keras_history.operation, _STOCHASTIC):
         operation, number, _ = tensor._keras_history

@@ -149,7 +149,7 @@ def old_task(name: str | None, network: Network, model: keras.Model, options: ar
         return None
     if network.weights is None:
         raise InputError(f"`source` needs pretrained weights: `--weights none` has no old task. Received: {name!r}")
-    limit = 256 if options.smoke else None
+    limit = 600 if options.smoke else None
     if name != "demo":
         data = load(name, image_size=network.image_size, seed=options.seed, limit=limit)[0]
         return forgetting.source_probe(model, data)

@@ -109,6 +109,20 @@ def weight_layers(model: keras.Model) -> list[keras.Layer]:
     ]
 
 
+def places(model: keras.Model) -> dict[str, str]:
+    """Name each variable by its place in the network, such as `"12.kernel"`, by its path.
+
+    Keras numbers layers without a name of their own anew in each session, so files name variables by place. States of
+    random layers are left out: each phase sets them.
+
+    Example:
+        >>> places(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="logits")]))
+        {'logits/kernel': '0.kernel', 'logits/bias': '1.bias'}
+    """
+    kept = [variable for variable in model.variables if "seed_generator" not in variable.path]
+    return {variable.path: f"{number}.{variable.name}" for number, variable in enumerate(kept)}
+
+
 def trained_variables(layer: keras.Layer) -> list[keras.Variable]:
     """Return the variables of a layer that train.
 

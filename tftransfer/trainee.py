@@ -22,6 +22,7 @@ class Extras:
 
     Args:
         key: The run's seed and the phase's number, which decide every random choice below.
+        start: How many steps of the phase were done before.
         mixup, cutmix: See `mixing.mix`.
         branches: From the id of an addition to the place of its residual branch and the share of examples without it.
         adapter: Factors of LoRA beside the kernels.
@@ -30,6 +31,7 @@ class Extras:
     """
 
     key: tuple[int, int] = (0, 0)
+    start: int = 0
     mixup: float = 0.0
     cutmix: float = 0.0
     branches: Mapping[int, tuple[int, float]] = field(default_factory=dict)
@@ -115,6 +117,8 @@ class Trainee(keras.Model):
                 branch, rate = self.extras.branches[id(original)]
                 site = list(self.extras.branches).index(id(original))
                 return mixing.drop_branch(branch, rate, tf.random.experimental.stateless_fold_in(key, 100 + site))
+            if isinstance(original, keras.layers.Dropout) and original.noise_shape is not None:
+                return lambda *args, **kwargs: original(*args, **{**kwargs, "training": False})  # the network's own
             if getattr(original, "_call_has_training_arg", False):
                 return lambda *args, **kwargs: original(*args, **{**kwargs, "training": True})
             return original
@@ -127,7 +131,7 @@ class Trainee(keras.Model):
 
     def _key(self, replica: Any) -> tf.Tensor:
         """Return `(2,)` int64 that differs for every seed, phase, step and device."""
-        step = tf.cast(tf.convert_to_tensor(self.optimizer.iterations), tf.int64)
+        step = self.extras.start + tf.cast(tf.convert_to_tensor(self.optimizer.iterations), tf.int64)
         stepped = tf.random.experimental.stateless_fold_in(tf.constant(self.extras.key, tf.int64), step)
         return tf.random.experimental.stateless_fold_in(stepped, tf.cast(replica, tf.int64))
 

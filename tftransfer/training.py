@@ -15,15 +15,15 @@ import numpy as np
 import tensorflow as tf
 
 from tftransfer import builders, checkpoints, distribution, mixing, penalties, prefix, schedules, trainable
-from tftransfer.adapters import Adapter, Attached, adapter_of, base_digest
+from tftransfer.adapters import Adapter, Attached, Reached, adapter_of, base_digest
 from tftransfer.averages import Ema, WiseFt
 from tftransfer.callbacks import KeepBest, LearningRateLog, Progress, callback_list
 from tftransfer.console import audit_table, literal_console, print_table
 from tftransfer.data import Data, Examples, order
-from tftransfer.errors import InputError
+from tftransfer.errors import InputError, check
 from tftransfer.history import History, PhaseRecord
 from tftransfer.metrics import LossError
-from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD, Moment
+from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD, Moment, renamed
 from tftransfer.penalties import Source
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
@@ -89,17 +89,20 @@ def fine_tune(
     """
     model = _functional(model)
     _check(model, task, data, batch_size, callbacks)
+    _check_strategy(model, strategy, adapter, task)
     folder = Path(output) if output else None
-    run = _Run(model, task, data, tuple(callbacks), seed, batch_size, max_steps, source, quiet, folder)
-    call = checkpoints.Call(tuple(strategy), seed, batch_size, max_steps, data.fingerprint)
+    run = _Run(model, task, data, tuple(callbacks), seed, batch_size, max_steps, source, quiet, folder, adapter)
+    call = checkpoints.call_of(strategy, seed, batch_size, max_steps, data, task, source, adapter)
     kept = checkpoints.latest(folder, call) if folder and resume else None
-    carried, history = _begin(run, strategy, adapter) if kept is None else _go_on(run, strategy, kept)
+    carried, history = _begin(run) if kept is None else _go_on(run, strategy, kept)
     for number in range(len(history.phases), len(strategy)):
-        carried = _continued(run, carried, strategy[number])
-        carried = _run_phase(run, strategy[number], number, history, carried)
+        if number or adapter is None:
+            carried = _continued(run, carried, strategy[number])
+        carried = _run_phase(run, strategy, number, history, carried)
         if folder:
-            checkpoints.save(folder, call, model, history, carried.attached, carried.base, carried.moments)
-    history.adapter = _finish_adapter(run, carried)
+            moments = renamed(carried.moments, trainable.places(model))
+            checkpoints.save(folder, call, model, history, carried.attached, carried.base, moments)
+    history.adapter = _finish_adapter(run, carried, history)
     if folder:
         history.write_csv(folder / "history.csv")
     return history
@@ -107,11 +110,12 @@ def fine_tune(
 
 @dataclass(frozen=True)
 class _Carried:
-    """What one phase hands to the next beside the weights: moments of the optimizer, and an adapter with its base."""
+    """What a phase leaves beside the weights: moments, an adapter with its base's digest, states of random layers."""
 
     moments: Mapping[str, Moment] = field(default_factory=dict)
     attached: Attached | None = None
     base: str = ""
+    generators: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ class _Run:
     source: Source | None
     quiet: bool
     output: Path | None
+    adapter: Adapter | None
 
     def steps(self, phase: Phase) -> tuple[int, int]:
         """Return `(steps per epoch, epochs)` of a phase."""
@@ -136,18 +141,21 @@ class _Run:
             return per_epoch, phase.epochs
         return min(per_epoch, self.max_steps), 1
 
+    def place(self, number: int) -> tuple[int, int]:
+        """Return a phase's number for every seed, and how many steps of it an earlier call has done."""
+        if self.adapter is None:
+            return number, 0
+        reached = self.adapter.reached
+        return reached.phase + number, 0 if number else reached.steps
 
-def _begin(run: _Run, strategy: Strategy, adapter: Adapter | None) -> tuple[_Carried, History]:
-    if adapter is None:
+
+def _begin(run: _Run) -> tuple[_Carried, History]:
+    if run.adapter is None:
         return _Carried(), History()
-    if strategy[0].adapter != adapter.row:
-        raise InputError(
-            f"`adapter` goes on in a first phase with the same LoRA, {adapter.row}; this strategy begins with "
-            f"{strategy[0].adapter}: leave out its probe, such as `strategies.lora()[1:]`"
-        )
     with distribution.strategy_of(run.model).scope():
-        attached = adapter.attach(run.model)
-    return _Carried(adapter.moments, attached, adapter.base), History()
+        attached = run.adapter.attach(run.model)
+    moments = renamed(run.adapter.reached.moments, _paths(run.model))
+    return _Carried(moments, attached, run.adapter.base), History()
 
 
 def _go_on(run: _Run, strategy: Strategy, kept: checkpoints.Kept) -> tuple[_Carried, History]:
@@ -159,16 +167,21 @@ def _go_on(run: _Run, strategy: Strategy, kept: checkpoints.Kept) -> tuple[_Carr
         with distribution.strategy_of(run.model).scope():
             attached = phase.adapter.prepare(run.model, run.seed)
         attached.set(kept.factors)
-    return _Carried(kept.moments, attached, kept.base), kept.history
+    return _Carried(renamed(kept.moments, _paths(run.model)), attached, kept.base), kept.history
+
+
+def _paths(model: keras.Model) -> dict[str, str]:
+    """Return each variable's path by its place."""
+    return {place: path for path, place in trainable.places(model).items()}
 
 
 def _continued(run: _Run, carried: _Carried, phase: Phase) -> _Carried:
     """Take along what the next phase goes on with: its own adapter, and moments if it says so."""
+    moments = carried.moments if phase.carry_moments else {}
     if carried.attached and carried.attached.row == phase.adapter:
-        return carried
+        return dataclasses.replace(carried, moments=moments)
     if carried.attached:
         carried.attached.merge()
-    moments = carried.moments if phase.carry_moments else {}
     if phase.adapter is None:
         return _Carried(moments)
     with distribution.strategy_of(run.model).scope():
@@ -176,28 +189,37 @@ def _continued(run: _Run, carried: _Carried, phase: Phase) -> _Carried:
     return _Carried(moments, attached, base_digest(run.model))
 
 
-def _finish_adapter(run: _Run, carried: _Carried) -> Adapter | None:
+def _finish_adapter(run: _Run, carried: _Carried, history: History) -> Adapter | None:
     """Merge the last phase's factors into the model, which is plain from here on, and return them as an adapter."""
     if carried.attached is None:
         return None
-    adapter = adapter_of(run.model, carried.attached, run.task.labels, carried.base, carried.moments)
+    number = len(history.phases) - 1
+    phase, steps = run.place(number)
+    per_epoch = run.steps(history.phases[-1].phase)[0]
+    reached = Reached(
+        phase,
+        steps + per_epoch * history.phases[-1].best_epoch,
+        renamed(carried.moments, trainable.places(run.model)),
+        carried.generators,
+    )
+    adapter = adapter_of(run.model, carried.attached, run.task.labels, carried.base, reached)
     carried.attached.merge()
     return adapter
 
 
-def _run_phase(run: _Run, phase: Phase, number: int, history: History, carried: _Carried) -> _Carried:
+def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, carried: _Carried) -> _Carried:
     """Train one phase, add it to the history, and return what the next one may go on with."""
-    began = time.monotonic()
+    began, phase = time.monotonic(), strategy[number]
     trainable.set_trainable(run.model, phase.selector, train_batch_norm=phase.train_batch_norm)
     parts = prefix.cut(run.model, carried.attached.kernels if carried.attached else ())
-    _check_fits(run.model, phase, parts.trained)
     audit = _audit(run, phase, carried.attached)
-    _seed_generators(run.model, run.seed, number)
+    _seed_generators(run, number)
     steps_per_epoch, epochs = run.steps(phase)
     below = prefix.as_constant_function(parts.frozen) if parts.frozen else None
     trainee = _compiled(run, phase, number, parts.trained, below, carried, steps_per_epoch * epochs)
     training, validation = _inputs(run, phase, number, below)
-    keep = KeepBest(trainee, phase.patience)
+    matters = _moments_matter(strategy, number)
+    keep = KeepBest(trainee, phase.patience, remember=lambda: _state(run, trainee) if matters else {"moments": {}})
     before = trainee.evaluate(validation, return_dict=True, verbose=0)
     keep.consider(0, before["loss"], before["loss_error"])
     start = trainee.get_weights()
@@ -225,7 +247,24 @@ def _run_phase(run: _Run, phase: Phase, number: int, history: History, carried: 
         _penalty_basis(run, phase),
     )
     history.add(logs, record)
-    return dataclasses.replace(carried, moments=trainee.optimizer.moments())
+    return dataclasses.replace(carried, **keep.kept)
+
+
+def _state(run: _Run, trainee: keras.Model) -> dict[str, Any]:
+    """Return what there is beside the weights, for somebody who goes on from here."""
+    generators = tuple(variable.numpy() for variable in _generators(run.model))
+    return {"moments": _own(trainee.optimizer).moments(), "generators": generators}
+
+
+def _own(optimizer: keras.optimizers.Optimizer) -> LayerwiseAdamW | LayerwiseSGD:
+    """Return our optimizer; Keras wraps it for float16 models, to scale the loss."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def _moments_matter(strategy: Strategy, number: int) -> bool:
+    """Whether somebody goes on with the optimizer's moments: the next phase, or a later call with the adapter."""
+    last = number + 1 == len(strategy)
+    return strategy[number].adapter is not None if last else strategy[number + 1].carry_moments
 
 
 def plan(model: keras.Model, phase: Phase) -> tuple[tuple[trainable.AuditRow, ...], prefix.Cut]:
@@ -247,6 +286,27 @@ def plan(model: keras.Model, phase: Phase) -> tuple[tuple[trainable.AuditRow, ..
     parts = prefix.cut(model, attached.kernels if attached else ())
     _check_fits(model, phase, parts.trained)
     return rows, parts
+
+
+def _check_strategy(model: keras.Model, strategy: Strategy, adapter: Adapter | None, task: Task) -> None:
+    """Refuse a strategy before its first phase runs, if one of its phases could not."""
+    check(len(strategy) > 0, "strategy", "a tuple of phases", strategy)
+    if adapter and strategy[0].adapter != adapter.row:
+        raise InputError(
+            f"`adapter` goes on in a first phase with the same LoRA, {adapter.row}; this strategy begins with "
+            f"{strategy[0].adapter}: leave out its probe, such as `strategies.lora()[1:]`"
+        )
+    if adapter and adapter.labels != tuple(task.labels):
+        raise InputError(f"`adapter` answers with the labels {adapter.labels}, the task's are {tuple(task.labels)}")
+    for number, phase in enumerate(strategy):
+        plan(model, phase)
+        others = (None, phase.adapter)
+        changed = [one.name for one in strategy[:number] if one.selector != "head" or one.adapter not in others]
+        if phase.adapter and changed:
+            raise InputError(
+                f"phase {phase.name!r} has an `adapter`, whose base must be the network as it was given, but phase "
+                f"{changed[0]!r} before it changes that"
+            )
 
 
 def _check_fits(model: keras.Model, phase: Phase, part: keras.Model) -> None:
@@ -303,12 +363,14 @@ def _inputs(
 ) -> tuple[tf.data.Dataset, tf.data.Dataset]:
     """Return what goes into the trained part: the training batches of the whole phase, and the validation batches."""
     steps_per_epoch, epochs = run.steps(phase)
+    place, start = run.place(number)
     training = order.batches(
         run.data.train,
         run.batch_size,
         seed=run.seed,
-        phase=number,
+        phase=place,
         steps=steps_per_epoch * epochs,
+        start=start,
         augmentation=phase.augmentation,
     )
     replicas = distribution.strategy_of(run.model).num_replicas_in_sync
@@ -360,8 +422,12 @@ def _compiled(
     with distribution.strategy_of(run.model).scope():
         trainee = Trainee(_unpacked(part.inputs), _unpacked(part.outputs), name="trainee")
         trainee.dtype_policy = run.model.dtype_policy  # Keras scales the loss of float16 models by this
-        trainee.add_extras(_extras(run, phase, number, trainee, below, carried.attached))
+    extras = _extras(run, phase, number, trainee, below, carried.attached)  # outside the scope: it runs the network
+    with distribution.strategy_of(run.model).scope():
+        trainee.add_extras(extras)
         optimizer = _optimizer(run, phase, carried.attached, steps)
+        if phase.penalty and phase.penalty.replaces_decay:
+            optimizer.exclude_from_weight_decay(list(_below_the_head(run.model, trainee)))
         trainee.compile(
             optimizer=optimizer,
             loss=loss,
@@ -383,18 +449,19 @@ def _extras(
     """Prepare what the phase adds to the step."""
     term, body = None, None
     if phase.penalty:
-        subject, body = _subject(run, phase, part, below)
+        subject, body = _subject(run, part, below)
         term = phase.penalty.prepare(subject)
+    place, start = run.place(number)
     return Extras(
-        (run.seed, number), phase.mixup, phase.cutmix, _branches(phase, part), attached, penalty=term, body=body
+        (run.seed, place), start, phase.mixup, phase.cutmix, _branches(phase, part), attached, penalty=term, body=body
     )
 
 
 def _subject(
-    run: _Run, phase: Phase, part: keras.Model, below: Callable[[tf.Tensor], list[tf.Tensor]] | None
+    run: _Run, part: keras.Model, below: Callable[[tf.Tensor], list[tf.Tensor]] | None
 ) -> tuple[penalties.Subject, keras.Model]:
     """Return what a penalty is prepared for, and the network that gives outputs and features at once."""
-    features = prefix.features(run.model)
+    features = prefix.features(run.model, part)
     subject = penalties.Subject(
         body=keras.Model(part.inputs, features),
         below=_to_inputs(below),
@@ -453,15 +520,21 @@ def _callbacks(
     return callback_list(own, run.callbacks, trainee, run.model, {"epochs": last_epoch, "steps": steps})
 
 
-def _seed_generators(model: keras.Model, seed: int, phase: int) -> None:
+def _generators(model: keras.Model) -> list[keras.Variable]:
+    return [variable for variable in model.variables if "seed_generator" in variable.path]
+
+
+def _seed_generators(run: _Run, number: int) -> None:
     """Give every Dropout and random layer a state that depends on the seed and the phase alone.
 
-    They are counters that no saver of Keras keeps; without this a phase's dropout would depend on what ran before.
+    They are counters that no saver of Keras keeps; without this a phase's dropout would depend on what ran before. A
+    phase that an earlier call began goes on with that call's states.
     """
-    generators = [variable for variable in model.variables if "seed_generator" in variable.path]
-    for number, variable in enumerate(generators):
-        words = np.random.SeedSequence((seed, phase, number)).generate_state(2)
-        variable.assign(np.array(words, variable.dtype))
+    place, start = run.place(number)
+    kept = run.adapter.reached.generators if run.adapter and start else ()
+    for index, variable in enumerate(_generators(run.model)):
+        words = np.random.SeedSequence((run.seed, place, index)).generate_state(2)
+        variable.assign(kept[index] if index < len(kept) else np.array(words, variable.dtype))
 
 
 def _functional(model: keras.Model) -> keras.Model:
@@ -493,6 +566,10 @@ def _check(
                 f"`callbacks` can't hold {type(callback).__name__}, which needs the optimizer of a compiled model: use "
                 "a phase's `learning_rate` and `schedule`, and `output` for TensorBoard's logs"
             )
+    paths = [variable.path for variable in model.variables if "seed_generator" not in variable.path]
+    twice = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
+    if twice:
+        raise InputError(f"two variables of the model have the path {twice[0]!r}: give its layers different names")
     if model.output_shape[-1] != task.num_outputs:
         raise InputError(
             f"the model gives {model.output_shape[-1]} outputs, but the task has {task.num_outputs}: "

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import keras
 
+from tftransfer import tensor_files
 from tftransfer.errors import InputError
 from tftransfer.serving.export import export_savedmodel
 from tftransfer.serving.verification import Verification, verify
@@ -81,7 +82,7 @@ def publish_directory(
         target = next_version(parent)
         os.rename(scratch, target)
         for folder in (parent, parent.parent):
-            _sync(folder)
+            tensor_files.sync(folder)
         return target, verification
 
 
@@ -107,16 +108,8 @@ def sync_tree(folder: Path) -> None:
     """Write every file and folder below (and including) `folder` through to the disk."""
     for path, _, files in os.walk(folder, topdown=False):
         for file in files:
-            _sync(Path(path) / file)
-        _sync(Path(path))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            tensor_files.sync(Path(path) / file)
+        tensor_files.sync(Path(path))
 
 
 @contextlib.contextmanager

@@ -39,7 +39,8 @@ class Phase:
             Where both are given, a coin decides in each step. Default to 0.
         stochastic_depth: Share of examples for which the topmost residual branch is left out in a step, falling to
             zero at the bottom, in [0, 1). Defaults to 0.
-        adapter: `Lora(...)`, trained instead of the kernels; merged when the last phase ends. Defaults to None.
+        adapter: `Lora(...)`, trained instead of the kernels, with the head; merged when the last phase ends. Defaults
+            to None.
         penalty: `L2SP(...)`, `EWC(...)` or `DistillFromSource(...)`. Defaults to None.
         average: `Ema(...)` or `WiseFt(...)`. Defaults to None.
         carry_moments: Whether the optimizer begins with the moments of the phase before. Defaults to False.
@@ -83,6 +84,11 @@ class Phase:
         for name in ("weight_decay", "mixup", "cutmix"):
             value = getattr(self, name)
             check(math.isfinite(value) and value >= 0, name, "a number from 0", value)
+        if self.adapter:
+            where = '"head" where an adapter changes what is below'
+            check(self.selector == "head", "selector", where, self.selector)
+            check(self.penalty is None, "penalty", "left out beside an adapter, which holds the base by itself", "one")
+            check(not isinstance(self.average, WiseFt), "average", "None or `Ema` beside an adapter", self.average)
         check(isinstance(self.patience, int) and self.patience >= 0, "patience", "a whole number from 0", self.patience)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""Safetensors files with a description and a digest: written through to the disk in one step, checked when read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from tftransfer.errors import InputError
+from tftransfer.optimizers import Moment
+
+Kinds = Mapping[str, Mapping[str, np.ndarray]]
+"""Tensors by kind and name, such as `kinds["head"]["0.kernel"]`."""
+
+_KEY = "tftransfer"
+
+
+def write(path: Path, kinds: Kinds, format_name: str, **described: Any) -> None:
+    """Write tensors and what describes them.
+
+    Args:
+        path: The file; its folder exists.
+        kinds: The tensors.
+        format_name: What the file is, see `read`.
+        described: JSON to go with them.
+    """
+    tensors = {f"{kind}:{name}": np.ascontiguousarray(t) for kind, part in kinds.items() for name, t in part.items()}
+    text = json.dumps({**described, "format": format_name, "sha256": _digest(tensors)}, allow_nan=False)
+    staged = path.with_name(f".{path.name}.staged")
+    save_file(tensors, staged, {_KEY: text})
+    sync(staged)
+    os.replace(staged, path)
+    sync(path.parent)
+
+
+def read(path: Path, format_name: str) -> tuple[dict[str, Any], Kinds]:
+    """Read such a file: its description and its tensors.
+
+    Raises:
+        InputError: If it is missing, damaged, or something else.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            described = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as {format_name!r}: {error}") from None
+    if described.get("format") != format_name:
+        raise InputError(f"{path} is no file of this kind: expected {format_name!r} in its metadata")
+    if described["sha256"] != _digest(tensors):
+        raise InputError(f"{path} is damaged: its tensors are not those that were written")
+    kinds: dict[str, dict[str, np.ndarray]] = {}
+    for name, value in tensors.items():
+        kind, _, of = name.partition(":")
+        kinds.setdefault(kind, {})[of] = value
+    return described, kinds
+
+
+def numbered(tensors: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+    """Name tensors by their number."""
+    return {str(number): tensor for number, tensor in enumerate(tensors)}
+
+
+def in_order(tensors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Return the tensors that `numbered` named."""
+    return tuple(tensors[str(number)] for number in range(len(tensors)))
+
+
+def pack(moments: Mapping[str, Moment]) -> tuple[Kinds, dict[str, int]]:
+    """Return moments as kinds of tensors, and their ages."""
+    slots = max((len(moment.slots) for moment in moments.values()), default=0)
+    kinds = {
+        f"moment{number}": {name: moment.slots[number] for name, moment in moments.items()} for number in range(slots)
+    }
+    return kinds, {name: moment.age for name, moment in moments.items()}
+
+
+def unpack(kinds: Kinds, ages: Mapping[str, int]) -> dict[str, Moment]:
+    """Return the moments that `pack` took apart."""
+    slots = [kinds[kind] for kind in sorted(kinds) if kind.startswith("moment")]
+    return {name: Moment(tuple(slot[name] for slot in slots if name in slot), age) for name, age in ages.items()}
+
+
+def sync(path: Path) -> None:
+    """Write a file or a folder through to the disk, where the system can."""
+    with contextlib.suppress(PermissionError, IsADirectoryError):  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].shape} {tensors[name].dtype};".encode())
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()
