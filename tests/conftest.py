@@ -120,7 +120,7 @@ def _small_network(num_classes: int = 3, dropout: float = 0.0) -> keras.Model:
     return _estimate_batch_norm(keras.Model(inputs, layers.Dense(num_classes, name="logits")(x)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_network():
     """Return a function that builds a small convolutional network with BatchNorm and a builder's head names."""
     return _small_network

@@ -141,15 +141,66 @@ _TWO_DEVICES = """
 """
 
 
-def test_two_devices_train_as_one():
-    """A process of its own: logical devices can be set before TensorFlow is used only."""
+_EXTRAS_ON_TWO_DEVICES = (
+    _TWO_DEVICES.partition("    def trained(devices):")[0]
+    + """
+    from tftransfer.adapters import Lora
+    from tftransfer.penalties import EWC, DistillFromSource
+
+    def small():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((32, 32, 3))
+        x = keras.layers.Rescaling(1 / 255)(inputs)
+        x = keras.layers.Conv2D(4, 5, strides=4, name="low")(x)
+        x = keras.layers.add([x, keras.layers.Conv2D(4, 3, padding="same", name="high")(x)])
+        x = keras.layers.GlobalAveragePooling2D()(x)
+        return keras.Model(inputs, keras.layers.Dense(3, name="logits")(x))
+
+    Phase = strategies.Phase
+    tried = {
+        "EWC": Phase("EWC", "all", 1, 1e-2, penalty=EWC(1.0, examples=4)),
+        "distillation": Phase("distillation", "all", 1, 1e-2, penalty=DistillFromSource()),
+        "LoRA": Phase("LoRA", "head", 1, 1e-2, adapter=Lora(2)),
+        "SGD": Phase("SGD", "all", 1, 1e-2, optimizer="sgd", carry_moments=True),
+        "mixing": Phase("mixing", "all", 1, 1e-2, mixup=0.4, cutmix=1.0, stochastic_depth=0.3),
+    }
+    found = {}
+    for name, phase in tried.items():
+        ended = []
+        for devices in ("1", "2"):
+            with distribution.devices(devices):
+                model = small()
+            before = model.get_layer("high").kernel.numpy()
+            history = training.fine_tune(model, task, data, (phase,), batch_size=8)
+            assert np.isfinite(history["loss"]).all(), name
+            assert not np.array_equal(before, model.get_layer("high").kernel.numpy()), name
+            ended.append(np.concatenate([w.numpy().ravel() for w in model.weights]))
+        found[name] = float(np.linalg.norm(ended[0] - ended[1]) / np.linalg.norm(ended[0]))
+    print(json.dumps(found))
+"""
+)
+
+
+def _in_a_process(code: str) -> dict:
+    """Run code in a process of its own: logical devices can be set before TensorFlow is used only."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_TWO_DEVICES)], capture_output=True, text=True, check=False, timeout=400
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, timeout=400
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_two_devices_train_as_one():
+    found = _in_a_process(_TWO_DEVICES)
     assert found["replicas"] == [1, 2]
     assert found["frozen"] == [True, True]
     assert found["weights"] < 1e-5
     assert found["history"]["loss"] < 1e-5
     assert found["history"]["val_loss"] < 1e-5
+
+
+def test_what_a_phase_adds_works_on_two_devices_as_on_one():
+    """Each device mixes and drops its own examples, so that these alone differ."""
+    apart = _in_a_process(_EXTRAS_ON_TWO_DEVICES)
+    assert apart.pop("mixing") > 1e-5
+    assert max(apart.values()) < 1e-5, apart

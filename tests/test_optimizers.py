@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tftransfer.errors import InputError
-from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD
+from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD, Moment
 
 
 def _two_kernels() -> keras.Model:
@@ -85,6 +85,54 @@ def test_moments_carried_over_continue_as_if_nothing_had_happened(optimizer):
     for ours, theirs in zip(straight.get_weights(), divided.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     assert {moment.age for moment in second.moments().values()} == {5}
+
+
+def test_without_multipliers_it_is_keras_sgd_on_kernels():
+    ours = _moves(LayerwiseSGD(0.01), 1.0, steps=3)
+    theirs = _moves(keras.optimizers.SGD(0.01, momentum=0.9), 1.0, steps=3)
+    assert ours["low/kernel"] == pytest.approx(theirs["low/kernel"], rel=1e-5)
+
+
+def test_nesterov_is_keras_own():
+    ours = _moves(LayerwiseSGD(0.01, nesterov=True), 1.0, steps=3)
+    theirs = _moves(keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True), 1.0, steps=3)
+    assert ours["low/kernel"] == pytest.approx(theirs["low/kernel"], rel=1e-5)
+
+
+def test_momentum_is_carried_to_another_rate_in_that_rates_units():
+    """After many equal gradients the average is ten of them; a hundredth of the rate moves a hundredth as far."""
+    model = _two_kernels()
+    first, second = LayerwiseSGD(1e-2), LayerwiseSGD(1e-4)
+    gradients = [keras.ops.ones(v.shape) for v in model.trainable_variables]
+    for _ in range(200):
+        first.apply(gradients, model.trainable_variables)
+    second.start_from(model.trainable_variables, first.moments())
+    before = model.get_weights()[0]
+    second.apply(gradients, model.trainable_variables)
+    np.testing.assert_allclose(before - model.get_weights()[0], 1e-4 * 10, rtol=1e-2)
+
+
+def test_moments_that_are_not_finite_are_not_carried():
+    model = _two_kernels()
+    ruined = {v.path: Moment((np.full(v.shape, np.nan, np.float32),) * 2, 5) for v in model.trainable_variables}
+    optimizer = LayerwiseAdamW(0.01)
+    optimizer.start_from(model.trainable_variables, ruined)
+    assert all(np.isfinite(moment.slots[0]).all() for moment in optimizer.moments().values())
+
+
+def test_variables_can_be_excluded_from_weight_decay():
+    model = _two_kernels()
+    optimizer = LayerwiseAdamW(0.01, weight_decay=0.1)
+    optimizer.exclude_from_weight_decay([model.get_layer("low").kernel])
+    before = model.get_weights()
+    optimizer.apply([keras.ops.zeros(v.shape) for v in model.trainable_variables], model.trainable_variables)
+    np.testing.assert_array_equal(model.get_layer("low").kernel, before[0])
+    assert not np.array_equal(model.get_layer("high").kernel, before[2])
+
+
+def test_amsgrad_is_refused():
+    with pytest.raises(InputError, match="amsgrad"):
+        LayerwiseAdamW(amsgrad=True)
 
 
 def test_a_fresh_optimizer_would_not_continue():

@@ -3,13 +3,15 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from tftransfer import builders, training
+from tftransfer import builders, distribution, mixing, trainable, training
 from tftransfer.averages import WiseFt
 from tftransfer.checks import forgetting
 from tftransfer.errors import InputError
 from tftransfer.penalties import EWC, L2SP, DistillFromSource
 from tftransfer.strategies import Phase
+from tftransfer.trainee import Extras, Trainee
 
 EXTRAS = {
     "mixup": {"mixup": 0.4},
@@ -38,24 +40,31 @@ def _distance(model, before) -> float:
     return float(np.sqrt(sum(np.square(part).sum() for part in moved)))
 
 
-@pytest.mark.parametrize("name", [name for name in EXTRAS if name != "WiSE-FT"])
-def test_training_differs_from_plain_and_leaves_a_plain_model(small_network, small_task, small_data, name, tmp_path):
-    extras = EXTRAS[name]
-    model, _, history = _tuned(small_network, small_task, small_data, **extras)
-    plain, _, _ = _tuned(small_network, small_task, small_data)
-    assert any(not np.array_equal(a, b) for a, b in zip(model.get_weights(), plain.get_weights(), strict=True))
-    assert not model.compiled
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert [w.path for w in loaded.weights] == [w.path for w in small_network().weights]
-    assert np.isfinite(history["loss"]).all()
+@pytest.fixture(scope="module")
+def plain(small_network, small_task, small_data):
+    """The weights after training without any extras, by what trains."""
+    return {
+        selector: _tuned(small_network, small_task, small_data, selector)[0].get_weights()
+        for selector in ("all", "last:2")
+    }
 
 
-@pytest.mark.parametrize("name", [name for name in EXTRAS if name != "WiSE-FT"])
-def test_the_same_seed_gives_the_same_bits(small_network, small_task, small_data, name):
-    first, second = (_tuned(small_network, small_task, small_data, **EXTRAS[name])[0] for _ in range(2))
+@pytest.mark.parametrize(
+    ("name", "selector"),
+    [*((name, "all") for name in EXTRAS if name != "WiSE-FT"), ("EWC", "last:2"), ("distillation", "last:2")],
+)
+def test_an_extra_changes_training_reproducibly_and_leaves_a_plain_model(
+    small_network, small_task, small_data, plain, name, selector
+):
+    (first, _, history), (second, _, _) = (
+        _tuned(small_network, small_task, small_data, selector, **EXTRAS[name]) for _ in range(2)
+    )
     for one, two in zip(first.get_weights(), second.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
+    assert any(not np.array_equal(a, b) for a, b in zip(first.get_weights(), plain[selector], strict=True))
+    assert np.isfinite(history["loss"]).all()
+    assert not first.compiled
+    assert [w.path for w in first.weights] == [w.path for w in small_network().weights]
 
 
 @pytest.mark.parametrize("penalty", [L2SP(30.0), EWC(30.0, examples=8), DistillFromSource(30.0)])
@@ -75,8 +84,8 @@ def test_a_strong_penalty_keeps_the_network_near_its_start(small_network, small_
 
 
 def test_a_penalty_of_strength_zero_changes_nothing(small_network, small_task, small_data):
-    with_it, _, _ = _tuned(small_network, small_task, small_data, penalty=L2SP(0.0))
-    without, _, _ = _tuned(small_network, small_task, small_data)
+    with_it, _, _ = _tuned(small_network, small_task, small_data, penalty=L2SP(0.0), weight_decay=0.0)
+    without, _, _ = _tuned(small_network, small_task, small_data, weight_decay=0.0)
     for one, two in zip(with_it.get_weights(), without.get_weights(), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-6)
 
@@ -91,12 +100,56 @@ def test_the_source_reaches_the_penalty(small_network, small_task, small_data):
     assert history["loss"] != without["loss"]
 
 
-def test_the_loss_of_mixed_examples_is_that_of_both_labels(small_network, small_task, small_data):
-    """With one class only mixing targets changes nothing: the loss is the plain one of the mixed pictures."""
-    _, _, mixed = _tuned(small_network, small_task, small_data, mixup=8.0, epochs=8)
-    _, _, plain = _tuned(small_network, small_task, small_data, epochs=8)
-    assert mixed["loss"][-1] > plain["loss"][-1] + 0.1  # half-and-half pictures can't be told apart for certain
-    assert mixed["val_accuracy"][-1] > 0.5
+def test_the_loss_of_mixed_examples_is_the_weighted_one_of_both_labels(small_network, small_task, small_data):
+    model = small_network()
+    trainable.set_trainable(model, "all")
+    trainee = Trainee(model.input, model.output)
+    trainee.compile(loss=small_task.loss(from_logits=True, targets=small_data.train.targets))
+    pictures = np.stack([small_data.train.pictures.load(i) for i in range(4)]).astype(np.float32)
+    targets, weights = small_data.train.targets[:4], np.array([1.0, 2.0, 0.5, 3.0], np.float32)
+    key = tf.constant([3, 4], tf.int64)
+    trainee.add_extras(Extras(mixup=1.0))
+    _, loss = trainee._outputs_and_loss((pictures, tf.constant(targets), tf.constant(weights)), key, 1.0)
+    mixed, partners, own = mixing.mix((pictures, tf.constant(targets), tf.constant(weights)), key, 1.0, 0.0)
+    logs = tf.nn.log_softmax(model(mixed)).numpy()
+    own, partners = np.asarray(own), np.asarray(partners)
+    rows = np.arange(4)
+    by_hand = -own * weights * logs[rows, targets]
+    by_hand = by_hand - (1 - own) * weights[partners] * logs[rows, targets[partners]]
+    assert 0.01 < float(np.mean(own)) < 0.99
+    np.testing.assert_allclose(loss, by_hand.mean(), rtol=1e-5)
+
+
+def test_a_leash_takes_the_place_of_weight_decay_below_the_head(small_network, small_task, small_data):
+    """At a vanishing gradient of the leash and a decay of 100 %, only the head decays."""
+    tuned = {"rate": 1e-3, "weight_decay": 100.0, "selector": "all"}
+    held, before, _ = _tuned(small_network, small_task, small_data, penalty=L2SP(1e-9), **tuned)
+    free, _, _ = _tuned(small_network, small_task, small_data, **tuned)
+    assert _distance(held, before) < 0.2 * _distance(free, before)
+
+
+def test_a_float16_network_carries_its_moments(small_task, small_data):
+    with distribution.devices("cpu", "mixed_float16"):
+        inputs = keras.Input((32, 32, 3))
+        x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3, strides=4)(inputs))
+        model = keras.Model(inputs, keras.layers.Dense(3, name="logits", dtype="float32")(x))
+    strategy = (Phase("one", "all", 1, 0.01), Phase("two", "all", 1, 0.01, carry_moments=True, penalty=EWC(0.1)))
+    history = training.fine_tune(model, small_task, small_data, strategy, batch_size=8)
+    assert np.isfinite(history["loss"]).all()
+
+
+def test_stochastic_depth_takes_the_place_of_the_networks_own(small_task, estimate_batch_norm):
+    """EfficientNet drops branches by itself; at a vanishing share of ours nothing is dropped."""
+    model = builders.image_classifier("EfficientNetB0", 3, image_size=32, weights=None, dropout=0.0)
+    model = estimate_batch_norm(model)
+    trainable.set_trainable(model, "all")
+    trainee = Trainee(model.input, model.output)
+    first = next(iter(mixing.residual_branches(trainee).items()))
+    trainee.add_extras(Extras(branches={first[0]: (first[1], 1e-12)}))
+    pictures = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype(np.float32)
+    (outputs,) = trainee._with_dropped_branches(trainee, pictures, tf.constant([0, 0], tf.int64))
+    np.testing.assert_allclose(outputs, model(pictures, training=False), rtol=1e-4, atol=1e-4)
+    assert not np.allclose(model(pictures, training=True), outputs, rtol=1e-4, atol=1e-4)
 
 
 def test_wise_ft_ends_on_the_line_and_says_where(small_network, small_task, small_data):

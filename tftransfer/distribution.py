@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -121,10 +122,20 @@ def _strategy(choice: str) -> tuple[tf.distribute.Strategy, str, str]:
 
 def _strategy_on(names: list[str]) -> tf.distribute.Strategy:
     if len(names) > 1:
-        return tf.distribute.MirroredStrategy(names)
+        return _mirrored(tuple(names))
     if "GPU" in names[0]:
         return tf.distribute.OneDeviceStrategy(names[0])
     return tf.distribute.get_strategy()  # on one processor the same as OneDeviceStrategy, with less overhead
+
+
+@functools.cache
+def _mirrored(names: tuple[str, ...]) -> tf.distribute.Strategy:
+    """Return the one MirroredStrategy of a process on these devices.
+
+    A second one would number its collective operations from the beginning again, and TensorFlow refuses a number whose
+    tensor had another shape ("Shape mismatch in the collective instance").
+    """
+    return tf.distribute.MirroredStrategy(list(names))
 
 
 def _tpu_strategy() -> tf.distribute.Strategy:

@@ -155,13 +155,13 @@ class DistillFromSource:
     def prepare(self, subject: Subject) -> Term:
         """Remember the weights as they are: they are the teacher."""
         kept = _kept(subject.held)
+        scale = _mean_square(subject) if subject.source is None else 1.0
 
         def term(inputs: Any, features: tf.Tensor) -> tf.Tensor:
             with keras.StatelessScope(list(zip(subject.held, kept, strict=True))):
                 taught = tf.stop_gradient(subject.body(inputs, training=False))
             if subject.source is None:
                 taught, features = tf.cast(taught, tf.float32), tf.cast(features, tf.float32)
-                scale = tf.reduce_mean(tf.square(taught)) + 1e-12
                 return self.strength * tf.reduce_mean(tf.square(features - taught)) / scale
             return self.strength * self._divergence(subject.source, taught, features)
 
@@ -237,6 +237,13 @@ def _distance(held: Sequence[keras.Variable], importance: Sequence[Any], strengt
         return strength / 2 * tf.add_n(parts)
 
     return term
+
+
+def _mean_square(subject: Subject) -> float:
+    """Return the mean square of the features of a few training pictures, which sets the scale of their changes."""
+    pictures, _, _ = next(iter(order.in_order(subject.examples, 64)))
+    features = tf.cast(subject.body(subject.below(pictures), training=False), tf.float32)
+    return float(tf.reduce_mean(tf.square(features))) + 1e-12
 
 
 def _kept(held: Sequence[keras.Variable]) -> list[tf.Tensor]:

@@ -77,27 +77,29 @@ class Trainee(keras.Model):
         share = here * replicas / everywhere
         key = self._key(context.replica_id_in_sync_group)
         with tf.GradientTape() as tape:
-            outputs, loss = self._outputs_and_loss((inputs, targets, weights * share), key, replicas)
+            outputs, loss = self._outputs_and_loss((inputs, targets, weights * share), key, share / replicas)
             scaled = self.optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled, self.trainable_weights)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
         self._loss_tracker.update_state(loss * replicas, sample_weight=everywhere / replicas)
         return self.compute_metrics(inputs, targets, outputs, sample_weight=weights)
 
-    def _outputs_and_loss(self, batch: Batch, key: tf.Tensor, replicas: int) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return outputs and loss; Keras divides its own by the number of devices, since gradients are summed."""
+    def _outputs_and_loss(
+        self, batch: Batch, key: tf.Tensor, portion: tf.Tensor | float
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return outputs and this device's portion of the loss; Keras divides its own by the number of devices."""
         inputs, targets, weights = batch
         extras = self.extras
         if not (extras.mixup or extras.cutmix):
             outputs, penalty = self._outputs_and_penalty(inputs, key)
-            return outputs, self.compute_loss(inputs, targets, outputs, weights, training=True) + penalty / replicas
+            return outputs, self.compute_loss(inputs, targets, outputs, weights, training=True) + penalty * portion
         mixed, partners, own = mixing.mix(batch, key, extras.mixup, extras.cutmix)
         outputs, penalty = self._outputs_and_penalty(mixed, key)
         # Both halves in one call: the mean over twice as many rows is half the sum of both losses.
         both_targets = tf.concat([targets, tf.gather(targets, partners)], axis=0)
         both_weights = tf.concat([2 * own * weights, 2 * (1 - own) * tf.gather(weights, partners)], axis=0)
         twice = tf.concat([outputs, outputs], axis=0)
-        return outputs, self.compute_loss(inputs, both_targets, twice, both_weights, training=True) + penalty / replicas
+        return outputs, self.compute_loss(inputs, both_targets, twice, both_weights, training=True) + penalty * portion
 
     def _outputs_and_penalty(self, inputs: Any, key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | float]:
         extras = self.extras
