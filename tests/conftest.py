@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import tensorflow as tf  # noqa: E402
 from tftransfer import tasks  # noqa: E402
 from tftransfer.data.examples import Data, Examples, Pictures  # noqa: E402
 
+gc.freeze()  # what was imported stays; without it each collection looks through all of TensorFlow
+
 
 def pytest_addoption(parser):
     parser.addoption("--shard", default="1/1", help="run the I-th of N shards of the selected tests, I/N")
@@ -33,7 +36,7 @@ def _seeded():
     """Give every test the same random start, whatever ran before it."""
     keras.utils.set_random_seed(0)
     yield
-    keras.backend.clear_session()
+    keras.utils.clear_session(free_memory=False)  # Python collects what is left often enough
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ def guarded(main: Callable[[], int | None]) -> int:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("stopped; the same command with the same --out begins this run again", file=sys.stderr)
+        print("stopped; the same command with the same --out goes on with this run", file=sys.stderr)
         return STOPPED
 
 

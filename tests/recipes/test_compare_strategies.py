@@ -1,5 +1,6 @@
 """The comparison as a user runs it."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -87,11 +88,36 @@ def test_a_stopped_comparison_goes_on_after_its_last_trial(recipe, finished, tmp
     assert done == [0, 1]
 
 
-def test_folds_leave_the_test_split_alone(recipe, tmp_path):
+def test_folds_leave_the_test_split_alone(recipe, tmp_path, monkeypatch):
+    """With folds every measurement is on training examples: the test split's loader is never asked."""
+    from tftransfer import data
+
+    real = data.load
+
+    def closed(*given, **named):
+        found, task = real(*given, **named)
+
+        def never(index):
+            raise AssertionError("the test split was read")
+
+        if len(found.labels) > 10:  # the old task
+            return found, task
+        pictures = dataclasses.replace(found.test.pictures, load=never)
+        return dataclasses.replace(found, test=dataclasses.replace(found.test, pictures=pictures)), task
+
+    monkeypatch.setattr(data, "load", closed)
     folder = tmp_path / "run"
-    assert recipe(*SMALL, "--strategy", "linear_probe", "--seeds", "0", "--folds", "2", "--out", folder) == 0
+    assert recipe(*SMALL, "--strategy", "surgical", "--seeds", "0", "--folds", "2", "--out", folder) == 0
     found = json.loads((folder / "comparison.json").read_text())
     assert [trial["fold"] for trial in found["trials"]] == [0, 1]
+    assert "not looked at" in (folder / "comparison.md").read_text()
+
+
+def test_a_dry_run_writes_nothing(recipe, tmp_path, capsys):
+    arguments = [argument for argument in SMALL if argument != "--quiet"]
+    assert recipe(*arguments, "--dry-run", "--out", tmp_path / "run") == 0
+    assert "18 trials" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -99,10 +125,17 @@ def test_folds_leave_the_test_split_alone(recipe, tmp_path):
     [
         (["--strategy", "linear_prob"], "linear_probe"),
         (["--strategy", "full,full"], "different strategies"),
+        (["--strategy", "full,partial:last=50"], "depth groups of this network"),
+        (["--strategy", "gradual:stages=50", "--epochs", "60"], "depth groups of this network"),
+        (["--strategy", "attention_only"], "matches nothing below the head"),
+        (["--strategy", "lora:where=re:nothing"], "matches no kernel"),
+        (["--strategy", "gradual", "--epochs", "3"], "from 4"),
+        (["--learning-rate", "-1"], "learning_rate"),
         (["--seeds", "0,a"], "seeds"),
         (["--folds", "1"], "folds"),
         (["--folds", "40"], "smallest class"),
         (["--data", "nowhere"], "nowhere"),
+        (["--weights", "none", "--backbone", "MobileNet-0.25", "--source", "demo"], "pretrained weights"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(recipe, tmp_path, capsys, option, said):

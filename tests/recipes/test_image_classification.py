@@ -5,13 +5,15 @@ import json
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import bundles, cli
+from tftransfer import adapters, builders, bundles, cli
 
 SMALL = ["--backbone", "MobileNet-0.25", "--weights", "none", "--image-size", "32", "--quiet"]
+DEMO = ["--smoke", "--source", "demo"]
 CONTRACT = {
     "model.keras", "manifest.json", "manifest.sha256", "history.csv", "report.json", "report.html", "MODEL_CARD.md",
     "checkpoints", "logs", "samples", "serving",
@@ -53,7 +55,7 @@ def _photos(folder, classes=("cat", "dog"), count=6, seed=0):
 def finished(recipe, tmp_path_factory):
     """A smoke run on the demo, finished."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    assert recipe("--smoke", "--quiet", "--out", folder) == 0
+    assert recipe(*DEMO, "--quiet", "--out", folder) == 0
     return folder
 
 
@@ -72,7 +74,9 @@ def test_report_keeps_to_the_contract(finished):
     assert {"accuracy", "macro_precision", "macro_recall", "macro_f1", "log_loss"} <= set(report["metrics"])
     assert {"low", "high", "method"} == set(report["intervals"]["accuracy"])
     assert {"decode", "extract", "train", "total"} <= set(report["seconds"])
-    assert all(check["passed"] for check in report["checks"] if check["name"] != "calibration")
+    judged = [check for check in report["checks"] if check["passed"] is not None and check["name"] != "calibration"]
+    assert judged
+    assert all(check["passed"] for check in judged)
     assert sum(report["data"][split] for split in ("train", "validation", "test")) <= 64
 
 
@@ -82,15 +86,39 @@ def test_the_demo_prints_what_the_backbone_is_worth(finished):
     assert [row[0] for row in table["rows"]] == ["demo backbone", "random weights", "raw pixels"]
 
 
+def test_the_report_says_what_trained_what_was_forgotten_and_how_far_it_overfits(finished):
+    report = json.loads((finished / "report.json").read_text())
+    tables = {table["title"]: table for table in report["tables"]}
+    probe, tuned = (tables[f"What trained: {name}"] for name in ("probe", "fine-tune"))
+    assert probe["columns"] == ["group", "layers", "parameters", "trainable", "learning rate", "BatchNorm statistics"]
+    assert [row[4] for row in probe["rows"]] == ["frozen"] * (len(probe["rows"]) - 1) + ["0.009"]
+    assert {row[5] for row in tuned["rows"][:-1]} == {"frozen"}
+    assert tuned["rows"][-2][4] == "0.00045"  # a tenth below the head's
+    kept = next(check for check in report["checks"] if check["name"] == "forgetting")
+    assert kept["passed"] is None
+    assert set(kept["metrics"]) == {"before", "after", "after_fitted_again"}
+    assert kept["metrics"]["before"] > 0.3
+    assert "What is left of the old task (generated signs)" in tables
+    assert "Accuracy is" in tables["Seen and unseen examples"]["note"]
+    page = (finished / "report.html").read_text()
+    assert "What trained: probe" in page
+    assert "What is left of the old task" in page
+
+
+def test_another_strategy_is_refused(recipe, finished, capsys):
+    assert recipe(*DEMO, "--quiet", "--strategy", "gradual", "--out", finished) == 2
+    assert "holds another run (strategy" in capsys.readouterr().err
+
+
 def test_a_finished_run_prints_its_report_and_changes_nothing(recipe, finished, capsys):
     before = (finished / "manifest.json").read_bytes()
-    assert recipe("--smoke", "--out", finished) == 0
+    assert recipe(*DEMO, "--out", finished) == 0
     assert "This run is finished" in capsys.readouterr().out
     assert (finished / "manifest.json").read_bytes() == before
 
 
 def test_another_run_is_refused(recipe, finished, capsys):
-    assert recipe("--smoke", "--quiet", "--seed", 1, "--out", finished) == 2
+    assert recipe(*DEMO, "--quiet", "--seed", 1, "--out", finished) == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1
     assert "holds another run (seed 0 there, 1 here)" in error
@@ -146,7 +174,7 @@ def test_dry_run_writes_nothing(recipe, tmp_path, capsys):
 
 
 def test_the_same_seed_gives_the_same_model(recipe, finished, tmp_path):
-    assert recipe("--smoke", "--quiet", "--out", tmp_path / "again") == 0
+    assert recipe(*DEMO, "--quiet", "--out", tmp_path / "again") == 0
     one, two = (bundles.load(folder).model.get_weights() for folder in (finished, tmp_path / "again"))
     for first, second in zip(one, two, strict=True):
         np.testing.assert_array_equal(first, second)
@@ -160,14 +188,41 @@ def test_other_tasks_run_to_the_end(recipe, tmp_path, kind):
         f"{name}/{index}.png,{label}" for name, label in zip(("cat", "dog"), labels, strict=True) for index in range(10)
     ]
     (photos / "table.csv").write_text("image,label\n" + "\n".join(rows) + "\n")
-    options = {"multi_label": OPTIONS, "regression": ["--task", "regression"]}[kind]
-    options = [*options, "--strategy", "linear_probe", "--smoke", "--out", tmp_path / "run"]
-    assert recipe("--data", photos / "table.csv", *SMALL, *options) == 0
+    options = {
+        "multi_label": [*OPTIONS, "--strategy", "surgical"],
+        "regression": ["--task", "regression", "--strategy", "lora:rank=2"],
+    }[kind]
+    assert recipe("--data", photos / "table.csv", *SMALL, *options, "--smoke", "--out", tmp_path / "run") == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     expected = {"multi_label": "macro_f1", "regression": "mean_absolute_error"}[kind]
     assert expected in report["metrics"]
+    run = bundles.load(tmp_path / "run")
     if kind == "multi_label":
-        _check_options(bundles.load(tmp_path / "run"))
+        _check_options(run)
+        _check_choice(run, report)
+    else:
+        _check_adapter(run)
+
+
+def _check_choice(run: bundles.Bundle, report: dict) -> None:
+    """What `surgical` chose is in report and manifest, with the reason."""
+    trains = run.manifest["decisions"]["trains"]
+    assert trains.startswith("groups:")
+    assert report["strategy"][1]["selector"] == trains
+    assert "the gradient is largest" in report["notes"][0]
+    assert "Relative gradient norms after the probe" in [table["title"] for table in report["tables"]]
+
+
+def _check_adapter(run: bundles.Bundle) -> None:
+    """The adapter's file makes the tuned network of its base."""
+    keras.utils.set_random_seed(0)
+    base = builders.image_classifier("MobileNet-0.25", 1, image_size=32, weights=None)
+    base = builders.in_units_of(base, np.array([1.5, 20.0]))
+    adapters.Adapter.load(run.folder / "adapter.safetensors").merge_into(base)
+    tuned = {weight.path: weight.numpy() for weight in run.model.weights}
+    for weight in base.weights:
+        if not weight.path.startswith(("to_units", "units")):
+            np.testing.assert_array_equal(weight, tuned[weight.path], err_msg=weight.path)
 
 
 OPTIONS = ["--hidden", "8", "--dropout", "0.4", "--label-smoothing", "0.1", "--balance", "--patience", "3"]
@@ -178,7 +233,29 @@ def _check_options(run: bundles.Bundle) -> None:
     assert run.model.get_layer("head_hidden_1").units == 8
     assert run.model.get_layer("head_dropout").rate == 0.4
     assert (run.task.label_smoothing, run.task.balance) == (0.1, True)
-    assert [phase["patience"] for phase in run.manifest["strategy"]] == [3]
+    assert [phase["patience"] for phase in run.manifest["strategy"]] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--learning-rate", "-1"], "learning_rate"),
+        (["--strategy", "ful"], "Did you mean 'full'"),
+        (["--strategy", "full:layer_decy=1"], "Did you mean 'layer_decay'"),
+        (["--strategy", "partial:last=0"], "whole number from 1"),
+        (["--strategy", "partial:last=99"], "Groups: "),
+        (["--strategy", "partial:layers=re:conv_pw_99_x"], "Did you mean"),
+        (["--strategy", "full:stochastic_depth=0.2"], "no residual branches"),
+        (["--strategy", "lora:where=re:nothing"], "matches no kernel"),
+        (["--backbone", "MobileNetV2-0.35", "--weights", "none", "--source", "demo"], "pretrained weights"),
+    ],
+)
+def test_strategies_that_do_not_fit_are_refused_at_once(recipe, tmp_path, capsys, options, said):
+    assert recipe("--smoke", "--quiet", "--image-size", 32, *options, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert said in error
+    assert not (tmp_path / "run").exists()
 
 
 def _bad(name, folder):
