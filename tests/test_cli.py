@@ -94,7 +94,7 @@ def test_an_interruption_is_75(capsys):
         raise KeyboardInterrupt
 
     assert cli.guarded(interrupt) == 75
-    assert "begins this run again" in capsys.readouterr().err
+    assert "goes on with this run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
@@ -109,7 +109,7 @@ def test_a_signal_ends_a_process_with_75(name):
         process.send_signal(getattr(signal, name))
         _, error = process.communicate(timeout=30)
     assert process.returncode == 75
-    assert error.decode().splitlines() == ["stopped; the same command with the same --out begins this run again"]
+    assert error.decode().splitlines() == ["stopped; the same command with the same --out goes on with this run"]
 
 
 def test_handlers_are_put_back_and_ignored_signals_stay_ignored():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import bundles, cli, prefix
+from tftransfer import bundles, cli, prefix, strategies
 from tftransfer.report import Report
 
 
@@ -32,6 +32,15 @@ def _pictures(folder, count):
     for file in files:
         file.write_bytes(tf.io.encode_png(generator.integers(0, 255, (32, 32, 3), np.uint8)).numpy())
     return files
+
+
+def test_strategies_are_listed_with_options_and_sources(capsys):
+    assert cli.main(["strategies", "--json"]) == 0
+    found = {row["strategy"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(found) == {*strategies.names(), "surgical"}
+    assert found["gradual"]["options and defaults"] == "stages=3, augmentation=strong"
+    assert all("arXiv" in row["source"] for row in found.values())
+    assert all(row["what it does"].endswith(".") for row in found.values())
 
 
 def test_predict_takes_pictures_in_batches_and_answers_in_order(run, tmp_path, capsys, monkeypatch):

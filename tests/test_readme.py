@@ -3,12 +3,12 @@
 import re
 
 
-def test_the_python_example_runs(repository, tmp_path, monkeypatch, capsys):
+def test_the_python_examples_run_one_after_the_other(repository, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = (repository / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
-    assert (tmp_path / "digits.keras").is_file()
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile("".join(examples), "README.md", "exec"), {})
+    assert {path.name for path in tmp_path.iterdir()} == {"digits.keras", "digits.safetensors", "rates.png"}
     assert "head" in capsys.readouterr().out
 
 
@@ -24,5 +24,5 @@ def test_strategies_and_commands_are_named(repository):
 
     text = (repository / "README.md").read_text(encoding="utf-8")
     assert [name for name in strategies.names() if f"`{name}" not in text] == []
-    commands = ("doctor", "backbones", "predict", "evaluate", "export", "verify")
+    commands = ("doctor", "backbones", "strategies", "predict", "evaluate", "export", "verify")
     assert [name for name in commands if f"tftransfer {name}" not in text] == []

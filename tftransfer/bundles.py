@@ -247,7 +247,7 @@ def load_model(path: str | os.PathLike[str]) -> keras.Model:
     Raises:
         InputError: If the file is missing or is no Keras model.
     """
-    from tftransfer import optimizers  # noqa: F401  registers its class
+    from tftransfer import optimizers, schedules  # noqa: F401  register their classes
 
     try:
         return keras.saving.load_model(path, compile=False)
