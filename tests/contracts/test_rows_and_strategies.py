@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 
 import keras
@@ -9,15 +11,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import backbones, builders, serving, strategies, tasks, training
+from tftransfer import backbones, builders, prefix, serving, strategies, tasks, trainable, training
+from tftransfer.averages import WiseFt
 from tftransfer.data import Data, Examples, Pictures
 from tftransfer.errors import InputError
+from tftransfer.history import History
+from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD
 from tftransfer.strategies import Phase
 
-# The demo's network and one with residual blocks; one row of each other family is slow.
-QUICK = (("MobileNet-0.25", "demo"), ("MobileNetV2-0.35", None))
-SLOW = (
-    "ConvNeXtTiny",
+DEMO = ("MobileNet-0.25", "demo")
+QUICK = (DEMO, ("MobileNetV2-0.35", None), ("ConvNeXtTiny", None))
+SLOW = (  # one row of each other family, and the demo's with random weights
     "MobileNet-0.25",
     "MobileNetV3Small",
     "VGG16",
@@ -32,61 +36,77 @@ SLOW = (
     "EfficientNetB0",
     "EfficientNetV2B0",
 )
-NETWORKS = [
-    *(pytest.param(name, weights, id=name) for name, weights in QUICK),
-    *(pytest.param(name, None, id=f"{name}-random", marks=pytest.mark.slow) for name in SLOW),
-]
+THREE = [pytest.param(pair, id=pair[0]) for pair in QUICK]
+NETWORKS = [*THREE, *(pytest.param((name, None), id=f"{name}-random", marks=pytest.mark.slow) for name in SLOW)]
+# What takes longest runs by default on the demo's network alone.
+LONG = [NETWORKS[0], *(pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) for p in NETWORKS[1:])]
 TASK = tasks.SingleLabel(("red", "green", "blue"))
 
 
-def _data(size: int, count: int = 12) -> Data:
+def _examples(size: int, count: int) -> Examples:
     generator = np.random.default_rng(0)
     targets = np.arange(count, dtype=np.int32) % 3
     pictures = generator.integers(0, 120, (count, size, size, 3), np.uint8)
     pictures[np.arange(count), :, :, targets] += 100
     held = tf.constant(pictures)
     source = Pictures(tuple(map(str, range(count))), lambda index: tf.gather(held, index), (size, size))
-    examples = Examples(source, targets, np.ones(count, np.float32))
-    return Data("colours", TASK.labels, examples, examples, examples)
+    return Examples(source, targets, np.ones(count, np.float32))
+
+
+def _data(size: int, training_examples: int = 12, others: int = 12) -> Data:
+    other = _examples(size, others)
+    return Data("colours", TASK.labels, _examples(size, training_examples), other, other)
+
+
+@pytest.fixture(scope="module")
+def built(request, estimate_batch_norm, state_of):
+    """Build each network once; beside it its row, its weights and what it holds else."""
+    name, weights = request.param
+    keras.utils.set_random_seed(0)
+    size = backbones.backbone(name).smallest_size
+    model = builders.image_classifier(name, 3, image_size=size, weights=weights, dropout=0.0)
+    if weights is None:
+        estimate_batch_norm(model)
+    return request.param, model, model.get_weights(), state_of(model)
 
 
 @pytest.fixture
-def network(request, estimate_batch_norm):
-    name, weights = request.param
-    size = backbones.backbone(name).smallest_size
-    model = builders.image_classifier(name, 3, image_size=size, weights=weights, dropout=0.0)
-    return model if weights else estimate_batch_norm(model)
+def network(built, state_of):
+    """Hand out a network as it was built, and see to it that nothing but its weights is changed."""
+    _, model, weights, state = built
+    yield model
+    assert state_of(model) == state
+    model.set_weights(weights)
+    model.trainable = True
 
 
-# What takes longest runs by default on the demo's network alone.
-LONG = [NETWORKS[0], *(pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) for p in NETWORKS[1:])]
-
-
-def _both(parameters):
-    return pytest.mark.parametrize("network", [_pair(p) for p in parameters], indirect=True)
-
-
-def _pair(parameter):
-    return pytest.param(parameter.values, id=parameter.id, marks=parameter.marks)
+def _on(networks):
+    return pytest.mark.parametrize("built", networks, indirect=True)
 
 
 class _Watch(keras.callbacks.Callback):
     """Keep the whole model's weights as they are after each step, before any are restored or averaged."""
 
     def on_train_batch_end(self, batch, logs=None):
-        self.weights = {weight.path: weight.numpy() for weight in self.model.weights}
+        self.weights = _values(self.model)
+
+
+def _values(model: keras.Model) -> dict[str, np.ndarray]:
+    return {weight.path: weight.numpy() for weight in model.weights if "seed_generator" not in weight.path}
+
+
+def _below(model: keras.Model) -> list[keras.Layer]:
+    return [model.get_layer(name) for group in backbones.depth_groups(model) for name in group.layers]
 
 
 def _should_train(model: keras.Model, phase: Phase) -> set[str]:
     """Return the paths of the weights that a phase means, found from names and classes of layers, not from any flag."""
     groups = backbones.depth_groups(model)
-    below = [layer for layer in model.layers if layer.name in {name for group in groups for name in group.layers}]
-    leaves = [leaf for layer in below for leaf in layer._flatten_layers()]
+    leaves = [leaf for layer in _below(model) for leaf in layer._flatten_layers()]
     if phase.selector.startswith("last:"):
         text = phase.selector.removeprefix("last:")
         count = math.ceil(int(text[:-1]) / 100 * len(groups)) if text.endswith("%") else int(text)
-        names = {name for group in groups[-count:] for name in group.layers}
-        chosen = [w for layer in below if layer.name in names for w in layer.weights]
+        chosen = [w for group in groups[-count:] for name in group.layers for w in model.get_layer(name).weights]
     else:
         norms = (keras.layers.BatchNormalization, keras.layers.LayerNormalization)
         chosen = {
@@ -100,18 +120,22 @@ def _should_train(model: keras.Model, phase: Phase) -> set[str]:
     return {w.path for w in (*chosen, *head) if "moving" not in w.path and "seed_generator" not in w.path}
 
 
-def _moved(network: keras.Model, phase: Phase, data: Data) -> set[str]:
-    before = {weight.path: weight.numpy() for weight in network.weights}
-    watch = _Watch()
-    training.fine_tune(network, TASK, data, (phase,), batch_size=4, max_steps=2, callbacks=[watch])
-    for weight in network.weights if phase.adapter is None else ():  # what was kept at the end is frozen alike
-        if np.array_equal(watch.weights[weight.path], before[weight.path]) and "seed_generator" not in weight.path:
-            np.testing.assert_array_equal(weight, before[weight.path], err_msg=weight.path)
-    return {
-        path
-        for path, value in watch.weights.items()
-        if not np.array_equal(value, before[path]) and "seed_generator" not in path
-    }
+def _adapted(model: keras.Model) -> set[str]:
+    """Return the paths of the kernels that LoRA changes when it is merged."""
+    leaves = [leaf for layer in _below(model) for leaf in layer._flatten_layers()]
+    return {leaf.kernel.path for leaf in leaves if isinstance(leaf, (keras.layers.Dense, keras.layers.Conv2D))}
+
+
+def _two_steps(network: keras.Model, phase: Phase) -> tuple[set[str], set[str], History]:
+    """Return what moved in two steps, what differs when the phase is over, and the history."""
+    before, watch = _values(network), _Watch()
+    data = _data(network.input_shape[1], 4, 2)
+    history = training.fine_tune(network, TASK, data, (phase,), batch_size=2, max_steps=2, callbacks=[watch])
+    return _changed(before, watch.weights), _changed(before, _values(network)), history
+
+
+def _changed(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> set[str]:
+    return {path for path, value in after.items() if not np.array_equal(value, before[path])}
 
 
 def _phases() -> dict[str, Phase]:
@@ -121,44 +145,60 @@ def _phases() -> dict[str, Phase]:
         for phase in strategies.parse(name):
             parts = (phase.adapter, phase.penalty, phase.average)
             kinds = [type(part).__name__ for part in parts if part] + ["moments"] * phase.carry_moments
+            if isinstance(phase.average, WiseFt):
+                phase = dataclasses.replace(phase, average=WiseFt(2))  # fewer points on the line cost less
             found.setdefault("-".join([phase.selector, *kinds]), phase)
     return found
 
 
 PHASES = _phases()
-QUICK_PHASES = ("head", "all-Ema", "norm-Ema", "head-Lora-Ema")
+TRACED = ("head", "all")
 
 
-def _network_and_phase():
-    for parameter in NETWORKS:
-        for key in PHASES:
-            (name, weights) = parameter.values[0]
-            slow = parameter.marks or (weights != "demo" and key not in QUICK_PHASES)
-            marks = (pytest.mark.slow,) if slow else ()
-            yield pytest.param((name, weights), key, id=f"{parameter.id}-{key}", marks=marks)
+@pytest.fixture
+def pace(built, key, monkeypatch):
+    """Trace all phases of the demo's network and two of the others: tracing takes most of the time.
+
+    ConvNeXt's frozen part runs with variables: each pass through 28 million constants takes seconds.
+    """
+    row = built[0]
+    traced = row == DEMO or key in TRACED
+    if row[0] == "ConvNeXtTiny":
+        monkeypatch.setattr(prefix, "as_constant_function", _with_variables)
+    tf.config.run_functions_eagerly(not traced)
+    yield
+    tf.config.run_functions_eagerly(False)
 
 
-@pytest.mark.parametrize(("network", "key"), list(_network_and_phase()), indirect=["network"])
+def _with_variables(frozen: keras.Model):
+    return lambda batch: tf.nest.flatten(frozen(tf.cast(batch, tf.float32), training=False))
+
+
+@pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`:UserWarning")
+@pytest.mark.usefixtures("pace")
+@pytest.mark.parametrize("key", PHASES)
+@_on(NETWORKS)
 def test_two_steps_move_what_trains_and_nothing_else(network, key):
     phase = PHASES[key]
-    data = _data(network.input_shape[1])
     expected = _should_train(network, phase)
     if phase.selector == "attention" and len(expected) == 2:
         with pytest.raises(InputError, match="matches nothing below the head"):
-            _moved(network, phase, data)
+            _two_steps(network, phase)
         return
-    moved = _moved(network, phase, data)
-    assert moved <= expected
-    kernels = {path for path in expected if path.endswith(("kernel", "gamma"))}
-    assert kernels <= moved  # offsets may have no gradient in two steps
+    moved, differs, history = _two_steps(network, phase)
+    assert moved == expected
+    assert differs <= (expected | _adapted(network) if phase.adapter else expected)
+    if phase.adapter:  # the factors are no weights of the network: what the optimizer remembers tells that they moved
+        moments = {path: moment for path, moment in history.adapter.moments.items() if ".lora_" in path}
+        assert len(moments) == 2 * len(_adapted(network))
+        assert all(np.any(moment.slots[0]) for moment in moments.values())
 
 
-def test_a_selector_that_trains_too_much_would_be_seen(small_network):
-    """The promise above can fail: what "all" moves is more than "head" means, and a rate of nearly zero moves less."""
+def test_a_selector_that_trains_too_much_or_too_little_would_be_seen(small_network):
+    """The promise above can fail: "all" moves more than "head" means, and a rate of nearly zero moves nothing."""
     network = small_network()
-    data = _data(32)
-    assert not _moved(network, Phase("all", "all"), data) <= _should_train(network, Phase("probe", "head"))
-    assert not {"logits/kernel"} <= _moved(network, Phase("probe", "head", learning_rate=1e-30), data)
+    assert _two_steps(network, Phase("all", "all"))[0] > _should_train(network, Phase("probe", "head"))
+    assert not _two_steps(network, Phase("probe", "head", learning_rate=1e-30))[0]
 
 
 def test_a_moved_statistic_would_be_seen(small_network):
@@ -172,7 +212,68 @@ def test_a_moved_statistic_would_be_seen(small_network):
     assert not np.array_equal(before, model.get_layer("norm_1").moving_mean.numpy())
 
 
-@_both(LONG)
+Steps = list[list[float]]
+
+
+def _steps(model: keras.Model, optimizer: keras.optimizers.Optimizer, gradients: dict[str, float]) -> list[Steps]:
+    """Let each weight begin at one and take one step, all of a variable with one gradient.
+
+    Returns:
+        How far the variables of each depth group went, from stem to head: kernels, and those of one dimension.
+    """
+    trainable.set_trainable(model, "all")
+    variables = model.trainable_variables
+    for variable in variables:
+        variable.assign(np.ones(variable.shape, np.float32))
+    optimizer.apply([keras.ops.full(v.shape, gradients[v.path]) for v in variables], variables)
+    groups = [*(group.layers for group in backbones.depth_groups(model)), ("logits",)]
+    of_groups = [[w for name in layers for w in model.get_layer(name).weights if w.trainable] for layers in groups]
+    assert sum(map(len, of_groups)) == len(variables)
+    return [[[_step(w) for w in own if (len(w.shape) > 1) == kernel] for own in of_groups] for kernel in (True, False)]
+
+
+def _step(variable: keras.Variable) -> float:
+    return float(np.mean(1 - variable.numpy(), dtype=np.float64))
+
+
+def _check_ratio(steps: Steps, ratio: float) -> None:
+    """Compare each group's shortest and longest step with those of the group above."""
+    pairs = [(below, above) for below, above in itertools.pairwise(steps) if below and above]
+    assert len(pairs) >= len(steps) - 3  # ConvNeXt's topmost group has no kernel
+    for below, above in pairs:
+        assert [max(below) / min(above), min(below) / max(above)] == pytest.approx([ratio, ratio], rel=0.01)
+
+
+@pytest.mark.parametrize("gradient", [1.0, 0.0])
+@pytest.mark.parametrize("optimizer", [LayerwiseAdamW, LayerwiseSGD])
+@_on(THREE)
+def test_neighbouring_groups_step_and_decay_in_the_ratio_of_layer_decay(network, optimizer, gradient):
+    multipliers = trainable.rate_multipliers(network, 0.7)
+    gradients = dict.fromkeys(multipliers, gradient)
+    kernels, others = _steps(network, optimizer(0.1, weight_decay=0.5, multipliers=multipliers), gradients)
+    assert kernels[-1] == pytest.approx([0.1 * (gradient + 0.5)], rel=1e-3)  # the head's: the rate as it is
+    _check_ratio(kernels, 0.7)
+    if gradient:
+        assert others[-1] == pytest.approx([0.1], rel=1e-3)  # not decayed
+        _check_ratio(others, 0.7)
+    else:
+        assert not any(map(any, others))
+
+
+@pytest.mark.parametrize("gradient", [1.0, 0.0])
+@pytest.mark.parametrize("optimizer", [keras.optimizers.AdamW, keras.optimizers.SGD])
+@_on(NETWORKS[:1])
+def test_scaled_gradients_under_a_stock_optimizer_would_be_seen(network, optimizer, gradient):
+    """The promise above can fail: AdamW steps as far as before, and under both all weights decay at one rate."""
+    gradients = {path: gradient * factor for path, factor in trainable.rate_multipliers(network, 0.7).items()}
+    kernels, _ = _steps(network, optimizer(0.1, weight_decay=0.5), gradients)
+    with pytest.raises(AssertionError, match="approx"):
+        _check_ratio(kernels, 0.7)
+    if optimizer is keras.optimizers.AdamW or not gradient:
+        _check_ratio(kernels, 1.0)
+
+
+@_on(LONG)
 def test_overfits_a_batch(network):
     data = _data(network.input_shape[1])
     rate = 2e-3 if any("moving" in w.path for w in network.weights) else 2e-4  # VGG diverges where others learn
@@ -181,30 +282,30 @@ def test_overfits_a_batch(network):
     assert min(history["val_loss"]) < 0.5 * history["loss"][0]
 
 
-@_both(NETWORKS[:1])
+@_on(NETWORKS[:1])
 def test_without_a_learning_rate_it_would_not(network):
     history = training.fine_tune(network, TASK, _data(network.input_shape[1]), (Phase("all", "all", 3, 1e-9),))
     assert min(history["val_loss"]) > 0.9 * history["loss"][0]
 
 
-@_both(NETWORKS)
+@_on(NETWORKS)
 def test_saves_and_loads(network, tmp_path):
     pictures = np.random.default_rng(1).uniform(0, 255, (2, *network.input_shape[1:])).astype(np.float32)
-    before = network.predict(pictures, verbose=0)
+    before = network(pictures)
     network.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(before, loaded.predict(pictures, verbose=0))
+    np.testing.assert_array_equal(before, loaded(pictures))
     assert backbones.depth_groups(loaded) == backbones.depth_groups(network)
 
 
-@_both(LONG)
+@_on(LONG)
 def test_exports_what_was_trained(network, tmp_path):
     version, verification = serving.publish(network, TASK, tmp_path / "serving", repeats=3)
     assert verification.passed, verification.lines()
     assert version.name == "1"
 
 
-@_both(NETWORKS[:1])
+@_on(NETWORKS[:1])
 def test_an_export_of_other_weights_would_be_refused(network, tmp_path):
     serving.export_savedmodel(network, TASK, tmp_path / "1")
     kernel = network.get_layer("logits").kernel
