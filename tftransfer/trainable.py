@@ -116,7 +116,8 @@ def places(model: keras.Model) -> dict[str, str]:
     random layers are left out: each phase sets them.
 
     Example:
-        >>> places(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="logits")]))
+        >>> inputs = keras.Input((2,))
+        >>> places(keras.Model(inputs, keras.layers.Dense(1, name="logits")(inputs)))
         {'logits/kernel': '0.kernel', 'logits/bias': '1.bias'}
     """
     kept = [variable for variable in model.variables if "seed_generator" not in variable.path]
