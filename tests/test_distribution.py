@@ -1,8 +1,3 @@
-import json
-import subprocess
-import sys
-import textwrap
-
 import keras
 import pytest
 
@@ -180,17 +175,8 @@ _EXTRAS_ON_TWO_DEVICES = (
 )
 
 
-def _in_a_process(code: str) -> dict:
-    """Run code in a process of its own: logical devices can be set before TensorFlow is used only."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_two_devices_train_as_one():
-    found = _in_a_process(_TWO_DEVICES)
+def test_two_devices_train_as_one(run_python):
+    found = run_python(_TWO_DEVICES)
     assert found["replicas"] == [1, 2]
     assert found["frozen"] == [True, True]
     assert found["weights"] < 1e-5
@@ -198,8 +184,8 @@ def test_two_devices_train_as_one():
     assert found["history"]["val_loss"] < 1e-5
 
 
-def test_what_a_phase_adds_works_on_two_devices_as_on_one():
+def test_what_a_phase_adds_works_on_two_devices_as_on_one(run_python):
     """Each device mixes and drops its own examples, so that these alone differ."""
-    apart = _in_a_process(_EXTRAS_ON_TWO_DEVICES)
+    apart = run_python(_EXTRAS_ON_TWO_DEVICES)
     assert apart.pop("mixing") > 1e-5
     assert max(apart.values()) < 1e-5, apart

@@ -81,7 +81,8 @@ def set_trainable(
     """
     groups = all_groups(model)
     wanted = _wanted(model, selector, groups)
-    model.trainable = True  # reaches every layer and variable; the loop below then closes what must not train
+    model.trainable = False
+    model.trainable = True  # reaches every layer, which it would not if it was True before; the loop closes some again
     for layer in weight_layers(model):
         _open_layer(layer, wanted, train_batch_norm)
     return audit(model, groups)

@@ -54,6 +54,9 @@ def fine_tune(
     where chance can't tell epochs apart (`callbacks.KeepBest`); those that the phase began with count too, so that no
     phase ends worse on validation than it began by more than one standard error.
 
+    What the last phase trained stays open on the model and the rest closed: `tft.set_trainable(model, "all")` opens
+    all of it (`model.trainable = True` does nothing in Keras 3 where it is True already).
+
     Args:
         model: From a builder, or any functional model from pictures to the task's outputs; left uncompiled.
         task: What the outputs mean.
@@ -225,16 +228,17 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
     keep.consider(0, before["loss"], before["loss_error"])
     start = trainee.get_weights()
     first_epoch = sum(record.epochs for record in history.phases)
-    logs = trainee.fit(
-        training,
-        shuffle=False,  # the batches come in the order that the seed decides
-        steps_per_epoch=steps_per_epoch,
-        initial_epoch=first_epoch,
-        epochs=first_epoch + epochs,
-        validation_data=validation,
-        callbacks=_callbacks(run, phase, keep, trainee, first_epoch + epochs, steps_per_epoch),
-        verbose=0,
-    ).history
+    with distribution.shared_statistics(run.model):
+        logs = trainee.fit(
+            training,
+            shuffle=False,  # the batches come in the order that the seed decides
+            steps_per_epoch=steps_per_epoch,
+            initial_epoch=first_epoch,
+            epochs=first_epoch + epochs,
+            validation_data=validation,
+            callbacks=_callbacks(run, phase, keep, trainee, first_epoch + epochs, steps_per_epoch),
+            verbose=0,
+        ).history
     tuned_share = _interpolate(phase, trainee, start, validation)
     seconds = time.monotonic() - began
     record = PhaseRecord(
