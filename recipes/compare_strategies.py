@@ -10,7 +10,7 @@ command with the same --out goes on after the last trial of a run that was stopp
 
 from __future__ import annotations
 
-import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tftransfer as tft
@@ -65,8 +65,8 @@ def main() -> int:
     source = tft.choices.old_task(options.source or ("demo" if network.is_demo else None), network, model, options)
     tft.runs.announce(run, data, devices)
     if options.dry_run:
-        trials = len(choices) * len(seeds) * len(parts)
-        run.console.print(f"{trials} trials; nothing was written, the run would go to {run.folder}", soft_wrap=True)
+        planned = len(choices) * len(seeds) * len(parts)
+        run.console.print(f"{planned} trials; nothing was written, the run would go to {run.folder}", soft_wrap=True)
         return cli.DONE
 
     about = _about(options, network, data, devices)
@@ -103,7 +103,8 @@ def main() -> int:
 def _about(options: Any, network: Any, data: Any, devices: Any) -> dict[str, Any]:
     """Return what a reader of the table must know, and what must be the same when a comparison goes on."""
     return {
-        **dataclasses.asdict(network),
+        "backbone": network.backbone,
+        "weights": network.weights and Path(network.weights).name,
         "image_size": list(network.image_size),
         "data": data.name,
         "fingerprint": data.fingerprint,

@@ -231,7 +231,7 @@ def _spread(values: Sequence[tuple[int, float | None]]) -> Number:
         by_seed.setdefault(seed, []).append(value)
     per_seed = list(by_seed.values())
     several = [float(np.mean(part)) for part in per_seed] if len(per_seed) > 1 else per_seed[0]
-    if len(several) == 1:
+    if min(several) == max(several):
         return Number(several[0])
     return Number(float(np.mean(several)), min(several), max(several), "range")
 

@@ -34,7 +34,7 @@ def print_table(console: Console, table: Table) -> None:
     """Print a table of the report on the terminal."""
     shown = ConsoleTable(title=table.title, title_justify="left")
     for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        shown.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in table.rows:
         shown.add_row(*(_cell(cell, column in table.percent) for cell, column in zip(row, table.columns, strict=True)))
     console.print(shown)
@@ -51,5 +51,9 @@ def _cell(value: Any, percent: bool) -> Text:
     """Return a cell as text that rich takes literally."""
     if isinstance(value, Number):
         span = report_html.interval(value, percent)
-        return Text(report_html.number(value.value, percent) + (f" ({span})" if span else ""))
+        lines = [
+            report_html.number(value.value, percent),
+            *([span.removesuffix("\N{NO-BREAK SPACE}%")] if span else []),
+        ]
+        return Text("\n".join(lines))
     return Text(value if isinstance(value, str) else report_html.number(value, percent))
