@@ -115,7 +115,7 @@ def surgical(
     model: keras.Model,
     task: Task,
     data: Data,
-    share: float = 0.5,
+    share: float = 0.8,
     augmentation: str = "strong",
     epochs: int | None = None,
     learning_rate: float | None = None,
@@ -133,9 +133,9 @@ def surgical(
         model: From a builder; its weights are the same afterwards.
         task: What the outputs mean.
         data: Training examples decide, validation examples stop the probe; the test split is not looked at.
-        share: Of the sum of relative gradient norms that the chosen groups hold, in (0, 1]. Defaults to 0.5.
+        share: Of the sum of relative gradient norms that the chosen groups hold, in (0, 1]. Defaults to 0.8.
         augmentation: Of the second phase. Defaults to `"strong"`.
-        epochs, learning_rate: As for `strategies.freeze_then_unfreeze`.
+        epochs, learning_rate: As for `strategies.discriminative`, whose second phase trains the chosen groups.
         seed: Of the probe. Defaults to 0.
         batch_size: Examples per step. Defaults to 32.
         max_steps: Of the probe, to try things out. Defaults to None: no bound.
@@ -167,15 +167,15 @@ def surgical(
 
 def _surgical(
     selector: str,
-    share: float = 0.5,
+    share: float = 0.8,
     augmentation: str = "strong",
     epochs: int | None = None,
     learning_rate: float | None = None,
 ) -> Advice:
     """Return the strategy for groups that are decided."""
     check(0 < share <= 1, "share", "in (0, 1]", share)
-    probe, tune = strategies.freeze_then_unfreeze(augmentation, epochs, learning_rate)
-    tuned = replace(tune, name="surgical", selector=selector, layer_decay=1.0)
+    probe, tune = strategies.discriminative(augmentation=augmentation, epochs=epochs, learning_rate=learning_rate)
+    tuned = replace(tune, name="surgical", selector=selector)
     kept = ("What trains was decided when this run began.",)
     return Advice((probe, tuned), kept, decision=selector)
 
@@ -226,8 +226,10 @@ def _gradients(model: keras.Model, task: Task, data: Data, batch_size: int, seed
 
     steps = min(order.steps_per_epoch(len(data.train), batch_size), max(_EXAMPLES // batch_size, 1))
     sums = [np.zeros(v.shape, np.float32) for v in variables]
-    for batch in order.batches(data.train, batch_size, seed=seed, phase=0, steps=steps):
-        for total, part in zip(sums, gradient(*batch), strict=True):
+    batches = order.batches(data.train, batch_size, seed=seed, phase=0, steps=steps)
+    traced = gradient.get_concrete_function(*batches.element_spec)
+    for batch in batches:
+        for total, part in zip(sums, traced(*batch), strict=True):
             total += part.numpy() / steps
     return {v.path: total for v, total in zip(variables, sums, strict=True)}
 
