@@ -47,7 +47,7 @@ def main() -> int:
     if run.finished:
         run.console.print((run.folder / tft.comparison.MARKDOWN).read_text(encoding="utf-8"))
         return cli.DONE
-    network = tft.runs.choose_network(options)
+    network = tft.choices.choose_network(options)
     data, task = tft.data.load(
         options.data, image_size=network.image_size, seed=options.seed, limit=64 if options.smoke else None
     )
@@ -61,8 +61,8 @@ def main() -> int:
     with tft.devices(options.devices, options.precision) as devices:
         model = build()
     for choice in choices:
-        tft.runs.check_strategy(model, choice.planned)
-    source = tft.runs.old_task(options.source or ("demo" if network.is_demo else None), network, model, options)
+        tft.planning.check_strategy(model, choice.planned, task)
+    source = tft.choices.old_task(options.source or ("demo" if network.is_demo else None), network, model, options)
     tft.runs.announce(run, data, devices)
     if options.dry_run:
         trials = len(choices) * len(seeds) * len(parts)

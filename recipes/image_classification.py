@@ -31,8 +31,8 @@ def main() -> int:
     if run.finished:
         return tft.runs.show_finished(run)
     keras.utils.set_random_seed(options.seed)
-    choice = tft.runs.strategy_choice(options)
-    network = tft.runs.choose_network(options)
+    choice = tft.choices.strategy_choice(options)
+    network = tft.choices.choose_network(options)
     data, task = tft.data.load(
         options.data,
         image_size=network.image_size,
@@ -52,8 +52,8 @@ def main() -> int:
             dropout=options.dropout,
         )
         model = tft.builders.in_units_of(model, data.train.targets) if task.kind == "regression" else model
-    tft.runs.check_strategy(model, choice.planned)
-    source = tft.runs.old_task(options.source, network, model, options)
+    tft.planning.check_strategy(model, choice.planned, task)
+    source = tft.choices.old_task(options.source, network, model, options)
     if options.dry_run:
         return tft.runs.show_plan(run, model, data, choice, devices)
 

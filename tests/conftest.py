@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +131,17 @@ def _small_network(num_classes: int = 3, dropout: float = 0.0) -> keras.Model:
 def small_network():
     """Return a function that builds a small convolutional network with BatchNorm and a builder's head names."""
     return _small_network
+
+
+@pytest.fixture
+def run_python():
+    """Return a function that runs a program in a process of its own and reads the JSON on its last line."""
+
+    def run(program, *arguments):
+        command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=400)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run

@@ -102,6 +102,7 @@ def test_a_signal_ends_a_process_with_75(name):
     code = (
         "import signal, time; from tftransfer import cli\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # and under nohup this
         "cli.run_recipe(lambda: print('ready', flush=True) or time.sleep(60))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

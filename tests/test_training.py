@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from tftransfer import builders, schedules, strategies, tasks, training
+from tftransfer import builders, inference, schedules, strategies, tasks, training
 from tftransfer.averages import Ema
 from tftransfer.data import Data
 from tftransfer.errors import InputError
@@ -174,7 +174,7 @@ def test_logits_and_probabilities_train_alike(small_network, small_task, small_d
 
 def test_predict_is_the_models_softmax_in_order(small_network, small_task, small_data):
     model = small_network()
-    ours = training.predict(model, small_task, small_data.test, batch_size=5)
+    ours = inference.predict(model, small_task, small_data.test, batch_size=5)
     pictures = np.stack([small_data.test.pictures.load(i) for i in range(len(small_data.test))])
     theirs = keras.ops.softmax(model(pictures.astype(np.float32)))
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
@@ -192,7 +192,7 @@ def test_learning_rate_rises_then_falls_to_zero():
 
 @pytest.mark.parametrize(("count", "batch", "replicas", "size"), [(33, 32, 2, 31), (33, 32, 1, 32), (4, 32, 2, 4)])
 def test_validation_batches_leave_no_device_empty(count, batch, replicas, size):
-    assert training.even_batch(count, batch, replicas) == size
+    assert inference.even_batch(count, batch, replicas) == size
 
 
 def test_a_model_with_other_outputs_is_refused(small_network, small_task, small_data):
@@ -262,7 +262,7 @@ def test_example_weights_decide_what_is_learned(small_network, small_task, small
         )
         data = dataclasses.replace(small_data, train=train, validation=train)
         training.fine_tune(model, small_task, data, (Phase("probe", "head", 30, 0.1, warmup=0),), batch_size=2)
-        return int(training.predict(model, small_task, train).argmax(axis=-1)[0])
+        return int(inference.predict(model, small_task, train).argmax(axis=-1)[0])
 
     assert answer([5.0, 1.0]) == 0
     assert answer([1.0, 5.0]) == 1
@@ -318,4 +318,4 @@ def test_numbers_are_learned_in_any_unit(small_network, make_examples, unit):
     task = tasks.Regression()
     model = builders.in_units_of(small_network(num_classes=1), train.targets)
     training.fine_tune(model, task, data, (Phase("all", "all", 20, 0.02),), batch_size=8)
-    assert task.measure(rest.targets, training.predict(model, task, rest))["r_squared"] > 0.8
+    assert task.measure(rest.targets, inference.predict(model, task, rest))["r_squared"] > 0.8

@@ -17,8 +17,10 @@ _MODULES = (
     "builders",
     "bundles",
     "checks",
+    "choices",
     "comparison",
     "data",
+    "planning",
     "report",
     "runs",
     "serving",
@@ -31,7 +33,7 @@ _FUNCTIONS = {
     "find_learning_rate": "advice",
     "fine_tune": "training",
     "load_model": "bundles",
-    "predict": "training",
+    "predict": "inference",
     "set_trainable": "trainable",
 }
 

@@ -231,7 +231,8 @@ def build(
         name: A row of `names()`.
         image_size: `(height, width)` in pixels.
         weights: `"imagenet"` (downloaded by Keras), `"demo"` (the embedded weights; one row only), None
-            (random) or a file: `.h5`, `.weights.h5` or `.keras`. Defaults to None.
+            (random; BatchNorm's momentum is then 0.99 at the most) or a file: `.h5`, `.weights.h5` or
+            `.keras`. Defaults to None.
         weights_kind: `"imagenet"` says that a file holds Keras' ImageNet weights. It matters for
             EfficientNet V1, whose ImageNet weights expect one more rescaling (tensorflow#49930, #62193);
             files with Keras' own digest and `.keras` files are told without it. Defaults to None.
@@ -257,9 +258,18 @@ def build(
     image = keras.Input((*image_size, 3), dtype="float32", name="image")
     network = _network(row, _preprocess(image, row.preprocessing), weights)
     network = _faithful(keras.Model(image, network.output, name=network.name), rescaling, weights == "imagenet")
-    if weights not in (None, "imagenet"):
+    if weights is None:
+        _quicken_batch_norm(network)
+    elif weights != "imagenet":
         load_weights(network, demo_weights_path() if weights == "demo" else weights, row.name)
     return network
+
+
+def _quicken_batch_norm(network: keras.Model) -> None:
+    """Let statistics follow within hundreds of steps; the MobileNets' momentum of 0.999 takes thousands."""
+    for layer in network._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = min(layer.momentum, 0.99)
 
 
 def _check_image_size(row: Backbone, image_size: tuple[int, int]) -> None:

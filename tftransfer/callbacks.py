@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from tftransfer.errors import InputError
+
 Logs = dict[str, float] | None
 _NOT_SHOWN = ("learning_rate", "loss_error", "val_loss_error")
 
@@ -141,6 +143,26 @@ class HeedStop(keras.callbacks.Callback):
         self.on_train_batch_end(epoch)
 
 
+class HoldPlan(keras.callbacks.Callback):
+    """Refuse a callback that changes what trains: Keras would ignore it in a step that is compiled."""
+
+    def __init__(self, whole: keras.Model) -> None:
+        super().__init__()
+        self.whole = whole
+        self.planned = self._flags()
+
+    def _flags(self) -> list[bool]:
+        layers = [layer.trainable for layer in self.whole._flatten_layers(include_self=False)]
+        return layers + [variable.trainable for variable in self.whole.variables]
+
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        if self._flags() != self.planned:
+            raise InputError(
+                "one of `callbacks` changed `trainable`, which Keras ignores until the model is compiled again: give "
+                "`fine_tune` a strategy with a further phase, whose `selector` says what trains from there on"
+            )
+
+
 def callback_list(
     own: Sequence[keras.callbacks.Callback],
     users: Sequence[keras.callbacks.Callback],
@@ -161,7 +183,7 @@ def callback_list(
         What `fit` takes as `callbacks`, with Keras' own history added.
     """
     together = keras.callbacks.CallbackList(
-        [*own, *users, HeedStop(whole)], add_history=True, model=trained, verbose=0, **params
+        [*own, *users, HeedStop(whole), HoldPlan(whole)], add_history=True, model=trained, verbose=0, **params
     )
     for callback in users:
         callback.set_model(whole)

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from tftransfer import bundles, distribution, prefix, serving, training, weights
+from tftransfer import bundles, distribution, inference, prefix, serving, weights
 from tftransfer.advice import surgical
 from tftransfer.backbones import backbone, names
 from tftransfer.builders import outputs_are_logits
@@ -106,7 +106,7 @@ def evaluate(options: argparse.Namespace) -> int:
     bundle = bundles.load(options.run)
     unseen = load_for(bundle.task, options.data, image_size=bundle.image_size)
     examples = unseen.examples
-    probabilities = training.predict(bundle.model, bundle.task, examples)
+    probabilities = inference.predict(bundle.model, bundle.task, examples)
     metrics = performance.performance(bundle.task, examples, probabilities).metrics
     content = {
         "examples": len(examples),

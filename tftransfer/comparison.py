@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from sklearn.model_selection import KFold, StratifiedKFold
 
-from tftransfer import advice, bundles, report_html, training
+from tftransfer import advice, bundles, inference, report_html, training
 from tftransfer.checks import drawing, forgetting, performance
 from tftransfer.data import Data, Examples
 from tftransfer.errors import InputError, check
@@ -161,7 +161,7 @@ def run_trial(
         model, task, data, chosen.strategy, seed=seed, batch_size=batch_size, max_steps=max_steps, source=source
     )
     seconds = time.monotonic() - began
-    given = training.predict(model, task, data.test)
+    given = inference.predict(model, task, data.test)
     metrics = performance.performance(task, data.test, given, train_targets=data.train.targets).metrics
     return Trial(
         choice.text,

@@ -86,6 +86,24 @@ def strategy_of(model: keras.Model) -> tf.distribute.Strategy:
     return built_in or current
 
 
+@contextlib.contextmanager
+def shared_statistics(model: keras.Model) -> Iterator[None]:
+    """Make BatchNorm layers that move their statistics take them over the whole batch, on however many devices.
+
+    Without it each device normalises by its own share, and what is kept are the first device's statistics.
+    """
+    norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    several = strategy_of(model).num_replicas_in_sync > 1
+    changed = [norm for norm in norms if several and norm.trainable and not norm.synchronized]
+    for norm in changed:
+        norm.synchronized = True
+    try:
+        yield
+    finally:
+        for norm in changed:
+            norm.synchronized = False
+
+
 def describe_hardware() -> dict[str, Any]:
     """Return what this machine offers: processors and GPUs by name, with compute capability where known."""
     gpus = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices("GPU")]

@@ -57,9 +57,18 @@ class _Layerwise(keras.optimizers.Optimizer):
         """Create the moments, and look up each variable's factor."""
         if self.built:
             return
-        self._factors = [self.multipliers.get(variable.path, 1.0) for variable in variables]
+        self._factors = [self._factor(variable.path) for variable in variables]
         self._ages = [0] * len(variables)
         super().build(variables)
+
+    def _factor(self, path: str) -> float:
+        """Return a variable's factor; Keras puts a Sequential model's name before paths, but not after a load."""
+        if path in self.multipliers:
+            return self.multipliers[path]
+        same = {
+            one for key, one in self.multipliers.items() if f"/{key}".endswith(f"/{path}") or path.endswith(f"/{key}")
+        }
+        return same.pop() if len(same) == 1 else 1.0
 
     def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:
         """Decay and step one variable at its own rate."""

@@ -12,16 +12,15 @@ from typing import Any
 import keras
 from rich.console import Console
 
-from tftransfer import advice, backbones, bundles, serving, training, weights
+from tftransfer import advice, bundles, inference, planning, serving, weights
 from tftransfer.checks import calibration, charts, demo, forgetting, overfitting, performance
+from tftransfer.choices import Network
 from tftransfer.console import audit_table, literal_console, print_table
-from tftransfer.data import Data, load
+from tftransfer.data import Data
 from tftransfer.distribution import Devices
-from tftransfer.errors import InputError
 from tftransfer.history import History
 from tftransfer.penalties import Source
 from tftransfer.report import Findings, Report
-from tftransfer.strategies import Strategy
 from tftransfer.tasks import Task
 
 ADAPTER = "adapter.safetensors"
@@ -79,90 +78,6 @@ def prepare(name: str, options: argparse.Namespace) -> Run:
     return Run(name, folder, configuration, finished, console, time.monotonic(), again, decisions)
 
 
-@dataclass(frozen=True)
-class Network:
-    """Which pretrained network a run starts from: a backbone, its weights, and the pictures' `(height, width)`."""
-
-    backbone: str
-    weights: str | None
-    image_size: tuple[int, int]
-
-    @property
-    def is_demo(self) -> bool:
-        """Whether the weights are the embedded ones."""
-        return self.weights == "demo"
-
-
-def choose_network(options: argparse.Namespace) -> Network:
-    """Fill in what the options leave open: the embedded backbone for the demo data, else MobileNetV2 from ImageNet.
-
-    Raises:
-        InputError: If the backbone is not known.
-    """
-    card = weights.demo_card()
-    wants_demo = options.weights == "demo" or (options.weights is None and options.data == "demo")
-    name = options.backbone or (card["backbone"] if wants_demo else "MobileNetV2")
-    kind = options.weights or ("demo" if wants_demo and name == card["backbone"] else "imagenet")
-    row = backbones.backbone(name)
-    natural = card["image_size"] if kind == "demo" else row.natural_size
-    # The row's own name: "MobileNet-1.0" is Keras' "MobileNet".
-    return Network(row.name, None if kind == "none" else kind, options.image_size or (natural, natural))
-
-
-def strategy_choice(options: argparse.Namespace) -> advice.Choice:
-    """Read the strategy; without one probe first and then train everything, mirroring no digits.
-
-    Raises:
-        InputError: If the strategy is not known, or a number is out of its range.
-    """
-    usual = "freeze_then_unfreeze:augmentation=light_no_flip" if options.data == "demo" else "freeze_then_unfreeze"
-    return advice.Choice(
-        options.strategy or usual, options.epochs, options.learning_rate, getattr(options, "patience", None) or 0
-    )
-
-
-def check_strategy(model: keras.Model, strategy: Strategy) -> None:
-    """Refuse a strategy whose phases do not fit a model, before anything is written.
-
-    What trains is set as the last phase sets it; `fine_tune` sets it anew.
-
-    Raises:
-        InputError: If a phase names groups or layers that the model lacks.
-    """
-    for phase in strategy:
-        training.plan(model, phase)
-
-
-def old_task(name: str | None, network: Network, model: keras.Model, options: argparse.Namespace) -> Source | None:
-    """Fit a head for the task that the backbone comes from, to see later what was forgotten.
-
-    Args:
-        name: `"demo"` for generated signs, or a data set as `--data` takes it; None for none.
-        network: Where the model's weights come from.
-        model: Not tuned yet.
-        options: The recipe's, with `seed` and `smoke`.
-
-    Raises:
-        InputError: If the data cannot be read or holds no single labels, or the network never learned them.
-    """
-    if name is None:
-        return None
-    if network.weights is None:
-        raise InputError(f"`source` needs pretrained weights: `--weights none` has no old task. Received: {name!r}")
-    limit = 600 if options.smoke else None
-    if name != "demo":
-        data = load(name, image_size=network.image_size, seed=options.seed, limit=limit)[0]
-        return forgetting.source_probe(model, data)
-    if not network.is_demo:
-        raise InputError(
-            "`source` demo is the task of the embedded backbone (--weights demo): give the data that "
-            f"{network.backbone} was trained on, as --data takes it"
-        )
-    return forgetting.source_probe(
-        model, forgetting.demo_source(network.image_size, options.seed, limit), "generated signs"
-    )
-
-
 def begin(run: Run, data: Data, devices: Devices, chosen: advice.Advice) -> None:
     """Say what was found and chosen, make the folder, and note which run it holds.
 
@@ -205,7 +120,7 @@ def show_plan(run: Run, model: keras.Model, data: Data, choice: advice.Choice, d
     """Print what a run would do: data, devices, and per phase what trains."""
     announce(run, data, devices)
     for phase in choice.planned:
-        rows, parts = training.plan(model, phase)
+        rows, parts = planning.plan(model, phase)
         share = parts.frozen_share
         title = f"{phase.name}: {phase.epochs} epochs at {phase.learning_rate:g}, {share:.0%} runs as constants"
         print_table(run.console, audit_table(title, rows))
@@ -304,9 +219,9 @@ def samples(data: Data, count: int = 8) -> list[bytes]:
 
 
 def _measure(model: keras.Model, task: Task, data: Data, history: History) -> Findings:
-    probabilities = training.predict(model, task, data.test)
+    probabilities = inference.predict(model, task, data.test)
     phases = [record.to_json() for record in history.phases]
-    seen, unseen = ((part.targets, training.predict(model, task, part)) for part in (data.train, data.validation))
+    seen, unseen = ((part.targets, inference.predict(model, task, part)) for part in (data.train, data.validation))
     return (
         performance.performance(task, data.test, probabilities, train_targets=data.train.targets)
         + Findings(pictures=(charts.learning_curves(history, phases),))

@@ -81,7 +81,8 @@ def set_trainable(
     """
     groups = all_groups(model)
     wanted = _wanted(model, selector, groups)
-    model.trainable = True  # reaches every layer and variable; the loop below then closes what must not train
+    model.trainable = False
+    model.trainable = True  # reaches every layer, which it would not if it was True before; the loop closes some again
     for layer in weight_layers(model):
         _open_layer(layer, wanted, train_batch_norm)
     return audit(model, groups)
@@ -116,7 +117,8 @@ def places(model: keras.Model) -> dict[str, str]:
     random layers are left out: each phase sets them.
 
     Example:
-        >>> places(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="logits")]))
+        >>> inputs = keras.Input((2,))
+        >>> places(keras.Model(inputs, keras.layers.Dense(1, name="logits")(inputs)))
         {'logits/kernel': '0.kernel', 'logits/bias': '1.bias'}
     """
     kept = [variable for variable in model.variables if "seed_generator" not in variable.path]

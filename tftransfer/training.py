@@ -19,15 +19,16 @@ from tftransfer.adapters import Adapter, Attached, Reached, adapter_of, base_dig
 from tftransfer.averages import Ema, WiseFt
 from tftransfer.callbacks import KeepBest, LearningRateLog, Progress, callback_list
 from tftransfer.console import audit_table, literal_console, print_table
-from tftransfer.data import Data, Examples, order
-from tftransfer.errors import InputError, check
+from tftransfer.data import Data, order
 from tftransfer.history import History, PhaseRecord
+from tftransfer.inference import even_batch, through, unpacked
 from tftransfer.metrics import LossError
 from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD, Moment, renamed
 from tftransfer.penalties import Source
+from tftransfer.planning import below_the_head, check_call, check_strategy, functional
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
-from tftransfer.trainee import Batch, Extras, Trainee
+from tftransfer.trainee import Extras, Trainee
 
 
 def fine_tune(
@@ -52,6 +53,9 @@ def fine_tune(
     `fit`, compiles the rest once and trains it. At its end the best weights by validation loss are restored, the latest
     where chance can't tell epochs apart (`callbacks.KeepBest`); those that the phase began with count too, so that no
     phase ends worse on validation than it began by more than one standard error.
+
+    What the last phase trained stays open on the model and the rest closed: `tft.set_trainable(model, "all")` opens
+    all of it (`model.trainable = True` does nothing in Keras 3 where it is True already).
 
     Args:
         model: From a builder, or any functional model from pictures to the task's outputs; left uncompiled.
@@ -87,9 +91,9 @@ def fine_tune(
         >>> len(history["loss"])
         1
     """
-    model = _functional(model)
-    _check(model, task, data, batch_size, callbacks)
-    _check_strategy(model, strategy, adapter, task)
+    model = functional(model)
+    check_call(model, task, data, batch_size, callbacks)
+    check_strategy(model, strategy, task, adapter)
     folder = Path(output) if output else None
     run = _Run(model, task, data, tuple(callbacks), seed, batch_size, max_steps, source, quiet, folder, adapter)
     call = checkpoints.call_of(strategy, seed, batch_size, max_steps, data, task, source, adapter)
@@ -224,16 +228,17 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
     keep.consider(0, before["loss"], before["loss_error"])
     start = trainee.get_weights()
     first_epoch = sum(record.epochs for record in history.phases)
-    logs = trainee.fit(
-        training,
-        shuffle=False,  # the batches come in the order that the seed decides
-        steps_per_epoch=steps_per_epoch,
-        initial_epoch=first_epoch,
-        epochs=first_epoch + epochs,
-        validation_data=validation,
-        callbacks=_callbacks(run, phase, keep, trainee, first_epoch + epochs, steps_per_epoch),
-        verbose=0,
-    ).history
+    with distribution.shared_statistics(run.model):
+        logs = trainee.fit(
+            training,
+            shuffle=False,  # the batches come in the order that the seed decides
+            steps_per_epoch=steps_per_epoch,
+            initial_epoch=first_epoch,
+            epochs=first_epoch + epochs,
+            validation_data=validation,
+            callbacks=_callbacks(run, phase, keep, trainee, first_epoch + epochs, steps_per_epoch),
+            verbose=0,
+        ).history
     tuned_share = _interpolate(phase, trainee, start, validation)
     seconds = time.monotonic() - began
     record = PhaseRecord(
@@ -265,71 +270,6 @@ def _moments_matter(strategy: Strategy, number: int) -> bool:
     """Whether somebody goes on with the optimizer's moments: the next phase, or a later call with the adapter."""
     last = number + 1 == len(strategy)
     return strategy[number].adapter is not None if last else strategy[number + 1].carry_moments
-
-
-def plan(model: keras.Model, phase: Phase) -> tuple[tuple[trainable.AuditRow, ...], prefix.Cut]:
-    """Set what a phase trains, and say what that is: the audit table, and the two parts of the network.
-
-    An adapter is made for it and thrown away.
-
-    Raises:
-        InputError: If the network does not have what the phase asks for.
-    """
-    trainable.set_trainable(model, phase.selector, train_batch_norm=phase.train_batch_norm)
-    attached = phase.adapter.prepare(model, 0) if phase.adapter else None
-    rows = trainable.audit(
-        model,
-        learning_rate=phase.learning_rate,
-        layer_decay=phase.layer_decay,
-        added=attached.sizes() if attached else {},
-    )
-    parts = prefix.cut(model, attached.kernels if attached else ())
-    _check_fits(model, phase, parts.trained)
-    return rows, parts
-
-
-def _check_strategy(model: keras.Model, strategy: Strategy, adapter: Adapter | None, task: Task) -> None:
-    """Refuse a strategy before its first phase runs, if one of its phases could not."""
-    check(len(strategy) > 0, "strategy", "a tuple of phases", strategy)
-    if adapter and strategy[0].adapter != adapter.row:
-        raise InputError(
-            f"`adapter` goes on in a first phase with the same LoRA, {adapter.row}; this strategy begins with "
-            f"{strategy[0].adapter}: leave out its probe, such as `strategies.lora()[1:]`"
-        )
-    if adapter and adapter.labels != tuple(task.labels):
-        raise InputError(f"`adapter` answers with the labels {adapter.labels}, the task's are {tuple(task.labels)}")
-    for number, phase in enumerate(strategy):
-        plan(model, phase)
-        others = (None, phase.adapter)
-        changed = [one.name for one in strategy[:number] if one.selector != "head" or one.adapter not in others]
-        if phase.adapter and changed:
-            raise InputError(
-                f"phase {phase.name!r} has an `adapter`, whose base must be the network as it was given, but phase "
-                f"{changed[0]!r} before it changes that"
-            )
-
-
-def _check_fits(model: keras.Model, phase: Phase, part: keras.Model) -> None:
-    """Refuse a phase that asks for what the part of the network that trains does not have."""
-    if phase.cutmix and any(len(tensor.shape) != 4 for tensor in part.inputs):
-        raise InputError(
-            f"phase {phase.name!r} has `cutmix`, but what trains begins above pooling, where there are no pictures to "
-            "cut: use `mixup`, or a wider `selector`"
-        )
-    if phase.penalty and not _below_the_head(model, part):
-        raise InputError(
-            f"phase {phase.name!r} has a `penalty`, but no weight below the head trains: choose a wider `selector`"
-        )
-    if phase.stochastic_depth and not mixing.residual_branches(part):
-        raise InputError(
-            f"phase {phase.name!r} has `stochastic_depth`, but what trains has no residual branches: leave it out"
-        )
-
-
-def _below_the_head(model: keras.Model, part: keras.Model) -> tuple[keras.Variable, ...]:
-    """Return the variables of a part that train, but for those of the head."""
-    head = {v.path for name in trainable.all_groups(model)[-1].layers for v in model.get_layer(name).weights}
-    return tuple(variable for variable in part.trainable_variables if variable.path not in head)
 
 
 def _audit(run: _Run, phase: Phase, attached: Attached | None) -> tuple[trainable.AuditRow, ...]:
@@ -377,35 +317,7 @@ def _inputs(
     validation = order.in_order(run.data.validation, even_batch(len(run.data.validation), run.batch_size, replicas))
     if below is None:
         return training, validation
-    return _through(below, training), _through(below, validation)
-
-
-def _through(infer: Callable[[tf.Tensor], list[tf.Tensor]], batches: tf.data.Dataset) -> tf.data.Dataset:
-    """Run batches through the frozen part in the input pipeline: outside `fit`, ahead of the training step.
-
-    No Python runs there: a generator's thread would keep an interrupted process from ending. On a machine with GPUs
-    the pipeline still runs on the processor.
-    """
-
-    def extract(pictures: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> Batch:
-        return _unpacked(infer(pictures)), targets, weights
-
-    return batches.map(extract, num_parallel_calls=1, deterministic=True).prefetch(tf.data.AUTOTUNE)
-
-
-def _unpacked(tensors: list[Any]) -> Any:
-    return tensors[0] if len(tensors) == 1 else tuple(tensors)
-
-
-def even_batch(count: int, batch_size: int, replicas: int) -> int:
-    """Return the largest batch size up to `batch_size` whose last batch leaves no device without an example.
-
-    Example:
-        >>> even_batch(33, 32, 2)
-        31
-    """
-    sizes = range(min(batch_size, max(count, 1)), 0, -1)
-    return next(size for size in sizes if size == 1 or count % size == 0 or count % size >= replicas)
+    return through(below, training), through(below, validation)
 
 
 def _compiled(
@@ -420,14 +332,14 @@ def _compiled(
     from_logits = builders.outputs_are_logits(run.model)
     loss = run.task.loss(from_logits, run.data.train.targets)
     with distribution.strategy_of(run.model).scope():
-        trainee = Trainee(_unpacked(part.inputs), _unpacked(part.outputs), name="trainee")
+        trainee = Trainee(unpacked(part.inputs), unpacked(part.outputs), name="trainee")
         trainee.dtype_policy = run.model.dtype_policy  # Keras scales the loss of float16 models by this
     extras = _extras(run, phase, number, trainee, below, carried.attached)  # outside the scope: it runs the network
     with distribution.strategy_of(run.model).scope():
         trainee.add_extras(extras)
         optimizer = _optimizer(run, phase, carried.attached, steps)
         if phase.penalty and phase.penalty.replaces_decay:
-            optimizer.exclude_from_weight_decay(list(_below_the_head(run.model, trainee)))
+            optimizer.exclude_from_weight_decay(list(below_the_head(run.model, trainee)))
         trainee.compile(
             optimizer=optimizer,
             loss=loss,
@@ -465,7 +377,7 @@ def _subject(
     subject = penalties.Subject(
         body=keras.Model(part.inputs, features),
         below=_to_inputs(below),
-        held=_below_the_head(run.model, part),
+        held=below_the_head(run.model, part),
         examples=run.data.train,
         source=run.source,
         seed=run.seed,
@@ -477,7 +389,7 @@ def _to_inputs(below: Callable[[tf.Tensor], list[tf.Tensor]] | None) -> Callable
     """Return the function from pictures to what the trained part takes."""
 
     def to_inputs(pictures: tf.Tensor) -> Any:
-        return pictures if below is None else _unpacked(below(pictures))
+        return pictures if below is None else unpacked(below(pictures))
 
     return to_inputs
 
@@ -535,69 +447,3 @@ def _seed_generators(run: _Run, number: int) -> None:
     for index, variable in enumerate(_generators(run.model)):
         words = np.random.SeedSequence((run.seed, place, index)).generate_state(2)
         variable.assign(kept[index] if index < len(kept) else np.array(words, variable.dtype))
-
-
-def _functional(model: keras.Model) -> keras.Model:
-    """Return a model whose graph is known; it shares its layers with the one that was given."""
-    if isinstance(model, keras.Sequential) and model.built:
-        return keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-    if not hasattr(model, "_nodes_by_depth"):
-        raise InputError(
-            "`model` must be a functional model, `keras.Model(inputs, outputs)`, or a built Sequential one: others "
-            f"can't be cut at the layers that train. Received: model={type(model).__name__}"
-        )
-    return model
-
-
-# They set the rate of a compiled model; here it is the phase's, and the whole model is never compiled.
-_RATE_CALLBACKS = (
-    keras.callbacks.LearningRateScheduler,
-    keras.callbacks.ReduceLROnPlateau,
-    keras.callbacks.TensorBoard,
-)
-
-
-def _check(
-    model: keras.Model, task: Task, data: Data, batch_size: int, callbacks: Sequence[keras.callbacks.Callback]
-) -> None:
-    for callback in callbacks:
-        if isinstance(callback, _RATE_CALLBACKS):
-            raise InputError(
-                f"`callbacks` can't hold {type(callback).__name__}, which needs the optimizer of a compiled model: use "
-                "a phase's `learning_rate` and `schedule`, and `output` for TensorBoard's logs"
-            )
-    paths = [variable.path for variable in model.variables if "seed_generator" not in variable.path]
-    twice = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
-    if twice:
-        raise InputError(f"two variables of the model have the path {twice[0]!r}: give its layers different names")
-    if model.output_shape[-1] != task.num_outputs:
-        raise InputError(
-            f"the model gives {model.output_shape[-1]} outputs, but the task has {task.num_outputs}: "
-            f"build it with num_classes={task.num_outputs}"
-        )
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"`batch_size` must be a whole number from 1. Received: batch_size={batch_size!r}")
-    expected, given = model.input_shape[1:3], data.train.pictures.image_size
-    if expected != (None, None) and tuple(expected) != tuple(given):
-        raise InputError(
-            f"the model takes pictures of {expected[0]}x{expected[1]}, but the data was loaded at "
-            f"{given[0]}x{given[1]}: give both the same `image_size`"
-        )
-
-
-def predict(model: keras.Model, task: Task, examples: Examples, batch_size: int = 32) -> np.ndarray:
-    """Return the task's probabilities (or numbers) for examples, in order, through the graph of constants.
-
-    Args:
-        model: A trained model.
-        task: What its outputs mean.
-        examples: Pictures with random access.
-        batch_size: Pictures per batch. Defaults to 32.
-
-    Returns:
-        `(n, outputs)` float32.
-    """
-    infer = prefix.as_constant_function(model)
-    from_logits = builders.outputs_are_logits(model)
-    batches = order.in_order(examples, batch_size)
-    return np.concatenate([task.probabilities(infer(batch[0])[0], from_logits).numpy() for batch in batches])

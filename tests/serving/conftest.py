@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -92,20 +89,6 @@ def without_c_library(monkeypatch, decoder):
     passed = Check("C library equals graph session", True)
     monkeypatch.setattr(loaders, "c_library", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(verification, "_check_c_library", lambda *_: passed)
-
-
-@pytest.fixture
-def run_python():
-    """Return a function that runs a program in a process of its own and reads the JSON on its last line."""
-
-    def run(program, *arguments):
-        command = [sys.executable, "-c", program, *map(str, arguments)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,20 @@
-"""Traps of stock Keras around freezing: each test steps into one, so that we notice when Keras changes."""
+"""Traps of stock Keras around freezing and BatchNorm: each is stepped into, so that we notice when Keras changes.
+
+Beside each stands a test that ours does not step into it. Those of optimizers and LoRA: `test_rates_and_adapters.py`.
+"""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import prefix, trainable, training
+from tftransfer import backbones, prefix, trainable, training
 from tftransfer.errors import InputError
 from tftransfer.strategies import Phase
 
 
 def _data() -> tuple[np.ndarray, np.ndarray]:
-    pictures = np.random.default_rng(0).uniform(0, 255, (16, 32, 32, 3)).astype(np.float32)
+    pictures = np.random.default_rng(7).uniform(0, 255, (16, 32, 32, 3)).astype(np.float32)
     return pictures, np.arange(16) % 3
 
 
@@ -19,158 +22,272 @@ def _compile(model: keras.Model, optimizer: str | keras.optimizers.Optimizer = "
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
 
-def test_training_false_does_not_hold_in_fit(small_network):
-    """keras#20285: `base(x, training=False)` in a functional model is overridden by `fit`."""
+def _values(model: keras.Model) -> dict[str, np.ndarray]:
+    return {variable.path: variable.numpy() for variable in model.variables}
+
+
+def _moved(before: dict[str, np.ndarray], model: keras.Model) -> set[str]:
+    return {path for path, value in _values(model).items() if not np.array_equal(before[path], value)}
+
+
+def _statistics(paths: set[str]) -> set[str]:
+    return {path for path in paths if "moving_" in path}
+
+
+@pytest.fixture
+def as_the_guide_has_it(small_network):
+    """The official guide's way: a base inside a model, called with `training=False`."""
     base = small_network()
     inputs = keras.Input((32, 32, 3))
-    model = keras.Model(inputs, base(inputs, training=False))
-    before = base.get_layer("norm_1").moving_mean.numpy()
-    _compile(model)
-    model.fit(*_data(), verbose=0)
-    assert not np.array_equal(before, base.get_layer("norm_1").moving_mean.numpy())
+    return keras.Model(inputs, base(inputs, training=False))
 
 
-def test_a_frozen_batch_norm_layer_holds_in_fit(small_network):
+# "`base(x, training=False)` does not hold during `fit`", and what comes of it: "the moving statistics ran away"
+
+
+def test_training_false_does_not_hold_in_fit(as_the_guide_has_it):
+    """keras#20285: the outer `training=True` is passed to every operation of the graph."""
+    before = _values(as_the_guide_has_it)
+    _compile(as_the_guide_has_it)
+    as_the_guide_has_it.fit(*_data(), verbose=0)
+    assert len(_statistics(_moved(before, as_the_guide_has_it))) == 6
+
+
+def test_unfreezing_with_training_false_lets_statistics_run_away(as_the_guide_has_it):
+    norm = next(layer for layer in as_the_guide_has_it._flatten_layers() if layer.name == "norm_1")
+    variance = norm.moving_variance.numpy()
+    _compile(as_the_guide_has_it)
+    pictures, targets = _data()
+    as_the_guide_has_it.fit(pictures / 255, targets, epochs=5, verbose=0)  # of another brightness than the statistics
+    assert np.abs(norm.moving_variance.numpy() / variance - 1).max() > 0.01
+
+
+def test_statistics_stay_in_ours_also_in_the_guides_network(as_the_guide_has_it, small_task, small_data):
+    before = _values(as_the_guide_has_it)
+    training.fine_tune(as_the_guide_has_it, small_task, small_data, (Phase("all", "all", 3, 0.01),), batch_size=8)
+    moved = _moved(before, as_the_guide_has_it)
+    assert moved == {path for path in before if "moving_" not in path}
+
+
+def test_set_trainable_holds_statistics_in_stock_fit_too(small_network):
     model = small_network()
     trainable.set_trainable(model, "all")
-    before = model.get_layer("norm_1").moving_mean.numpy()
+    before = _values(model)
     _compile(model)
     model.fit(*_data(), verbose=0)
-    np.testing.assert_array_equal(before, model.get_layer("norm_1").moving_mean.numpy())
+    assert _moved(before, model) == {path for path in before if "moving_" not in path}
 
 
-def test_trainable_after_compile_is_ignored(small_network):
+# "Changing `trainable` after `compile` is silently ignored by `fit` (both ways), also from inside a callback"
+
+
+class _Flip(keras.callbacks.Callback):
+    """Unfreeze (or freeze) everything after the first epoch, as many recipes on the net do."""
+
+    def __init__(self, trains: bool) -> None:
+        super().__init__()
+        self.trains = trains
+
+    def on_epoch_end(self, epoch, logs=None):
+        _set_all(self.model, self.trains)
+
+
+def _set_all(model: keras.Model, trains: bool) -> None:
+    for layer in model.layers:
+        layer.trainable = trains
+
+
+def test_opening_a_model_that_is_open_reaches_no_layer(small_network):
+    """Keras 3 returns early where an attribute has the value already, also from a setter that reaches further."""
     model = small_network()
+    model.get_layer("conv_1").trainable = False
+    model.trainable = True
+    assert not model.get_layer("conv_1").trainable
+
+
+def test_set_trainable_opens_layers_that_were_closed_one_by_one(as_the_guide_has_it):
+    base = as_the_guide_has_it.layers[1]
+    base.trainable = False
+    trainable.set_trainable(as_the_guide_has_it, "all")
+    assert base.trainable
+    assert base.get_layer("conv_1").kernel.trainable
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["between two fits", "in a callback"])
+@pytest.mark.parametrize("trains", [True, False], ids=["unfreezing", "freezing"])
+def test_trainable_after_compile_is_ignored(small_network, trains, inside):
+    model = small_network()
+    trainable.set_trainable(model, "head" if trains else "all")
     _compile(model)
     model.fit(*_data(), verbose=0)
-    model.trainable = False
-    before = model.get_layer("logits").kernel.numpy()
-    model.fit(*_data(), verbose=0)
-    assert not np.array_equal(before, model.get_layer("logits").kernel.numpy())
-
-
-def test_fine_tune_compiles_once_per_phase(small_network, small_task, small_data):
-    model = small_network()
-    training.fine_tune(model, small_task, small_data, (Phase("all", "all", 1),), batch_size=8)
-    before = model.get_layer("conv_1").kernel.numpy()
-    training.fine_tune(model, small_task, small_data, (Phase("probe", "head", 1),), batch_size=8)
-    np.testing.assert_array_equal(before, model.get_layer("conv_1").kernel.numpy())
-
-
-def test_an_optimizer_does_not_take_more_variables(small_network):
-    model = small_network()
-    optimizer = keras.optimizers.Adam()
-    trainable.set_trainable(model, "head")
-    _compile(model, optimizer)
-    model.fit(*_data(), verbose=0)
-    trainable.set_trainable(model, "all")
-    _compile(model, optimizer)
-    with pytest.raises((ValueError, KeyError)):
+    before = _values(model)
+    if inside:
+        model.fit(*_data(), epochs=2, callbacks=[_Flip(trains)], verbose=0)
+    else:
+        _set_all(model, trains)
         model.fit(*_data(), verbose=0)
+    assert ("conv_1/kernel" in _moved(before, model)) is not trains
 
 
-def test_scaling_gradients_does_nothing_under_adam():
-    moved = []
-    for scale in (1.0, 0.1):
-        variable = keras.Variable(np.ones(3, np.float32))
-        optimizer = keras.optimizers.Adam(0.01)
-        optimizer.apply([keras.ops.ones(3) * scale], [variable])
-        moved.append(float(1 - variable.numpy()[0]))
-    assert moved[1] / moved[0] == pytest.approx(1.0, rel=1e-3)
+@pytest.mark.parametrize(("first", "second"), [("head", "all"), ("all", "head")])
+def test_each_phase_of_ours_trains_what_it_says(small_network, small_task, small_data, first, second):
+    model, moved = small_network(), []
+    for selector in (first, second):
+        before = _values(model)
+        phases = (Phase(selector, selector, 1, 0.01),)
+        training.fine_tune(model, small_task, small_data, phases, batch_size=8)
+        moved.append("conv_1/kernel" in _moved(before, model))
+    assert moved == [first == "all", second == "all"]
 
 
-def test_a_rate_scaled_in_the_step_leaves_adamws_decay_at_the_global_rate():
-    class Scaled(keras.optimizers.AdamW):
-        def update_step(self, gradient, variable, learning_rate):
-            super().update_step(gradient, variable, learning_rate * 0.1)
+def test_phases_of_one_call_train_what_they_say(small_network, small_task, small_data):
+    straight, alone = small_network(), small_network()
+    alone.set_weights(straight.get_weights())
+    probe, rest = Phase("probe", "head", 2, 0.01), Phase("all", "all", 1, 0.01)
+    training.fine_tune(alone, small_task, small_data, (probe,), batch_size=8)
+    before = _values(alone)
+    training.fine_tune(straight, small_task, small_data, (probe, rest), batch_size=8)
+    assert "conv_1/kernel" in _moved(before, straight)
+    assert not _statistics(_moved(before, straight))
 
-    variable = keras.Variable(np.ones((2, 2), np.float32))
-    Scaled(0.01, weight_decay=0.1).apply([keras.ops.zeros((2, 2))], [variable])
-    assert 1 - variable.numpy()[0, 0] == pytest.approx(0.01 * 0.1, rel=1e-3)
+
+@pytest.mark.parametrize("trains", [True, False], ids=["unfreezing", "freezing"])
+def test_ours_refuses_a_callback_that_changes_what_trains(small_network, small_task, small_data, trains):
+    phases = (Phase("one", "all" if not trains else "head", 2, 0.01),)
+    with pytest.raises(InputError, match="further phase"):
+        training.fine_tune(small_network(), small_task, small_data, phases, batch_size=8, callbacks=[_Flip(trains)])
 
 
-def test_stochastic_depth_stays_active_in_a_frozen_network_in_fit_but_not_below_the_cut():
-    inputs = keras.Input((4,))
-    x = keras.layers.Dropout(0.5, name="drop")(inputs)
-    x = keras.layers.Dense(4, name="frozen")(x)
-    model = keras.Model(inputs, keras.layers.Dense(2, name="logits")(x))
-    trainable.set_trainable(model, "head")
-    ones = np.ones((64, 4), np.float32)
-    assert not np.array_equal(model(ones, training=True)[0], model(ones, training=True)[1])
-    below = prefix.as_constant_function(prefix.cut(model).frozen)(keras.ops.convert_to_tensor(ones))[0]
-    np.testing.assert_array_equal(below[0], below[1])
+# "MobileNets have BatchNorm momentum 0.999: moving statistics are still a fifth initial values"
+
+
+def _gap(network: keras.Model) -> float:
+    """Let BatchNorm's statistics follow 1,500 steps, and return how far inference is from training, relative."""
+    inputs, x = np.random.default_rng(0).uniform(0, 255, (8, 32, 32, 3)).astype(np.float32), None
+    norm = next(layer for layer in network._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization))
+    first = keras.Model(network.input, norm.output)
+    step = tf.function(lambda x: first(x, training=True))
+    for _ in range(1500):
+        x = step(inputs)
+    return float(np.linalg.norm(first(inputs, training=False) - x) / np.linalg.norm(x))
+
+
+def test_mobilenets_of_keras_infer_badly_after_a_thousand_steps_from_nothing():
+    """At momentum 0.999 a fifth of each statistic is still its first value then."""
+    stock = keras.applications.MobileNetV2(alpha=0.35, include_top=False, weights=None, input_shape=(32, 32, 3))
+    assert stock.get_layer("bn_Conv1").momentum == pytest.approx(0.999)
+    assert _gap(stock) > 0.2
+
+
+def test_ours_from_random_weights_infers_as_it_trains():
+    ours = backbones.build("MobileNetV2-0.35", (32, 32), None)
+    assert _gap(ours) < 0.05
+
+
+def test_ours_with_weights_keeps_the_momentum_they_were_made_with(tmp_path):
+    stock = keras.applications.MobileNetV2(alpha=0.35, include_top=False, weights=None, input_shape=(32, 32, 3))
+    stock.save_weights(tmp_path / "some.weights.h5")
+    ours = backbones.build("MobileNetV2-0.35", (32, 32), tmp_path / "some.weights.h5")
+    assert ours.get_layer("bn_Conv1").momentum == pytest.approx(0.999)
+
+
+# "Under MirroredStrategy BatchNorm statistics are replica 0's": see `test_two_devices.py`.
+# "`bn.trainable = False` with `bn.gamma.trainable = True` works, but is lost on load, and slots are then skipped"
 
 
 def test_gamma_can_train_while_statistics_stay(small_network):
     model = small_network()
     trainable.set_trainable(model, "norm")
-    norm = model.get_layer("norm_1")
-    gamma, mean = norm.gamma.numpy(), norm.moving_mean.numpy()
+    before = _values(model)
     _compile(model, keras.optimizers.SGD(0.1))
     model.fit(*_data(), verbose=0)
-    assert not np.array_equal(gamma, norm.gamma.numpy())
-    np.testing.assert_array_equal(mean, norm.moving_mean.numpy())
+    moved = _moved(before, model)
+    assert "norm_1/gamma" in moved
+    assert not _statistics(moved)
 
 
-def test_mobilenets_batch_norm_is_slow():
-    """keras.applications' MobileNets: momentum 0.999, too slow to pretrain from scratch with."""
-    model = keras.applications.MobileNetV2(alpha=0.35, include_top=False, weights=None, input_shape=(32, 32, 3))
-    assert model.get_layer("bn_Conv1").momentum == pytest.approx(0.999)
-
-
-def test_unfreezing_with_training_false_lets_statistics_run_away(small_network):
-    """The guide's recipe: `training=False` and everything trainable; ours stays where it was."""
-    base = small_network()
-    inputs = keras.Input((32, 32, 3))
-    model = keras.Model(inputs, base(inputs, training=False))
-    variance = base.get_layer("norm_1").moving_variance.numpy()
-    _compile(model)
-    pictures, targets = _data()
-    model.fit(pictures / 255, targets, epochs=5, verbose=0)  # pictures of another brightness than the statistics
-    assert np.abs(base.get_layer("norm_1").moving_variance.numpy() / variance - 1).max() > 0.01
-
-
-def test_gamma_that_trains_in_a_frozen_layer_is_lost_on_load(small_network, tmp_path):
+def _with_gamma_trained(small_network) -> keras.Model:
     model = small_network()
     trainable.set_trainable(model, "norm")
-    assert model.get_layer("norm_1").gamma.trainable
+    _compile(model, "adam")
+    model.fit(*_data(), verbose=0)
+    return model
+
+
+def test_gamma_that_trains_in_a_frozen_layer_and_its_slots_are_lost_on_load(small_network, tmp_path):
+    model = _with_gamma_trained(small_network)
+    assert len(model.optimizer.variables) == 2 + 2 * 8  # two moments of the head and of gamma and beta of three norms
     model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert not loaded.get_layer("norm_1").gamma.trainable
-    trainable.set_trainable(loaded, "norm")  # ours: the selector is applied again after a load
-    assert loaded.get_layer("norm_1").gamma.trainable
+    assert not np.any(loaded.optimizer.variables[2].numpy())  # what is left of the slots begins from nothing
 
 
-def test_a_model_built_outside_a_strategy_cannot_train_inside_one(small_network, small_task, small_data):
-    """Stock Keras fails deep in TensorFlow; ours says so before it begins."""
-    model = small_network()
-    _compile(model)
-    with tf.distribute.OneDeviceStrategy("/cpu:0").scope(), pytest.raises(InputError, match="same `with tft.devices"):
-        training.fine_tune(model, small_task, small_data, (Phase("probe", epochs=1),))
+def test_ours_trains_gamma_on_after_a_stop(small_network, small_task, small_data, tmp_path):
+    """The second phase of a stopped call goes on with the same selector and the same moments."""
+    phases = (Phase("one", "norm", 2, 0.01), Phase("two", "norm", 1, 0.01, carry_moments=True))
+    start = small_network().get_weights()
 
-
-def test_multi_optimizer_does_not_survive_a_load(tmp_path):
-    """Keras' own way to rates per layer trains, but a file saved with it does not load; `LayerwiseAdamW`'s does."""
-    rates = keras.optimizers.OptimizerMap(keras.optimizers.Adam(1e-3))
-    rates["high/.*"] = keras.optimizers.Adam(1e-2)
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="low"), keras.layers.Dense(2, name="high")])
-    model.compile(keras.optimizers.MultiOptimizer(rates), "mse")
-    model.fit(np.ones((4, 2)), np.ones((4, 2)), verbose=0)
-    with pytest.raises(Exception):  # noqa: B017, PT011  whatever it is, the file is lost
-        _ = model.optimizer.learning_rate
-    model.save(tmp_path / "model.keras")
-    with pytest.raises(Exception):  # noqa: B017, PT011
-        keras.saving.load_model(tmp_path / "model.keras")
-
-
-def test_a_fresh_optimizer_forgets_its_moments_and_ours_carries_them(small_network, small_task, small_data):
-    def second_phase(carry: bool) -> float:
-        keras.utils.set_random_seed(0)
+    def tuned(stop_at: int | None = None, **options) -> keras.Model:
         model = small_network()
-        phases = (
-            Phase("one", "all", 2, 0.01, schedule="constant", warmup=0),
-            Phase("two", "all", 1, 0.01, schedule="constant", warmup=0, carry_moments=carry),
-        )
-        return training.fine_tune(model, small_task, small_data, phases, batch_size=8)["loss"][-1]
+        model.set_weights(start)
+        stop = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: _stop(epoch == stop_at))
+        training.fine_tune(model, small_task, small_data, phases, batch_size=8, callbacks=[stop], **options)
+        return model
 
-    assert second_phase(True) != second_phase(False)
+    straight = tuned()
+    with pytest.raises(KeyboardInterrupt):
+        tuned(stop_at=2, output=tmp_path)
+    resumed = tuned(output=tmp_path)
+    assert not _moved(_values(straight), resumed)
+    assert "norm_1/gamma" in _moved(_values(small_network()), resumed)
+
+
+def _stop(now: bool) -> None:
+    if now:
+        raise KeyboardInterrupt
+
+
+# "Stochastic depth stays active inside `fit` in a 'frozen' EfficientNet (nine layers in B0)"
+
+
+@pytest.fixture(scope="module")
+def efficientnet(estimate_batch_norm):
+    network = backbones.build("EfficientNetB0", (32, 32), None)
+    pooled = keras.layers.GlobalAveragePooling2D(name="head_pool")(network.output)
+    model = keras.Model(network.input, keras.layers.Dense(3, name="logits")(pooled), name=network.name)
+    return estimate_batch_norm(model)
+
+
+def _drops(model: keras.Model) -> list[keras.Layer]:
+    return [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Dropout)]
+
+
+def test_stochastic_depth_stays_active_in_a_frozen_efficientnet(efficientnet):
+    trainable.set_trainable(efficientnet, "head")
+    assert len(_drops(efficientnet)) == 9
+    pictures = _data()[0]
+    features = keras.Model(efficientnet.input, efficientnet.get_layer("head_pool").output)
+    one, two, calm = (features(pictures, training=flag).numpy() for flag in (True, True, False))
+    assert np.linalg.norm(one - two) > 0.1 * np.linalg.norm(calm)
+    assert np.linalg.norm(one - calm) > 0.1 * np.linalg.norm(calm)
+
+
+@pytest.mark.parametrize(("selector", "active"), [("head", 0), ("last:1", 0), ("last:2", 1), ("all", 9)])
+def test_below_the_cut_of_ours_nothing_is_left_out(efficientnet, selector, active):
+    trainable.set_trainable(efficientnet, selector)
+    parts = prefix.cut(efficientnet)
+    assert len(_drops(parts.trained)) == active
+    if parts.frozen is None:
+        return
+    assert len(_drops(parts.frozen)) == 9 - active
+    below = prefix.as_constant_function(parts.frozen)
+    pictures = tf.constant(_data()[0])
+    for one, two, calm in zip(below(pictures), below(pictures), _listed(parts.frozen(pictures)), strict=True):
+        np.testing.assert_array_equal(one, two)
+        assert np.linalg.norm(one - calm) <= 1e-4 * np.linalg.norm(calm)
+
+
+def _listed(outputs):
+    return outputs if isinstance(outputs, list) else [outputs]

@@ -1,0 +1,86 @@
+"""What a recipe's options mean: the network, the strategy and the old task of a run."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import keras
+
+from tftransfer import advice, backbones, weights
+from tftransfer.checks import forgetting
+from tftransfer.data import load
+from tftransfer.errors import InputError
+from tftransfer.penalties import Source
+
+
+@dataclass(frozen=True)
+class Network:
+    """Which pretrained network a run starts from: a backbone, its weights, and the pictures' `(height, width)`."""
+
+    backbone: str
+    weights: str | None
+    image_size: tuple[int, int]
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the weights are the embedded ones."""
+        return self.weights == "demo"
+
+
+def choose_network(options: argparse.Namespace) -> Network:
+    """Fill in what the options leave open: the embedded backbone for the demo data, else MobileNetV2 from ImageNet.
+
+    Raises:
+        InputError: If the backbone is not known.
+    """
+    card = weights.demo_card()
+    wants_demo = options.weights == "demo" or (options.weights is None and options.data == "demo")
+    name = options.backbone or (card["backbone"] if wants_demo else "MobileNetV2")
+    kind = options.weights or ("demo" if wants_demo and name == card["backbone"] else "imagenet")
+    row = backbones.backbone(name)
+    natural = card["image_size"] if kind == "demo" else row.natural_size
+    # The row's own name: "MobileNet-1.0" is Keras' "MobileNet".
+    return Network(row.name, None if kind == "none" else kind, options.image_size or (natural, natural))
+
+
+def strategy_choice(options: argparse.Namespace) -> advice.Choice:
+    """Read the strategy; without one probe first and then train everything, mirroring no digits.
+
+    Raises:
+        InputError: If the strategy is not known, or a number is out of its range.
+    """
+    usual = "freeze_then_unfreeze:augmentation=light_no_flip" if options.data == "demo" else "freeze_then_unfreeze"
+    return advice.Choice(
+        options.strategy or usual, options.epochs, options.learning_rate, getattr(options, "patience", None) or 0
+    )
+
+
+def old_task(name: str | None, network: Network, model: keras.Model, options: argparse.Namespace) -> Source | None:
+    """Fit a head for the task that the backbone comes from, to see later what was forgotten.
+
+    Args:
+        name: `"demo"` for generated signs, or a data set as `--data` takes it; None for none.
+        network: Where the model's weights come from.
+        model: Not tuned yet.
+        options: The recipe's, with `seed` and `smoke`.
+
+    Raises:
+        InputError: If the data cannot be read or holds no single labels, or the network never learned them.
+    """
+    if name is None:
+        return None
+    if network.weights is None:
+        raise InputError(f"`source` needs pretrained weights: `--weights none` has no old task. Received: {name!r}")
+    limit = 600 if options.smoke else None
+    if name != "demo":
+        data = load(name, image_size=network.image_size, seed=options.seed, limit=limit)[0]
+        return forgetting.source_probe(model, data)
+    if not network.is_demo:
+        raise InputError(
+            "`source` demo is the task of the embedded backbone (--weights demo): give the data that "
+            f"{network.backbone} was trained on, as --data takes it"
+        )
+    return forgetting.source_probe(
+        model, forgetting.demo_source(network.image_size, options.seed, limit), "generated signs"
+    )
