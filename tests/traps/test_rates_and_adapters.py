@@ -192,6 +192,9 @@ def test_ours_learns_on_from_its_file(small_network, small_task, small_data, tmp
     first = training.fine_tune(tuned, small_task, small_data, phases, batch_size=8)
     first.adapter.save(tmp_path / "one.safetensors")
     loaded = Adapter.load(tmp_path / "one.safetensors")
+    for pair, kept in zip(loaded.attach(start).arrays(), first.adapter.factors, strict=True):
+        assert all(np.any(factor) for factor in pair)
+        assert all(np.array_equal(factor, value) for factor, value in zip(pair, kept, strict=True))
     second = training.fine_tune(start, small_task, small_data, phases, batch_size=8, adapter=loaded)
     assert second["loss"][-1] < first["loss"][0]
     for (a, b), (a_before, b_before) in zip(second.adapter.factors, loaded.factors, strict=True):
