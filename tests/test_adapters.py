@@ -160,49 +160,6 @@ def test_an_adapter_fits_another_copy_whose_layers_keras_numbered_otherwise(smal
         np.testing.assert_array_equal(one, two)
 
 
-def test_stock_keras_lora_is_dead_after_a_load(tmp_path):
-    """The trap: Keras merges A and B on saving and sets both to zero on loading, where the gradient is zero too."""
-
-    def dense() -> keras.Model:
-        layer = keras.layers.Dense(4, use_bias=False, name="dense")
-        model = keras.Sequential([keras.Input((4,)), layer])
-        layer.enable_lora(2)
-        model.compile(keras.optimizers.Adam(0.05), "mse")
-        return model
-
-    x = np.random.default_rng(0).normal(size=(32, 4)).astype(np.float32)
-    model = dense()
-    losses = model.fit(x, x, epochs=3, verbose=0).history["loss"]
-    assert losses[-1] < losses[0]
-    model.save_weights(tmp_path / "lora.weights.h5")
-    loaded = dense()
-    loaded.optimizer.build(loaded.trainable_variables)
-    loaded.load_weights(tmp_path / "lora.weights.h5")
-    loaded.compile(keras.optimizers.Adam(0.05), "mse")  # without the moments, which would still push a little
-    assert not np.any(loaded.layers[0].lora_kernel_a)
-    assert not np.any(loaded.layers[0].lora_kernel_b)
-    losses = loaded.fit(x, x, epochs=3, verbose=0).history["loss"]
-    assert losses[0] == losses[-1]
-
-
-def test_freezing_before_enable_lora_leaves_nothing_trainable():
-    layer = keras.layers.Dense(4)
-    layer.build((None, 4))
-    layer.trainable = False
-    layer.enable_lora(2)
-    assert not layer.trainable_variables
-
-
-def test_toggling_trainable_unfreezes_the_base_of_stock_lora():
-    layer = keras.layers.Dense(4, use_bias=False)
-    layer.build((None, 4))
-    layer.enable_lora(2)
-    assert len(layer.trainable_variables) == 2
-    layer.trainable = False
-    layer.trainable = True
-    assert len(layer.trainable_variables) == 3
-
-
 def test_rank_four_of_convnext_is_below_five_percent(small_task):
     model = builders.image_classifier("ConvNeXtTiny", 3, image_size=32, weights=None)
     attached = Lora(rank=4).prepare(model, seed=0)

@@ -155,6 +155,9 @@ class HoldPlan(keras.callbacks.Callback):
         layers = [layer.trainable for layer in self.whole._flatten_layers(include_self=False)]
         return layers + [variable.trainable for variable in self.whole.variables]
 
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        self.on_epoch_end(epoch)
+
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         if self._flags() != self.planned:
             raise InputError(
