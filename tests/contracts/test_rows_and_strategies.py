@@ -139,18 +139,20 @@ def _changed(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> set
 
 
 def _phases() -> dict[str, Phase]:
-    """Return every phase of every strategy, one of those that train the same in the same way.
+    """Return every phase of every strategy, one of those that train the same in the same way: the averaged one.
 
     Moments that are carried over are nothing to a phase on its own; `test_named_strategies.py` runs whole strategies.
     """
     found: dict[str, Phase] = {}
     for name in strategies.names():
         for phase in strategies.parse(name):
-            parts = (phase.adapter, phase.penalty, phase.average)
-            kinds = [type(part).__name__ for part in parts if part]
-            if isinstance(phase.average, WiseFt):
+            interpolated = isinstance(phase.average, WiseFt)
+            if interpolated:
                 phase = dataclasses.replace(phase, average=WiseFt(2))  # fewer points on the line cost less
-            found.setdefault("-".join([phase.selector, *kinds]), phase)
+            parts = (phase.adapter, phase.penalty, phase.average if interpolated else None)
+            key = "-".join([phase.selector, *(type(part).__name__ for part in parts if part)])
+            if key not in found or phase.average:
+                found[key] = phase
     return found
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tftransfer import cli
+from tftransfer import cli, comparison
 
 SMALL = ["--data", "demo", "--image-size", "32", "--smoke", "--quiet", "--epochs", "4"]
 
@@ -33,13 +33,31 @@ def recipe(repository):
 
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory):
+    """A comparison that was stopped in its second trial and called again, and which trials each call ran."""
     folder = tmp_path_factory.mktemp("runs") / "comparison"
-    assert recipe(*SMALL, "--strategy", "linear_probe,partial:last=1", "--seeds", "0,1", "--out", folder) == 0
-    return folder
+    arguments = [*SMALL, "--strategy", "linear_probe,partial:last=1", "--seeds", "0,1", "--out", folder]
+    real, done = comparison.run_trial, []
+
+    def second_fails(choice, *given, **named):
+        if done:
+            raise KeyboardInterrupt
+        done.append((choice.text, named["seed"]))
+        return real(choice, *given, **named)
+
+    def counted(choice, *given, **named):
+        done.append((choice.text, named["seed"]))
+        return real(choice, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(comparison, "run_trial", second_fails)
+        assert recipe(*arguments) == 75
+        patched.setattr(comparison, "run_trial", counted)
+        assert recipe(*arguments) == 0
+    return folder, done
 
 
 def test_every_trial_is_written_down(finished):
-    found = json.loads((finished / "comparison.json").read_text())
+    found = json.loads((finished[0] / "comparison.json").read_text())
     keys = {(trial["strategy"], trial["seed"], trial["fold"]) for trial in found["trials"]}
     assert keys == {(name, seed, -1) for name in ("linear_probe", "partial:last=1") for seed in (0, 1)}
     assert {row["strategy"] for row in found["strategies"]} == {"linear_probe", "partial:last=1"}
@@ -54,38 +72,21 @@ def test_every_trial_is_written_down(finished):
 
 
 def test_table_and_picture_stand_beside_it(finished):
-    assert "| linear_probe |" in (finished / "comparison.md").read_text()
-    assert (finished / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "| linear_probe |" in (finished[0] / "comparison.md").read_text()
+    assert (finished[0] / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_finished_comparison_is_not_run_again(recipe, finished, capsys):
-    arguments = [*SMALL, "--strategy", "linear_probe,partial:last=1", "--seeds", "0,1", "--out", finished]
+    arguments = [*SMALL, "--strategy", "linear_probe,partial:last=1", "--seeds", "0,1", "--out", finished[0]]
     arguments.remove("--quiet")
-    before = (finished / "comparison.json").stat().st_mtime_ns
+    before = (finished[0] / "comparison.json").stat().st_mtime_ns
     assert recipe(*arguments) == 0
     assert "linear_probe" in capsys.readouterr().out
-    assert (finished / "comparison.json").stat().st_mtime_ns == before
+    assert (finished[0] / "comparison.json").stat().st_mtime_ns == before
 
 
-def test_a_stopped_comparison_goes_on_after_its_last_trial(recipe, finished, tmp_path, monkeypatch):
-    from tftransfer import comparison
-
-    arguments = [*SMALL, "--strategy", "linear_probe", "--seeds", "0,1", "--out", tmp_path / "run"]
-    real, done = comparison.run_trial, []
-
-    def second_fails(*given, **named):
-        if done:
-            raise KeyboardInterrupt
-        done.append(named["seed"])
-        return real(*given, **named)
-
-    monkeypatch.setattr(comparison, "run_trial", second_fails)
-    assert recipe(*arguments) == 75
-    monkeypatch.setattr(
-        comparison, "run_trial", lambda *given, **named: (done.append(named["seed"]), real(*given, **named))[1]
-    )
-    assert recipe(*arguments) == 0
-    assert done == [0, 1]
+def test_a_stopped_comparison_goes_on_after_its_last_trial(finished):
+    assert finished[1] == [(name, seed) for name in ("linear_probe", "partial:last=1") for seed in (0, 1)]
 
 
 def test_folds_leave_the_test_split_alone(recipe, tmp_path, monkeypatch):
@@ -107,7 +108,7 @@ def test_folds_leave_the_test_split_alone(recipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "load", closed)
     folder = tmp_path / "run"
-    assert recipe(*SMALL, "--strategy", "surgical", "--seeds", "0", "--folds", "2", "--out", folder) == 0
+    assert recipe(*SMALL, "--strategy", "linear_probe", "--seeds", "0", "--folds", "2", "--out", folder) == 0
     found = json.loads((folder / "comparison.json").read_text())
     assert [trial["fold"] for trial in found["trials"]] == [0, 1]
     assert "not looked at" in (folder / "comparison.md").read_text()
