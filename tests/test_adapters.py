@@ -121,7 +121,7 @@ def test_a_saved_adapter_makes_the_tuned_network_of_its_base(trained, small_netw
         np.testing.assert_array_equal(value, _weights(model)[path])
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_ten_epochs_saved_loaded_and_ten_more_equal_twenty(small_network, small_task, small_data, tmp_path, dropout):
     """Order, augmentation, mixing and dropout go on too; validation is far enough away to keep the last epoch."""
     given = {"task": small_task, "data": dataclasses.replace(small_data, validation=small_data.train), "batch_size": 8}

@@ -184,6 +184,7 @@ def test_two_devices_train_as_one(run_python):
     assert found["history"]["val_loss"] < 1e-5
 
 
+@pytest.mark.slow
 def test_what_a_phase_adds_works_on_two_devices_as_on_one(run_python):
     """Each device mixes and drops its own examples, so that these alone differ."""
     apart = run_python(_EXTRAS_ON_TWO_DEVICES)

@@ -162,12 +162,14 @@ TRACED = ("head", "all")
 
 @pytest.fixture
 def pace(built, key, monkeypatch):
-    """Trace all phases of the demo's network and two of the others: tracing takes most of the time.
+    """Trace two phases of the demo's network, run the others eagerly: tracing takes most of the time.
+
+    `test_named_strategies.py` traces every phase on a small network.
 
     ConvNeXt's frozen part runs with variables: each pass through 28 million constants takes seconds.
     """
     row = built[0]
-    traced = row == DEMO or key in TRACED
+    traced = row == DEMO and key in TRACED
     if row[0] == "ConvNeXtTiny":
         monkeypatch.setattr(prefix, "as_constant_function", _with_variables)
     tf.config.run_functions_eagerly(not traced)
@@ -287,6 +289,7 @@ def test_overfits_a_batch(network):
     assert min(history["val_loss"]) < 0.5 * history["loss"][0]
 
 
+@pytest.mark.slow
 @_on(NETWORKS[:1])
 def test_without_a_learning_rate_it_would_not(network):
     history = training.fine_tune(network, TASK, _data(network.input_shape[1]), (Phase("all", "all", 3, 1e-9),))
@@ -310,6 +313,7 @@ def test_exports_what_was_trained(network, tmp_path):
     assert version.name == "1"
 
 
+@pytest.mark.slow
 @_on(NETWORKS[:1])
 def test_an_export_of_other_weights_would_be_refused(network, tmp_path):
     serving.export_savedmodel(network, TASK, tmp_path / "1")

@@ -173,6 +173,7 @@ def test_dry_run_writes_nothing(recipe, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model(recipe, finished, tmp_path):
     assert recipe(*DEMO, "--quiet", "--out", tmp_path / "again") == 0
     one, two = (bundles.load(folder).model.get_weights() for folder in (finished, tmp_path / "again"))
@@ -180,7 +181,7 @@ def test_the_same_seed_gives_the_same_model(recipe, finished, tmp_path):
         np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("kind", ["multi_label", "regression"])
+@pytest.mark.parametrize("kind", ["multi_label", pytest.param("regression", marks=pytest.mark.slow)])
 def test_other_tasks_run_to_the_end(recipe, tmp_path, kind):
     photos = _photos(tmp_path / "photos", count=10)
     labels = {"multi_label": ("red|warm", "green"), "regression": ("1.5", "20")}[kind]

@@ -124,6 +124,7 @@ print(json.dumps([kind, verification.passed, verification.lines()]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_c_library")
 def test_a_network_built_under_mirrored_strategy_exports(run_python, tmp_path, model, task):
     kind, passed, lines = run_python(MIRRORED, tmp_path, __file__.rsplit("/", 1)[0])

@@ -54,7 +54,7 @@ def source_probe(model: keras.Model, data: Data, name: str = "") -> Source:
     Example:
         >>> import tftransfer as tft
         >>> model = tft.builders.image_classifier("MobileNet-0.25", 10, image_size=64, weights="demo")
-        >>> source = source_probe(model, demo_source((64, 64), limit=200))
+        >>> source = source_probe(model, demo_source((64, 64), limit=600))
         >>> forgetting(model, source).checks[0].name
         'forgetting'
     """
