@@ -18,7 +18,7 @@ import tensorflow as tf
 from tftransfer import tensor_files
 from tftransfer.errors import InputError, check, nearest
 from tftransfer.optimizers import Moment
-from tftransfer.trainable import all_groups, weight_layers
+from tftransfer.trainable import all_groups, is_generator, weight_layers
 
 KINDS = {
     "dense": (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Embedding),
@@ -300,7 +300,7 @@ def base_digest(model: keras.Model) -> str:
     digest = hashlib.sha256()
     head = {id(variable) for variable in _head_variables(model)}
     for variable in model.variables:
-        if id(variable) not in head and "seed_generator" not in variable.path:
+        if id(variable) not in head and not is_generator(variable):
             digest.update(f"{variable.name} {tuple(variable.shape)};".encode())
             digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
     return digest.hexdigest()
@@ -311,7 +311,7 @@ def _head_variables(model: keras.Model) -> list[keras.Variable]:
         variable
         for name in all_groups(model)[-1].layers
         for variable in model.get_layer(name).weights
-        if "seed_generator" not in variable.path
+        if not is_generator(variable)
     ]
 
 

@@ -114,7 +114,7 @@ class Kept:
         Raises:
             InputError: If the model has others.
         """
-        by_place = {places(model)[variable.path]: variable for variable in _kept(model)}
+        by_place = _by_place(model)
         shapes = {place: tuple(variable.shape) for place, variable in by_place.items()}
         if shapes != {place: value.shape for place, value in self.weights.items()}:
             differing = {*shapes.items()} ^ {(place, value.shape) for place, value in self.weights.items()}
@@ -144,11 +144,10 @@ def save(
         base: Digest of its base.
         moments: Of the last phase's optimizer, by place of the variable or name of the factor.
     """
-    of = places(model)
     slots, ages = tensor_files.pack(moments)
     factors = attached.arrays() if attached else ()
     kinds = {
-        "weight": {of[variable.path]: variable.numpy() for variable in _kept(model)},
+        "weight": {place: variable.numpy() for place, variable in _by_place(model).items()},
         "a": tensor_files.numbered(a for a, _ in factors),
         "b": tensor_files.numbered(b for _, b in factors),
         **slots,
@@ -191,9 +190,10 @@ def latest(folder: Path, call: Call) -> Kept | None:
     )
 
 
-def _kept(model: keras.Model) -> list[keras.Variable]:
-    """Return a model's variables but for the states of random layers, which each phase sets."""
-    return [variable for variable in model.variables if "seed_generator" not in variable.path]
+def _by_place(model: keras.Model) -> dict[str, keras.Variable]:
+    """Return a model's variables by place, see `trainable.places`."""
+    variables = {variable.path: variable for variable in model.variables}
+    return {place: variables[path] for path, place in places(model).items()}
 
 
 def _no_nan(history: History) -> dict[str, list[float | None]]:

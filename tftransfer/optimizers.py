@@ -65,9 +65,7 @@ class _Layerwise(keras.optimizers.Optimizer):
         """Return a variable's factor; Keras puts a Sequential model's name before paths, but not after a load."""
         if path in self.multipliers:
             return self.multipliers[path]
-        same = {
-            one for key, one in self.multipliers.items() if f"/{key}".endswith(f"/{path}") or path.endswith(f"/{key}")
-        }
+        same = {one for key, one in self.multipliers.items() if key.endswith(f"/{path}") or path.endswith(f"/{key}")}
         return same.pop() if len(same) == 1 else 1.0
 
     def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:

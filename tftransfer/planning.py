@@ -7,23 +7,30 @@ from collections.abc import Sequence
 import keras
 
 from tftransfer import mixing, prefix, trainable
-from tftransfer.adapters import Adapter
+from tftransfer.adapters import Adapter, Attached
 from tftransfer.data import Data
 from tftransfer.errors import InputError, check
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
 
 
-def plan(model: keras.Model, phase: Phase) -> tuple[tuple[trainable.AuditRow, ...], prefix.Cut]:
+def plan(
+    model: keras.Model, phase: Phase, attached: Attached | None = None
+) -> tuple[tuple[trainable.AuditRow, ...], prefix.Cut]:
     """Set what a phase trains, and say what that is: the audit table, and the two parts of the network.
 
-    An adapter is made for it and thrown away.
+    Args:
+        model: A functional model.
+        phase: What is about to run.
+        attached: The phase's adapter, if it is beside the model already. Defaults to None: one is made for the
+            question and thrown away.
 
     Raises:
         InputError: If the network does not have what the phase asks for.
     """
     trainable.set_trainable(model, phase.selector, train_batch_norm=phase.train_batch_norm)
-    attached = phase.adapter.prepare(model, 0) if phase.adapter else None
+    if attached is None and phase.adapter:
+        attached = phase.adapter.prepare(model, 0)
     rows = trainable.audit(
         model,
         learning_rate=phase.learning_rate,
@@ -72,7 +79,7 @@ def check_call(
                 f"`callbacks` can't hold {type(callback).__name__}, which needs the optimizer of a compiled model: use "
                 "a phase's `learning_rate` and `schedule`, and `output` for TensorBoard's logs"
             )
-    paths = [variable.path for variable in model.variables if "seed_generator" not in variable.path]
+    paths = [variable.path for variable in model.variables if not trainable.is_generator(variable)]
     twice = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
     if twice:
         raise InputError(f"two variables of the model have the path {twice[0]!r}: give its layers different names")

@@ -121,8 +121,13 @@ def places(model: keras.Model) -> dict[str, str]:
         >>> places(keras.Model(inputs, keras.layers.Dense(1, name="logits")(inputs)))
         {'logits/kernel': '0.kernel', 'logits/bias': '1.bias'}
     """
-    kept = [variable for variable in model.variables if "seed_generator" not in variable.path]
+    kept = (variable for variable in model.variables if not is_generator(variable))
     return {variable.path: f"{number}.{variable.name}" for number, variable in enumerate(kept)}
+
+
+def is_generator(variable: keras.Variable) -> bool:
+    """Whether a variable is the state of a random layer, such as Dropout's, which each phase sets."""
+    return "seed_generator" in variable.path
 
 
 def trained_variables(layer: keras.Layer) -> list[keras.Variable]:

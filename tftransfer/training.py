@@ -25,7 +25,7 @@ from tftransfer.inference import even_batch, through, unpacked
 from tftransfer.metrics import LossError
 from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD, Moment, renamed
 from tftransfer.penalties import Source
-from tftransfer.planning import below_the_head, check_call, check_strategy, functional
+from tftransfer.planning import below_the_head, check_call, check_strategy, functional, plan
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
 from tftransfer.trainee import Extras, Trainee
@@ -214,9 +214,9 @@ def _finish_adapter(run: _Run, carried: _Carried, history: History) -> Adapter |
 def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, carried: _Carried) -> _Carried:
     """Train one phase, add it to the history, and return what the next one may go on with."""
     began, phase = time.monotonic(), strategy[number]
-    trainable.set_trainable(run.model, phase.selector, train_batch_norm=phase.train_batch_norm)
-    parts = prefix.cut(run.model, carried.attached.kernels if carried.attached else ())
-    audit = _audit(run, phase, carried.attached)
+    audit, parts = plan(run.model, phase, carried.attached)
+    if not run.quiet:
+        print_table(literal_console(), audit_table(f"What trains: {phase.name}", audit, _penalty_basis(run, phase)))
     _seed_generators(run, number)
     steps_per_epoch, epochs = run.steps(phase)
     below = prefix.as_constant_function(parts.frozen) if parts.frozen else None
@@ -270,15 +270,6 @@ def _moments_matter(strategy: Strategy, number: int) -> bool:
     """Whether somebody goes on with the optimizer's moments: the next phase, or a later call with the adapter."""
     last = number + 1 == len(strategy)
     return strategy[number].adapter is not None if last else strategy[number + 1].carry_moments
-
-
-def _audit(run: _Run, phase: Phase, attached: Attached | None) -> tuple[trainable.AuditRow, ...]:
-    """Return what is about to train, and show it."""
-    added = attached.sizes() if attached else {}
-    rows = trainable.audit(run.model, learning_rate=phase.learning_rate, layer_decay=phase.layer_decay, added=added)
-    if not run.quiet:
-        print_table(literal_console(), audit_table(f"What trains: {phase.name}", rows, _penalty_basis(run, phase)))
-    return rows
 
 
 def _penalty_basis(run: _Run, phase: Phase) -> str:
@@ -433,7 +424,7 @@ def _callbacks(
 
 
 def _generators(model: keras.Model) -> list[keras.Variable]:
-    return [variable for variable in model.variables if "seed_generator" in variable.path]
+    return [variable for variable in model.variables if trainable.is_generator(variable)]
 
 
 def _seed_generators(run: _Run, number: int) -> None:

@@ -1,34 +1,18 @@
 """The comparison as a user runs it."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
 
 import pytest
 
-from tftransfer import cli, comparison
+from tftransfer import comparison
 
 SMALL = ["--data", "demo", "--image-size", "32", "--smoke", "--quiet", "--epochs", "4"]
 
 
 @pytest.fixture(scope="module")
-def recipe(repository):
-    path = repository / "recipes" / "compare_strategies.py"
-    spec = importlib.util.spec_from_file_location("compare_strategies_recipe", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments: object) -> int:
-        before, sys.argv = sys.argv, [path.name, *map(str, arguments)]
-        try:
-            return cli.guarded(module.main)
-        except SystemExit as stopped:
-            return stopped.code
-        finally:
-            sys.argv = before
-
-    return run
+def recipe(recipe_named):
+    return recipe_named("compare_strategies")
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +22,17 @@ def finished(recipe, tmp_path_factory):
     arguments = [*SMALL, "--strategy", "linear_probe,partial:last=1", "--seeds", "0,1", "--out", folder]
     real, done = comparison.run_trial, []
 
-    def second_fails(choice, *given, **named):
-        if done:
+    def noted(choice, *given, **named):
+        if len(done) == limit:
             raise KeyboardInterrupt
         done.append((choice.text, named["seed"]))
         return real(choice, *given, **named)
 
-    def counted(choice, *given, **named):
-        done.append((choice.text, named["seed"]))
-        return real(choice, *given, **named)
-
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(comparison, "run_trial", second_fails)
+        patched.setattr(comparison, "run_trial", noted)
+        limit = 1
         assert recipe(*arguments) == 75
-        patched.setattr(comparison, "run_trial", counted)
+        limit = None
         assert recipe(*arguments) == 0
     return folder, done
 

@@ -1,6 +1,5 @@
 """The recipe as a user runs it: what it writes, what it prints, what it refuses."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -21,23 +20,9 @@ CONTRACT = {
 
 
 @pytest.fixture(scope="module")
-def recipe(repository):
+def recipe(recipe_named):
     """Return a function that runs the recipe in this process and returns its exit code."""
-    path = repository / "recipes" / "image_classification.py"
-    spec = importlib.util.spec_from_file_location("image_classification_recipe", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments: object) -> int:
-        before, sys.argv = sys.argv, [path.name, *map(str, arguments)]
-        try:
-            return cli.guarded(module.main)
-        except SystemExit as stopped:
-            return stopped.code
-        finally:
-            sys.argv = before
-
-    return run
+    return recipe_named("image_classification")
 
 
 def _photos(folder, classes=("cat", "dog"), count=6, seed=0):
