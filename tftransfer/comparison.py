@@ -126,6 +126,7 @@ def _subset(examples: Examples, numbers: np.ndarray) -> Examples:
         examples.pictures,
         names=tuple(examples.names[number] for number in numbers),
         load=lambda index: load(tf.gather(held, index)),
+        digests=tuple(examples.pictures.digests[number] for number in numbers) if examples.pictures.digests else (),
     )
     return Examples(pictures, examples.targets[numbers], examples.weights[numbers])
 

@@ -18,14 +18,24 @@ class Pictures:
         names: One name per picture: the file relative to the source, or such as `"train[12]"`.
         load: Takes a scalar int64 tensor, the picture's index, and returns uint8 `(height, width, 3)`.
         image_size: `(height, width)` of what `load` returns.
+        digests: SHA-256 of each picture as it was read, in hexadecimal. Defaults to none: what is computed from the
+            pictures is then not kept beyond the run.
     """
 
     names: tuple[str, ...]
     load: Callable[[tf.Tensor], tf.Tensor]
     image_size: tuple[int, int]
+    digests: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def contents(self) -> np.ndarray:
+        """One int64 per picture that depends on its content alone, or on its place where that is not known."""
+        if not self.digests:
+            return np.arange(len(self), dtype=np.int64)
+        return np.array([int(digest[:15], 16) for digest in self.digests], np.int64)
 
 
 @dataclass(frozen=True)

@@ -388,7 +388,8 @@ def _examples(listing: Listing, task: Task, read: _Read, targets: np.ndarray, nu
     """Return the split of the usable examples that are numbered `numbers`."""
     own = targets[numbers]
     names = tuple(listing.names[read.usable[number]] for number in numbers)
-    pictures = Pictures(names, _random_access(listing.reader, read, numbers), read.image_size)
+    digests = tuple(read.hashes[number] for number in numbers)
+    pictures = Pictures(names, _random_access(listing.reader, read, numbers), read.image_size, digests)
     return Examples(pictures, own, task.example_weights(own).astype(np.float32))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import tensorflow as tf
 
 from tftransfer.data.augment import Augmentation, augment, named
@@ -10,6 +13,10 @@ from tftransfer.errors import InputError
 
 # How many pictures of one batch are read at the same time.
 _PARALLEL_PICTURES = 8
+_VIEWS = 2**31  # stands where a phase's number stands in the seeds of views that all phases share
+
+Read = Callable[[tf.Tensor, tf.Tensor], Any]
+"""From numbers of examples, `(n,)` int64, and the number of the view to what goes into a model."""
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
@@ -60,6 +67,8 @@ def batches(
     steps: int,
     start: int = 0,
     augmentation: str | Augmentation = "none",
+    views: int = 0,
+    read: Read | None = None,
 ) -> tf.data.Dataset:
     """Return the training batches of a phase, from any step on, the same as a run from the beginning has.
 
@@ -71,31 +80,55 @@ def batches(
         steps: Number of batches.
         start: The first step, from 0. Defaults to 0.
         augmentation: An `Augmentation` or the name of one. Defaults to `"none"`.
+        views: How many different views of each example there are, one per epoch in turn, the same in every phase and
+            run of this seed; 0 for a new one each epoch. Defaults to 0.
+        read: Takes the place of reading pictures, such as `features.Kept.read`. Defaults to None.
 
     Returns:
         A data set of `(pictures, targets, weights)`: pictures float32 `(batch, height, width, 3)` in [0,
-        255].
+        255], or what `read` gives.
 
     Raises:
         InputError: If there are no examples or the augmentation is not known.
     """
     count = _checked_count(examples, batch_size)
-    policy = named(augmentation)
     per_epoch = steps_per_epoch(count, batch_size)
+    if read is None:
+        read = pictures(examples, augmentation, seed=seed, phase=phase, views=views)
 
-    def batch(step: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        chosen = batch_indices(count, batch_size, seed, phase, step)
-        return _read(examples, chosen, policy, _epoch_key(seed, phase, step // per_epoch))
+    def batch(step: tf.Tensor) -> tuple[Any, tf.Tensor, tf.Tensor]:
+        chosen, epoch = batch_indices(count, batch_size, seed, phase, step), step // per_epoch
+        return read(chosen, epoch % views if views else epoch), *_answers(examples, chosen)
 
     return _mapped(tf.data.Dataset.range(start, start + steps), batch)
 
 
-def in_order(examples: Examples, batch_size: int) -> tf.data.Dataset:
+def pictures(
+    examples: Examples, augmentation: str | Augmentation = "none", *, seed: int = 0, phase: int = 0, views: int = 0
+) -> Read:
+    """Return the function that reads pictures: from `(n,)` numbers of examples and the view to float32 pictures.
+
+    Args:
+        examples, augmentation, seed, phase, views: As in `batches`. With `views` a picture's view depends on its
+            content, the seed and the number of the view alone, wherever it stands among the examples.
+    """
+    policy = named(augmentation)
+    if not views:
+        return lambda chosen, view: _read(examples, chosen, chosen, policy, _epoch_key(seed, phase, view))
+    with tf.init_scope():
+        contents = tf.constant(examples.pictures.contents, tf.int64)
+    return lambda chosen, view: _read(
+        examples, chosen, tf.gather(contents, chosen), policy, _epoch_key(seed, _VIEWS, view)
+    )
+
+
+def in_order(examples: Examples, batch_size: int, read: Read | None = None) -> tf.data.Dataset:
     """Return each example once, in order and as it is, for evaluation.
 
     Args:
         examples: Any split.
         batch_size: Examples per batch, from 1; the last batch may be smaller.
+        read: As in `batches`. Defaults to None.
 
     Returns:
         A data set of `(pictures, targets, weights)` as `batches` gives.
@@ -104,10 +137,11 @@ def in_order(examples: Examples, batch_size: int) -> tf.data.Dataset:
         InputError: If there are no examples.
     """
     count = _checked_count(examples, batch_size)
+    read = read or pictures(examples)
 
-    def batch(step: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def batch(step: tf.Tensor) -> tuple[Any, tf.Tensor, tf.Tensor]:
         chosen = tf.range(step * batch_size, tf.minimum((step + 1) * batch_size, count), dtype=tf.int64)
-        return _read(examples, chosen, named("none"), tf.zeros(2, tf.int64))
+        return read(chosen, tf.zeros((), tf.int64)), *_answers(examples, chosen)
 
     return _mapped(tf.data.Dataset.range(steps_per_epoch(count, batch_size)), batch)
 
@@ -130,21 +164,23 @@ def _mapped(steps: tf.data.Dataset, batch: object) -> tf.data.Dataset:
     return steps.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
 
 
-def _read(
-    examples: Examples, chosen: tf.Tensor, policy: Augmentation, key: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Read the chosen examples; an example's augmentation depends on the key and its own number alone."""
+def _read(examples: Examples, chosen: tf.Tensor, keys: tf.Tensor, policy: Augmentation, key: tf.Tensor) -> tf.Tensor:
+    """Read the chosen examples; an example's augmentation depends on the key and its own one alone."""
 
-    def picture(index: tf.Tensor) -> tf.Tensor:
-        own_key = tf.random.experimental.stateless_fold_in(key, index)
-        return augment(examples.pictures.load(index), policy, own_key)
+    def picture(given: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+        index, own = given
+        return augment(examples.pictures.load(index), policy, tf.random.experimental.stateless_fold_in(key, own))
 
-    pictures = tf.map_fn(
+    return tf.map_fn(
         picture,
-        chosen,
+        (chosen, keys),
         fn_output_signature=tf.TensorSpec((*examples.pictures.image_size, 3), tf.float32),
         parallel_iterations=_PARALLEL_PICTURES,
     )
+
+
+def _answers(examples: Examples, chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the chosen examples' targets and weights."""
     with tf.init_scope():  # captured tensors: constants of the graph may not exceed two gigabytes
         targets, weights = tf.constant(examples.targets), tf.constant(examples.weights)
-    return pictures, tf.gather(targets, chosen), tf.gather(weights, chosen)
+    return tf.gather(targets, chosen), tf.gather(weights, chosen)

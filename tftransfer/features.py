@@ -1,0 +1,214 @@
+"""What the frozen part of a network gives for each example and view: computed once, kept in memory or in files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import keras
+import numpy as np
+import psutil
+import tensorflow as tf
+
+from tftransfer.data import Examples, order
+from tftransfer.data.augment import Augmentation
+from tftransfer.shelf import Shelf, payload_of
+
+MEMORY_SHARE = 0.25
+"""Share of the available memory that kept features may take, unless a `Room` says otherwise."""
+
+BATCH = 32  # of examples that are computed at once
+Below = Callable[[tf.Tensor], list[tf.Tensor]]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where features may be kept.
+
+    Args:
+        memory: Bytes.
+        shelf: Files that outlive the run; None for memory alone.
+    """
+
+    memory: int
+    shelf: Shelf | None = None
+
+
+def room(shelf: Shelf | None = None) -> Room:
+    """Return what room there is now: a share of the available memory, and the files that are given."""
+    return Room(int(psutil.virtual_memory().available * MEMORY_SHARE), shelf)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Features that are at hand.
+
+    Args:
+        read: From numbers of examples and the number of their view to the tensors, inside a graph.
+        computed: How many of them were computed, and not found in files.
+        size: Bytes of all.
+        in_memory: Whether they are held in memory.
+    """
+
+    read: Callable[[tf.Tensor, tf.Tensor], list[tf.Tensor]]
+    computed: int
+    size: int
+    in_memory: bool
+
+
+def digest_of(frozen: keras.Model) -> str:
+    """Return the SHA-256 over a network's layers and weights, and the versions that run it."""
+    digest = hashlib.sha256(f"{tf.__version__} {keras.__version__} {frozen.to_json()}".encode())
+    for variable in frozen.variables:
+        digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def keep(
+    below: Below, examples: Examples, augmentation: Augmentation, *, views: int, seed: int, room: Room, key: str = ""
+) -> Kept | None:
+    """Compute what a frozen part gives for every view of every example, or find it in files.
+
+    Args:
+        below: The frozen part.
+        examples: One split.
+        augmentation: Makes the views.
+        views: How many of each example, from 1.
+        seed: Of the augmentation.
+        room: Where they may lie.
+        key: Digest of the frozen part; needed for files.
+
+    Returns:
+        None if there is no room.
+    """
+    pictures = order.pictures(examples, augmentation, seed=seed, views=views)
+    first = below(pictures(tf.zeros((1,), tf.int64), tf.zeros((), tf.int64)))
+    rows = tuple(_Row(tuple(tensor.shape[1:]), tensor.dtype) for tensor in first)
+    shelf = room.shelf if examples.pictures.digests and key else None
+    work = _Work(below, examples, augmentation, views, seed, rows, shelf, key)
+    on_shelf = shelf is not None and shelf.make_room(key, work.size)
+    if work.size <= room.memory:
+        return (work if on_shelf else dataclasses.replace(work, shelf=None)).in_memory()
+    return work.in_files(shelf) if on_shelf and shelf else None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One example's part of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: tf.DType
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.size
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Everything that one split's features are computed from; places count view after view."""
+
+    below: Below
+    examples: Examples
+    augmentation: Augmentation
+    views: int
+    seed: int
+    rows: tuple[_Row, ...]
+    shelf: Shelf | None
+    key: str
+
+    @property
+    def places(self) -> int:
+        """How many examples, times their views."""
+        return len(self.examples) * self.views
+
+    @property
+    def size(self) -> int:
+        """Bytes of all."""
+        return self.places * sum(row.size for row in self.rows)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """What each example's view is called in files."""
+        how = "" if self.augmentation == Augmentation() else f"{self.augmentation} {self.seed}"
+        return tuple(
+            hashlib.sha256(f"{digest} {how and f'{how} {view}'}".encode()).hexdigest()
+            for view in range(self.views)
+            for digest in self.examples.pictures.digests
+        )
+
+    def in_memory(self) -> Kept:
+        """Hold all of it as one array per tensor."""
+        count = len(self.examples)
+        arrays = [np.empty((self.places, *row.shape), row.dtype.as_numpy_dtype) for row in self.rows]
+        missing = [place for place in range(self.places) if not self._found(place, arrays)]
+        for places, tensors in self._computed(missing):
+            for array, tensor in zip(arrays, tensors, strict=True):
+                array[places] = tensor
+            self._write(places, tensors)
+        held = [tf.constant(array) for array in arrays]
+
+        def read(chosen: tf.Tensor, view: tf.Tensor) -> list[tf.Tensor]:
+            return [tf.gather(tensor, chosen + view * count) for tensor in held]
+
+        return Kept(read, len(missing), self.size, in_memory=True)
+
+    def in_files(self, shelf: Shelf) -> Kept | None:
+        """Leave all of it in files, which are read when they are asked for."""
+        count = len(self.examples)
+        missing = [place for place in range(self.places) if not self._found(place)]
+        for places, tensors in self._computed(missing):
+            if not self._write(places, tensors):
+                return None
+        paths = tf.constant([str(shelf.path(self.key, name)) for name in self.names])
+        specs = [tf.TensorSpec(row.shape, row.dtype) for row in self.rows]
+
+        def read(chosen: tf.Tensor, view: tf.Tensor) -> list[tf.Tensor]:
+            return tf.map_fn(self._parts, tf.gather(paths, chosen + view * count), fn_output_signature=specs)
+
+        return Kept(read, len(missing), self.size, in_memory=False)
+
+    def _found(self, place: int, arrays: Sequence[np.ndarray] = ()) -> bool:
+        """Whether a file holds an example's view, which goes into the arrays if there are any."""
+        payload = self.shelf.get(self.key, self.names[place]) if self.shelf else None
+        if payload is None or len(payload) != sum(row.size for row in self.rows):
+            return False
+        start = 0
+        for row, array in zip(self.rows, arrays, strict=bool(arrays)):
+            part = np.frombuffer(payload, row.dtype.as_numpy_dtype, math.prod(row.shape), start)
+            array[place] = part.reshape(row.shape)
+            start += row.size
+        return True
+
+    def _computed(self, places: Sequence[int]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+        """Compute some places, batch by batch; decoding of the next batch goes on meanwhile."""
+        count = len(self.examples)
+        pictures = order.pictures(self.examples, self.augmentation, seed=self.seed, views=self.views)
+        for view in range(self.views):
+            own = np.array([place - view * count for place in places if place // count == view], np.int64)
+            batches = tf.data.Dataset.from_tensor_slices(own).batch(BATCH)
+            read = batches.map(lambda chosen, view=view: (chosen, pictures(chosen, tf.constant(view, tf.int64))))
+            for chosen, inputs in read.prefetch(2):
+                yield chosen.numpy() + view * count, [tensor.numpy() for tensor in self.below(inputs)]
+
+    def _write(self, places: np.ndarray, tensors: list[np.ndarray]) -> bool:
+        """Put computed rows on the shelf; returns whether all of them lie there."""
+        if not self.shelf:
+            return False
+        return all(
+            self.shelf.put(self.key, self.names[place], b"".join(tensor[row].tobytes() for tensor in tensors))
+            for row, place in enumerate(places)
+        )
+
+    def _parts(self, path: tf.Tensor) -> list[tf.Tensor]:
+        """Read one file's tensors inside a graph."""
+        payload, start, found = payload_of(path), 0, []
+        for row in self.rows:
+            part = tf.io.decode_raw(tf.strings.substr(payload, start, row.size), row.dtype)
+            found.append(tf.reshape(part, row.shape))
+            start += row.size
+        return found
