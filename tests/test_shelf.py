@@ -1,0 +1,104 @@
+import errno
+import os
+import time
+
+import pytest
+
+from tftransfer import shelf as shelves
+from tftransfer.errors import InputError
+from tftransfer.shelf import Shelf
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    return Shelf(tmp_path / "cache")
+
+
+def test_items_come_back_as_they_were(shelf):
+    assert shelf.get("key", "name") is None
+    assert shelf.put("key", "name", b"one")
+    assert shelf.put("key", "other", b"")
+    assert shelf.get("key", "name") == b"one"
+    assert shelf.get("key", "other") == b""
+    assert shelf.get("another", "name") is None
+    assert shelves.payload_of(str(shelf.path("key", "name"))).numpy() == b"one"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda contents: contents[:-1],
+        lambda contents: contents + b"x",
+        lambda contents: b"",
+        lambda contents: contents[:50] + bytes([contents[50] ^ 1]) + contents[51:],
+        lambda contents: bytes([contents[0] ^ 128]) + contents[1:],
+        lambda contents: contents[:20] + bytes([contents[20] ^ 4]) + contents[21:],
+    ],
+    ids=["cut short", "too long", "empty", "a bit of the payload", "a bit of the kind", "a bit of the length"],
+)
+def test_a_damaged_item_is_no_item(shelf, damage):
+    shelf.put("key", "name", bytes(range(100)))
+    path = shelf.path("key", "name")
+    path.write_bytes(damage(path.read_bytes()))
+    assert shelf.get("key", "name") is None
+    assert "damaged" in shelf.notes[0]
+    assert not path.exists()
+    assert shelf.put("key", "name", b"again")
+    assert shelf.get("key", "name") == b"again"
+
+
+def test_every_flipped_bit_is_noticed(shelf):
+    shelf.put("key", "name", b"payload")
+    path = shelf.path("key", "name")
+    whole = path.read_bytes()
+    for place in range(len(whole) * 8):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        assert shelf.get("key", "name") is None
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing_and_says_so_once(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    shelf = Shelf(tmp_path / "file" / "cache")
+    assert not shelf.put("key", "one", b"1")
+    assert not shelf.put("key", "two", b"2")
+    assert not shelf.make_room("key", 10)
+    assert shelf.get("key", "one") is None
+    assert sum("cannot be written" in note for note in shelf.notes) == 1
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE])
+def test_a_write_that_fails_leaves_nothing_behind(shelf, monkeypatch, fault):
+    assert shelf.put("key", "before", b"1")
+
+    def fail(*given):
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert not shelf.put("key", "name", b"2")
+    monkeypatch.undo()
+    assert os.strerror(fault) in shelf.notes[0]
+    assert [path.name for path in shelf.folder.rglob("*") if path.is_file()] == ["before"]
+    assert shelf.get("key", "before") == b"1"
+
+
+def test_the_keys_used_longest_ago_go_first(tmp_path):
+    shelf = Shelf(tmp_path, limit=4000)
+    for age, key in enumerate(("new", "middle", "old")):
+        shelf.put(key, "name", bytes(1000))
+        moment = time.time() - 1000 * (age + 1)
+        os.utime(tmp_path / key, (moment, moment))
+    assert shelf.make_room("own", 1500)
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "middle", "own"}
+    assert shelf.make_room("middle", 2500)
+    assert {path.name for path in tmp_path.iterdir()} == {"middle", "own"}
+    assert not shelf.make_room("own", 5000)
+    assert "no room" in shelf.notes[0]
+
+
+def test_a_cache_that_is_a_file_is_bad_input(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match="must be a folder"):
+        shelves.shelf_at(tmp_path / "file")
+    assert shelves.shelf_at(None) is None
