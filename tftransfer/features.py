@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import keras
 import numpy as np
@@ -48,7 +50,7 @@ class Kept:
     """Features that are at hand.
 
     Args:
-        read: From numbers of examples and the number of their view to the tensors, inside a graph.
+        read: From numbers of examples and the epoch to the tensors, inside a graph.
         computed: How many of them were computed, and not found in files.
         size: Bytes of all.
         in_memory: Whether they are held in memory.
@@ -60,12 +62,37 @@ class Kept:
     in_memory: bool
 
 
-def digest_of(frozen: keras.Model) -> str:
-    """Return the SHA-256 over a network's layers and weights, and the versions that run it."""
-    digest = hashlib.sha256(f"{tf.__version__} {keras.__version__} {frozen.to_json()}".encode())
+def digest_of(frozen: keras.Model, chunk: int = BATCH) -> str:
+    """Return the SHA-256 over a network's layers and weights, how it is run, and the versions that run it.
+
+    Names are replaced by their order: Keras numbers layers anew in each session.
+    """
+    described = json.loads(frozen.to_json())
+    names = {name: f"#{number}" for number, name in enumerate(dict.fromkeys(_names_in(described)))}
+    text = json.dumps(_renamed(described, names), sort_keys=True)
+    digest = hashlib.sha256(f"{tf.__version__} {keras.__version__} {chunk} {text}".encode())
     for variable in frozen.variables:
         digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
     return digest.hexdigest()
+
+
+def _names_in(described: Any) -> Iterator[str]:
+    if isinstance(described, dict):
+        if isinstance(described.get("name"), str):
+            yield described["name"]
+        for value in described.values():
+            yield from _names_in(value)
+    elif isinstance(described, list):
+        for value in described:
+            yield from _names_in(value)
+
+
+def _renamed(described: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(described, dict):
+        return {key: _renamed(value, names) for key, value in described.items()}
+    if isinstance(described, list):
+        return [_renamed(value, names) for value in described]
+    return names.get(described, described) if isinstance(described, str) else described
 
 
 def keep(
@@ -153,7 +180,7 @@ class _Work:
         held = [tf.constant(array) for array in arrays]
 
         def read(chosen: tf.Tensor, view: tf.Tensor) -> list[tf.Tensor]:
-            return [tf.gather(tensor, chosen + view * count) for tensor in held]
+            return [tf.gather(tensor, chosen + view % self.views * count) for tensor in held]
 
         return Kept(read, len(missing), self.size, in_memory=True)
 
@@ -168,7 +195,9 @@ class _Work:
         specs = [tf.TensorSpec(row.shape, row.dtype) for row in self.rows]
 
         def read(chosen: tf.Tensor, view: tf.Tensor) -> list[tf.Tensor]:
-            return tf.map_fn(self._parts, tf.gather(paths, chosen + view * count), fn_output_signature=specs)
+            return tf.map_fn(
+                self._parts, tf.gather(paths, chosen + view % self.views * count), fn_output_signature=specs
+            )
 
         return Kept(read, len(missing), self.size, in_memory=False)
 
@@ -192,8 +221,10 @@ class _Work:
             own = np.array([place - view * count for place in places if place // count == view], np.int64)
             batches = tf.data.Dataset.from_tensor_slices(own).batch(BATCH)
             read = batches.map(lambda chosen, view=view: (chosen, pictures(chosen, tf.constant(view, tf.int64))))
-            for chosen, inputs in read.prefetch(2):
-                yield chosen.numpy() + view * count, [tensor.numpy() for tensor in self.below(inputs)]
+            # In the pipeline, as where nothing is kept: TensorFlow optimises graphs otherwise there, to other last bits.
+            found = read.prefetch(2).map(lambda chosen, inputs: (chosen, tuple(self.below(inputs))))
+            for chosen, tensors in found.prefetch(2):
+                yield chosen.numpy() + view * count, [tensor.numpy() for tensor in tensors]
 
     def _write(self, places: np.ndarray, tensors: list[np.ndarray]) -> bool:
         """Put computed rows on the shelf; returns whether all of them lie there."""

@@ -26,6 +26,8 @@ class PhaseRecord:
         seconds: What the phase took.
         tuned_share: Where `WiseFt` stopped between the weights that the phase began with (0) and the tuned ones (1).
         penalty_basis: What a penalty held the network to; empty without one.
+        extract_seconds: What computing or finding the frozen part's features took, of `seconds`.
+        store: What was kept of them.
     """
 
     phase: Phase
@@ -36,6 +38,8 @@ class PhaseRecord:
     seconds: float
     tuned_share: float | None = None
     penalty_basis: str = ""
+    extract_seconds: float = 0.0
+    store: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Describe the phase for `report.json` and the manifest."""
@@ -48,6 +52,8 @@ class PhaseRecord:
             "seconds": self.seconds,
             "tuned_share": self.tuned_share,
             "penalty_basis": self.penalty_basis or None,
+            "extract_seconds": self.extract_seconds,
+            "store": self.store,
         }
 
 

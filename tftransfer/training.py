@@ -14,21 +14,28 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tftransfer import builders, checkpoints, distribution, mixing, penalties, prefix, schedules, trainable
+from tftransfer import builders, checkpoints, distribution, features, mixing, penalties, prefix, schedules, trainable
 from tftransfer.adapters import Adapter, Attached, Reached, adapter_of, base_digest
 from tftransfer.averages import Ema, WiseFt
 from tftransfer.callbacks import KeepBest, LearningRateLog, Progress, callback_list
 from tftransfer.console import audit_table, literal_console, print_table
-from tftransfer.data import Data, order
+from tftransfer.data import Data, Examples, order
+from tftransfer.data.augment import named
+from tftransfer.errors import check
+from tftransfer.features import Below, Kept
 from tftransfer.history import History, PhaseRecord
 from tftransfer.inference import even_batch, through, unpacked
 from tftransfer.metrics import LossError
 from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD, Moment, renamed
 from tftransfer.penalties import Source
 from tftransfer.planning import below_the_head, check_call, check_strategy, functional, plan
+from tftransfer.shelf import Shelf, shelf_at
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
 from tftransfer.trainee import Extras, Trainee
+
+CACHES = ("auto", "off")
+_PAYS = 1.5  # keep features that are used so many times, weighted by the share of the work that they save
 
 
 def fine_tune(
@@ -45,6 +52,8 @@ def fine_tune(
     source: Source | None = None,
     adapter: Adapter | None = None,
     resume: bool = True,
+    cache: str = "auto",
+    cache_dir: str | os.PathLike[str] | None = None,
     quiet: bool = True,
 ) -> History:
     """Train a model in place, phase by phase.
@@ -74,6 +83,10 @@ def fine_tune(
             None.
         resume: Whether to go on after the last phase that `output` holds, if it is of the same strategy, data and
             seed. Defaults to True.
+        cache: `"auto"` keeps what the frozen part gives where that pays, `"off"` computes it in every epoch; the result
+            is the same bit for bit. Defaults to `"auto"`.
+        cache_dir: A folder where it is kept for later runs too, and where it does not fit into memory. Defaults to
+            None: memory alone.
         quiet: Whether to print nothing. Defaults to True.
 
     Returns:
@@ -94,8 +107,11 @@ def fine_tune(
     model = functional(model)
     check_call(model, task, data, batch_size, callbacks)
     check_strategy(model, strategy, task, adapter)
-    folder = Path(output) if output else None
-    run = _Run(model, task, data, tuple(callbacks), seed, batch_size, max_steps, source, quiet, folder, adapter)
+    check(cache in CACHES, "cache", f"one of {', '.join(CACHES)}", cache)
+    folder, shelf = Path(output) if output else None, shelf_at(cache_dir)
+    run = _Run(
+        model, task, data, tuple(callbacks), seed, batch_size, max_steps, source, quiet, folder, adapter, cache, shelf
+    )
     call = checkpoints.call_of(strategy, seed, batch_size, max_steps, data, task, source, adapter)
     kept = checkpoints.latest(folder, call) if folder and resume else None
     carried, history = _begin(run) if kept is None else _go_on(run, strategy, kept)
@@ -137,6 +153,8 @@ class _Run:
     quiet: bool
     output: Path | None
     adapter: Adapter | None
+    cache: str
+    shelf: Shelf | None
 
     def steps(self, phase: Phase) -> tuple[int, int]:
         """Return `(steps per epoch, epochs)` of a phase."""
@@ -144,6 +162,11 @@ class _Run:
         if self.max_steps is None:
             return per_epoch, phase.epochs
         return min(per_epoch, self.max_steps), 1
+
+    @property
+    def chunk(self) -> int:
+        """How many examples go through the frozen part at once."""
+        return min(self.batch_size, features.BATCH)
 
     def place(self, number: int) -> tuple[int, int]:
         """Return a phase's number for every seed, and how many steps of it an earlier call has done."""
@@ -219,9 +242,9 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
         print_table(literal_console(), audit_table(f"What trains: {phase.name}", audit, _penalty_basis(run, phase)))
     _seed_generators(run, number)
     steps_per_epoch, epochs = run.steps(phase)
-    below = prefix.as_constant_function(parts.frozen) if parts.frozen else None
+    below = prefix.as_constant_function(parts.frozen, run.chunk) if parts.frozen else None
     trainee = _compiled(run, phase, number, parts.trained, below, carried, steps_per_epoch * epochs)
-    training, validation = _inputs(run, phase, number, below)
+    training, validation, store = _inputs(run, phase, number, parts, below)
     matters = _moments_matter(strategy, number)
     keep = KeepBest(trainee, phase.patience, remember=lambda: _state(run, trainee) if matters else {"moments": {}})
     before = trainee.evaluate(validation, return_dict=True, verbose=0)
@@ -250,6 +273,8 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
         seconds,
         tuned_share,
         _penalty_basis(run, phase),
+        store.seconds,
+        store.summary,
     )
     history.add(logs, record)
     return dataclasses.replace(carried, **keep.kept)
@@ -290,11 +315,12 @@ def _interpolate(
 
 
 def _inputs(
-    run: _Run, phase: Phase, number: int, below: Callable[[tf.Tensor], list[tf.Tensor]] | None
-) -> tuple[tf.data.Dataset, tf.data.Dataset]:
-    """Return what goes into the trained part: the training batches of the whole phase, and the validation batches."""
+    run: _Run, phase: Phase, number: int, parts: prefix.Cut, below: Below | None
+) -> tuple[tf.data.Dataset, tf.data.Dataset, Store]:
+    """Return what goes into the trained part: training batches of the whole phase, validation batches, what is kept."""
     steps_per_epoch, epochs = run.steps(phase)
     place, start = run.place(number)
+    store = _store(run, phase, parts, below, epochs)
     training = order.batches(
         run.data.train,
         run.batch_size,
@@ -303,12 +329,67 @@ def _inputs(
         steps=steps_per_epoch * epochs,
         start=start,
         augmentation=phase.augmentation,
+        views=phase.views,
+        read=_read(store.training),
     )
     replicas = distribution.strategy_of(run.model).num_replicas_in_sync
-    validation = order.in_order(run.data.validation, even_batch(len(run.data.validation), run.batch_size, replicas))
-    if below is None:
-        return training, validation
-    return through(below, training), through(below, validation)
+    held_out = even_batch(len(run.data.validation), run.batch_size, replicas)
+    validation = order.in_order(run.data.validation, held_out, _read(store.validation))
+    if below is not None:
+        training = training if store.training else through(below, training)
+        validation = validation if store.validation else through(below, validation)
+    return training, validation, store
+
+
+@dataclass(frozen=True)
+class Store:
+    """What a phase keeps of its frozen part, None where it computes it in every epoch, and why."""
+
+    training: Kept | None = None
+    validation: Kept | None = None
+    seconds: float = 0.0
+    reason: str = ""
+
+    @property
+    def summary(self) -> str:
+        """Say in a few words what is kept where."""
+        if self.training is None:
+            return f"computed in every epoch: {self.reason}"
+        place = "in memory" if self.training.in_memory else "in files"
+        return f"kept {place}, {self.training.size / 2**20:,.1f} MB, {self.training.computed} computed"
+
+
+def _store(run: _Run, phase: Phase, parts: prefix.Cut, below: Below | None, epochs: int) -> Store:
+    """Compute what the frozen part gives, where that pays and there is room."""
+    if below is None or parts.frozen is None:
+        return Store(reason="nothing is frozen")
+    if run.cache == "off":
+        return Store(reason="switched off")
+    began, key = (
+        time.monotonic(),
+        features.digest_of(parts.frozen, min(run.batch_size, features.BATCH)) if run.shelf else "",
+    )
+
+    def kept(examples: Examples, augmentation: str, views: int) -> Kept | None:
+        if epochs / views * parts.work_share <= _PAYS:
+            return None
+        return features.keep(
+            below, examples, named(augmentation), views=views, seed=run.seed, room=features.room(run.shelf), key=key
+        )
+
+    validation = kept(run.data.validation, "none", 1)
+    endless = phase.augmentation != "none" and not phase.views
+    training = None if endless else kept(run.data.train, phase.augmentation, max(phase.views, 1))
+    reason = (
+        "a new view of each example in every epoch" if endless else "" if training else "no room, or it does not pay"
+    )
+    return Store(training, validation, time.monotonic() - began, reason)
+
+
+def _read(kept: Kept | None) -> order.Read | None:
+    if kept is None:
+        return None
+    return lambda chosen, view: unpacked(kept.read(chosen, view))
 
 
 def _compiled(

@@ -16,7 +16,7 @@ _PARALLEL_PICTURES = 8
 _VIEWS = 2**31  # stands where a phase's number stands in the seeds of views that all phases share
 
 Read = Callable[[tf.Tensor, tf.Tensor], Any]
-"""From numbers of examples, `(n,)` int64, and the number of the view to what goes into a model."""
+"""From numbers of examples, `(n,)` int64, and the epoch to what goes into a model."""
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
@@ -98,7 +98,7 @@ def batches(
 
     def batch(step: tf.Tensor) -> tuple[Any, tf.Tensor, tf.Tensor]:
         chosen, epoch = batch_indices(count, batch_size, seed, phase, step), step // per_epoch
-        return read(chosen, epoch % views if views else epoch), *_answers(examples, chosen)
+        return read(chosen, epoch), *_answers(examples, chosen)
 
     return _mapped(tf.data.Dataset.range(start, start + steps), batch)
 
@@ -118,7 +118,7 @@ def pictures(
     with tf.init_scope():
         contents = tf.constant(examples.pictures.contents, tf.int64)
     return lambda chosen, view: _read(
-        examples, chosen, tf.gather(contents, chosen), policy, _epoch_key(seed, _VIEWS, view)
+        examples, chosen, tf.gather(contents, chosen), policy, _epoch_key(seed, _VIEWS, view % views)
     )
 
 

@@ -33,6 +33,8 @@ class Phase:
         warmup: Share of the phase's steps in which the rate rises, in [0, 1). Defaults to 0.1.
         weight_decay: Decoupled weight decay per unit of learning rate, from 0. Defaults to 1e-4.
         augmentation: One of `AUGMENTATIONS`. Defaults to `"none"`.
+        views: How many different augmented views of each example there are, in turn, so that what is frozen is computed
+            once per view; 0 for a new view each epoch. Defaults to 0.
         patience: Epochs without a better validation loss before the phase ends; 0 for never. Defaults to 0.
         optimizer: `"adamw"` or `"sgd"` (momentum 0.9). Defaults to `"adamw"`.
         mixup, cutmix: Parameter of the Beta distribution by which examples are mixed, see `mixing.mix`; 0 for off.
@@ -60,6 +62,7 @@ class Phase:
     warmup: float = 0.1
     weight_decay: float = 1e-4
     augmentation: str = "none"
+    views: int = 0
     patience: int = 0
     optimizer: str = "adamw"
     mixup: float = 0.0
@@ -89,6 +92,7 @@ class Phase:
             check(self.selector == "head", "selector", where, self.selector)
             check(self.penalty is None, "penalty", "left out beside an adapter, which holds the base by itself", "one")
             check(not isinstance(self.average, WiseFt), "average", "None or `Ema` beside an adapter", self.average)
+        check(isinstance(self.views, int) and self.views >= 0, "views", "a whole number from 0", self.views)
         check(isinstance(self.patience, int) and self.patience >= 0, "patience", "a whole number from 0", self.patience)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,0 +1,124 @@
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+
+from tftransfer import features, prefix, trainable, training
+from tftransfer.data.augment import named
+from tftransfer.features import Room
+from tftransfer.shelf import Shelf
+from tftransfer.strategies import Phase
+
+PHASES = {
+    "head": Phase("head", "head", 3, 0.01),
+    "top": Phase("top", "last:1", 3, 0.01),
+    "views": Phase("views", "last:1", 4, 0.01, augmentation="light", views=2),
+    "endless": Phase("endless", "head", 3, 0.01, augmentation="light"),
+    "dropout": Phase("dropout", "head", 3, 0.01, mixup=0.4),
+}
+
+
+@pytest.fixture
+def data(small_data):
+    """Pictures whose content is known by digests."""
+    splits = {}
+    for name in ("train", "validation", "test"):
+        examples = getattr(small_data, name)
+        digests = tuple(f"{number:064x}" for number in range(len(examples)))
+        pictures = dataclasses.replace(examples.pictures, digests=tuple(f"{len(name)}{d[1:]}" for d in digests))
+        splits[name] = dataclasses.replace(examples, pictures=pictures)
+    return dataclasses.replace(small_data, **splits)
+
+
+@pytest.mark.parametrize("place", ["memory", "files"])
+@pytest.mark.parametrize("name", PHASES)
+def test_kept_or_computed_trains_to_the_same_bits(small_network, small_task, data, name, place, tmp_path, monkeypatch):
+    if place == "files":
+        monkeypatch.setattr(features, "MEMORY_SHARE", 0.0)
+    start, ended, logs = small_network(dropout=0.3).get_weights(), [], []
+    for cache in ("auto", "off", "auto"):
+        model = small_network(dropout=0.3)
+        model.set_weights(start)
+        history = training.fine_tune(
+            model, small_task, data, (PHASES[name],), batch_size=7, cache=cache, cache_dir=tmp_path
+        )
+        ended.append([w.numpy() for w in model.weights])
+        logs.append(dict(history))
+        kept = "kept" in history.phases[0].store
+        assert kept == (cache == "auto" and name != "endless"), history.phases[0].store
+    assert "0 computed" in history.phases[0].store or name == "endless"
+    assert logs[0] == logs[1] == logs[2]
+    for one, two, three in zip(*ended, strict=True):
+        np.testing.assert_array_equal(one, two)
+        np.testing.assert_array_equal(one, three)
+
+
+def _frozen(small_network, selector="last:1"):
+    model = small_network()
+    trainable.set_trainable(model, selector)
+    return prefix.cut(model).frozen
+
+
+@pytest.mark.parametrize("memory", [2**30, 0], ids=["memory", "files"])
+def test_features_are_those_of_the_network(small_network, data, tmp_path, memory):
+    frozen = _frozen(small_network)
+    below = prefix.as_constant_function(frozen)
+    room = Room(memory, Shelf(tmp_path))
+    kept = features.keep(below, data.train, named("none"), views=1, seed=0, room=room, key="key")
+    assert kept.in_memory == bool(memory)
+    chosen = np.array([5, 0, 23, 5])
+    pictures = np.stack([data.train.pictures.load(index) for index in chosen]).astype(np.float32)
+    found = kept.read(keras.ops.convert_to_tensor(chosen, "int64"), keras.ops.zeros((), "int64"))
+    np.testing.assert_allclose(found[0], below(pictures)[0], rtol=1e-3, atol=1e-5)
+    again = features.keep(below, data.train, named("none"), views=1, seed=0, room=room, key="key")
+    assert (kept.computed, again.computed) == (24, 0)
+
+
+def test_without_room_nothing_is_kept(small_network, data):
+    below = prefix.as_constant_function(_frozen(small_network))
+    assert features.keep(below, data.train, named("none"), views=1, seed=0, room=Room(10)) is None
+    assert features.keep(below, data.train, named("none"), views=1, seed=0, room=Room(2**20)) is not None
+
+
+def test_another_weight_picture_view_or_seed_is_computed_anew(small_network, data, tmp_path):
+    room = Room(2**30, Shelf(tmp_path))
+    frozen = _frozen(small_network)
+
+    def computed(examples=data.train, policy="light", views=2, seed=0):
+        below, key = prefix.as_constant_function(frozen), features.digest_of(frozen)
+        return features.keep(below, examples, named(policy), views=views, seed=seed, room=room, key=key).computed
+
+    assert computed() == 48
+    assert computed() == 0
+    assert computed(views=3) == 24
+    assert computed(seed=1) == 48
+    assert computed(policy="none", views=1) == 24
+    pictures = data.train.pictures
+    changed = dataclasses.replace(pictures, digests=("f" * 64, *pictures.digests[1:]))
+    assert computed(dataclasses.replace(data.train, pictures=changed)) == 2
+    kernel = frozen.get_layer("conv_1").kernel
+    kernel.assign(kernel * 1.001)
+    assert computed() == 48
+
+
+def test_damaged_files_are_computed_again(small_network, data, tmp_path):
+    shelf = Shelf(tmp_path)
+    below = prefix.as_constant_function(_frozen(small_network))
+
+    def keep(memory):
+        return features.keep(below, data.train, named("none"), views=1, seed=0, room=Room(memory, shelf), key="key")
+
+    whole = keep(2**30)
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert len(files) == 24
+    files[0].write_bytes(files[0].read_bytes()[:-4])
+    files[1].write_bytes(b"")
+    files[2].unlink()
+    for memory in (2**30, 0):
+        mended = keep(memory)
+        assert mended.computed == (3 if memory else 0)
+        every = keras.ops.arange(24, dtype="int64")
+        one, two = (kept.read(every, keras.ops.zeros((), "int64"))[0] for kept in (whole, mended))
+        np.testing.assert_array_equal(one, two)
+    assert sum("damaged" in note for note in shelf.notes) == 2
