@@ -15,7 +15,7 @@ LAYERS = (
     {"errors"},
     {"report", "report_html"},
     {"tasks", "heads", "optimizers", "metrics", "averages"},
-    {"tensor_files", "shelf"},
+    {"tensor_files", "transferability", "shelf"},
     {"data"},
     {"features"},
     {"depth", "weights"},

@@ -1,0 +1,84 @@
+"""Scores of features, against their definitions and independent computations."""
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from scipy.stats import multivariate_normal
+from sklearn.neighbors import KNeighborsClassifier
+
+from tftransfer import transferability
+from tftransfer.errors import InputError
+
+
+def _problem(separation=1.0, count=60, size=8, classes=3, seed=0):
+    generator = np.random.default_rng(seed)
+    targets = np.arange(count) % classes
+    centres = generator.normal(size=(classes, size)) * separation
+    return centres[targets] + generator.normal(size=(count, size)), targets
+
+
+@pytest.mark.parametrize("size", [4, 90], ids=["fewer features than examples", "more"])
+def test_logme_is_the_largest_evidence_of_a_gaussian_process(size):
+    features, targets = _problem(size=size)
+
+    def negative(column):
+        def of(precisions):
+            prior, noise = np.exp(precisions)
+            covariance = features @ features.T / prior + np.eye(len(features)) / noise
+            return -multivariate_normal(cov=covariance).logpdf(column) / len(features)
+
+        return of
+
+    best = [-minimize(negative(column), [0.0, 0.0], method="Nelder-Mead").fun for column in np.eye(3)[targets].T]
+    assert transferability.logme(features, targets) == pytest.approx(np.mean(best), abs=1e-3)
+
+
+def test_every_score_prefers_features_that_tell_classes_apart():
+    scores = (transferability.logme, transferability.h_score, transferability.n_leep, transferability.neighbours)
+    for score in scores:
+        values = [score(*_problem(separation)) for separation in (0.0, 0.5, 1.0, 3.0)]
+        assert values == sorted(values), score.__name__
+        assert values[0] < values[-1]
+
+
+def test_h_score_of_classes_that_share_no_variance_is_their_number_less_one():
+    features = np.repeat(np.eye(3) * 5, 2000, axis=0) + np.random.default_rng(0).normal(size=(6000, 3)) * 0.01
+    assert transferability.h_score(features, np.repeat(np.arange(3), 2000)) == pytest.approx(2, abs=0.02)
+    shuffled = np.random.default_rng(1).permutation(np.repeat(np.arange(3), 2000))
+    assert transferability.h_score(features, shuffled) == pytest.approx(0, abs=0.01)
+
+
+def test_leep_by_hand():
+    probabilities = np.array([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9]])
+    # P(y=0|z) = (1.4/1.5, 0.6/1.5); P(y=1|z) = (0.1/1.5, 0.9/1.5)
+    expected = [0.8 * 1.4 / 1.5 + 0.2 * 0.6 / 1.5, 0.6 * 1.4 / 1.5 + 0.4 * 0.6 / 1.5, 0.1 * 0.1 / 1.5 + 0.9 * 0.9 / 1.5]
+    value = transferability.leep(probabilities, np.array([0, 0, 1]))
+    assert value == pytest.approx(np.mean(np.log(expected)))
+
+
+def test_neighbours_are_those_of_scikit_learn():
+    features, targets = _problem(0.8, count=90)
+    centred = features - features.mean(axis=0)
+    correct = 0
+    for left_out in range(len(centred)):
+        rest = np.delete(np.arange(len(centred)), left_out)
+        model = KNeighborsClassifier(1, metric="cosine").fit(centred[rest], targets[rest])
+        correct += int(model.predict(centred[left_out : left_out + 1])[0] == targets[left_out])
+    assert transferability.neighbours(features, targets, count=1) == pytest.approx(correct / len(centred))
+
+
+def test_probe_predicts_examples_that_it_has_not_seen():
+    features, targets = _problem(3.0)
+    assert np.mean(transferability.probe(features, targets).argmax(axis=1) == targets) > 0.9
+    noise, random = np.random.default_rng(0).normal(size=(60, 200)), np.random.default_rng(1).integers(0, 2, 60)
+    assert np.mean(transferability.probe(noise, random).argmax(axis=1) == random) < 0.75
+    values = features[:, :2] * 3
+    given = transferability.probe(features, values)
+    assert given.shape == (60, 2)
+    assert np.corrcoef(given[:, 0], values[:, 0])[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("features", [np.zeros((3, 2)), np.zeros(4), np.full((4, 2), np.nan)])
+def test_features_that_do_not_fit_are_refused(features):
+    with pytest.raises(InputError, match="`features`"):
+        transferability.logme(features, np.array([0, 1, 0, 1]))

@@ -1,0 +1,182 @@
+"""How well features suit a task before anything is trained on them: scores that take seconds."""
+
+from __future__ import annotations
+
+import math
+import numpy as np
+from sklearn.covariance import ledoit_wolf
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.mixture import GaussianMixture
+from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler, normalize
+
+from tftransfer.errors import check
+
+_STEPS = 100  # of LogME's fixed point, which needs about ten
+_TOLERANCE = 1e-4  # of its ratio of precisions
+_BLOCK = 1024  # examples whose likenesses are held at once
+_C = 0.01  # inverse strength of the probe's penalty, on standardised features
+
+
+def logme(features: np.ndarray, targets: np.ndarray) -> float:
+    """Return the log evidence per example of a Bayesian linear model on the features, the mean over its outputs.
+
+    You, Liu, Wang and Long (2021), "LogME: Practical Assessment of Pre-trained Models for Transfer Learning". Larger
+    is better; only differences on the same targets mean something.
+
+    Args:
+        features: `(n, d)` numbers.
+        targets: `(n,)` whole numbers from 0, classes; or `(n, k)` numbers, one column per label or value.
+
+    Raises:
+        InputError: If the two do not fit.
+
+    Example:
+        >>> features = np.array([[0.0], [0.1], [1.0], [1.1]])
+        >>> bool(logme(features, np.array([0, 0, 1, 1])) > logme(features, np.array([0, 1, 0, 1])))
+        True
+    """
+    features, columns = _checked(features, targets)
+    left, values, _ = np.linalg.svd(features, full_matrices=False)
+    held = values > values.max(initial=0.0) * 1e-6  # the rest is rounding
+    left, squares = left[:, held], values[held] ** 2
+    return float(np.mean([_evidence(left, squares, column, features.shape) for column in columns.T]))
+
+
+def _evidence(left: np.ndarray, squares: np.ndarray, column: np.ndarray, shape: tuple[int, ...]) -> float:
+    """Return the largest log evidence per example of one output, over the precisions of its weights and its noise."""
+    count, size = shape
+    along = (left.T @ column) ** 2
+    across = max(float(column @ column - along.sum()), 0.0)  # what no weights explain
+    prior, noise, ratio = 1.0, 1.0, 1.0
+    for _ in range(_STEPS):
+        shrunk = squares / (squares + ratio)
+        residual = float(np.sum(along * (1 - shrunk) ** 2)) + across + 1e-12
+        weights = float(np.sum(along * shrunk**2 / squares)) + 1e-12
+        prior = float(shrunk.sum()) / weights
+        noise = (count - float(shrunk.sum())) / residual
+        before, ratio = ratio, prior / noise
+        if abs(ratio - before) <= _TOLERANCE * before:
+            break
+    determinant = float(np.sum(np.log(prior + noise * squares))) + (size - len(squares)) * math.log(prior)
+    fit = noise * residual + prior * weights
+    evidence = size * math.log(prior) + count * math.log(noise / (2 * math.pi)) - determinant - fit
+    return evidence / (2 * count)
+
+
+def h_score(features: np.ndarray, targets: np.ndarray) -> float:
+    """Return how much of the features' variance lies between classes: the trace of the total covariance's inverse
+    times the covariance of the class means.
+
+    Bao et al. (2019), "An Information-Theoretic Approach to Transferability in Task Transfer Learning", with the
+    shrunk covariance of Ibrahim, Ponomareva and Mazumder (2021): with fewer examples than features the plain one has no
+    inverse worth the name. From 0 to the number of classes less one; larger is better.
+
+    Args:
+        features, targets: As for `logme`, but classes only.
+    """
+    features, columns = _checked(features, targets)
+    centred = features - features.mean(axis=0)
+    covariance, shrinkage = ledoit_wolf(centred, assume_centered=True)
+    shares = columns.mean(axis=0)
+    means = (columns.T @ centred) / np.maximum(columns.sum(axis=0), 1)[:, None] * np.sqrt(shares)[:, None]
+    return float((1 - shrinkage) * np.trace(means @ np.linalg.solve(covariance, means.T)))
+
+
+def leep(probabilities: np.ndarray, targets: np.ndarray) -> float:
+    """Return the mean log probability of the targets, predicted from what another classifier says, up to 0.
+
+    Nguyen, Hassner, Seeger and Archambeau (2020), "LEEP: A New Measure to Evaluate Transferability".
+
+    Args:
+        probabilities: `(n, z)`, each row what a classifier gives over its own labels.
+        targets: `(n,)` whole numbers from 0, or `(n, k)` zeros and ones.
+
+    Example:
+        >>> leep(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 1]))
+        0.0
+    """
+    probabilities, columns = _checked(probabilities, targets)
+    joint = columns.T @ probabilities
+    conditional = joint / np.maximum(joint.sum(axis=0), 1e-12)
+    expected = np.sum(columns * (probabilities @ conditional.T), axis=1)
+    return float(np.mean(np.log(np.maximum(expected, 1e-12))))
+
+
+def n_leep(features: np.ndarray, targets: np.ndarray, seed: int = 0) -> float:
+    """Return LEEP where a mixture of Gaussians on the features stands for the other classifier.
+
+    Li, Jia, Sang, Zhu, Green, Wang and Gong (2021), "Ranking Neural Checkpoints".
+
+    Args:
+        features, targets: As for `h_score`.
+        seed: Of the mixture's start. Defaults to 0.
+    """
+    features, columns = _checked(features, targets)
+    few = min(*features.shape, 64)
+    reduced = PCA(few, svd_solver="randomized", random_state=seed).fit_transform(features)
+    parts = min(columns.shape[1] * 2, max(len(features) // 10, 1))
+    mixture = GaussianMixture(parts, covariance_type="diag", reg_covar=1e-3 * reduced.var() + 1e-12, random_state=seed)
+    return leep(mixture.fit(reduced).predict_proba(reduced), targets)
+
+
+def neighbours(features: np.ndarray, targets: np.ndarray, count: int = 5) -> float:
+    """Return the accuracy of a vote among each example's nearest others by cosine, in [0, 1].
+
+    Args:
+        features: `(n, d)` numbers.
+        targets: `(n,)` whole numbers from 0.
+        count: How many vote; ties go to the nearer ones. Defaults to 5.
+    """
+    features, columns = _checked(features, targets)
+    directions = normalize(features - features.mean(axis=0))
+    correct, count = 0, min(count, len(features) - 1)
+    nearness = 1 + 1e-3 * np.linspace(1, 0, count)  # decides ties only
+    for start in range(0, len(directions), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        likeness = directions[block] @ directions.T
+        own = np.arange(len(likeness))
+        likeness[own, start + own] = -np.inf
+        nearest = np.argsort(-likeness, axis=1, kind="stable")[:, :count]
+        votes = np.einsum("nck,c->nk", columns[nearest], nearness)
+        correct += int(np.sum(votes.argmax(axis=1) == columns[block].argmax(axis=1)))
+    return correct / len(features)
+
+
+def probe(features: np.ndarray, targets: np.ndarray, folds: int = 5, seed: int = 0) -> np.ndarray:
+    """Return what a linear model predicts for each example when it has not seen it, from cross-validation.
+
+    Args:
+        features: `(n, d)` numbers.
+        targets: `(n,)` whole numbers from 0, classes; or `(n, k)` numbers, one column per label or value.
+        folds: How many, from 2. Defaults to 5.
+        seed: Decides the folds. Defaults to 0.
+
+    Returns:
+        `(n, classes)` probabilities, or `(n, k)` numbers.
+    """
+    features, columns = _checked(features, targets)
+    parts: StratifiedKFold | KFold
+    if np.ndim(targets) == 1:
+        parts = StratifiedKFold(max(2, min(folds, int(columns.sum(axis=0).min()))), shuffle=True, random_state=seed)
+        model, method = LogisticRegression(C=_C, max_iter=200), "predict_proba"
+        return cross_val_predict(_scaled(model), features, np.asarray(targets), cv=parts, method=method)
+    parts = KFold(min(folds, len(features)), shuffle=True, random_state=seed)
+    return cross_val_predict(_scaled(Ridge(features.shape[1])), features, columns, cv=parts)
+
+
+def _scaled(model: LogisticRegression | Ridge) -> Pipeline:
+    return make_pipeline(StandardScaler(), model)
+
+
+def _checked(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return both as float64 matrices, classes as one column of zeros and ones each."""
+    features, targets = np.asarray(features, np.float64), np.asarray(targets)
+    fits = features.ndim == 2 and len(features) == len(targets) > 1
+    check(fits, "features", f"numbers (n, d) for the {len(targets)} targets, at least 2", features.shape)
+    check(bool(np.isfinite(features).all()), "features", "finite numbers", "others")
+    if targets.ndim == 2:
+        return features, targets.astype(np.float64)
+    return features, np.eye(int(targets.max()) + 1)[targets]
