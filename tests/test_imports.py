@@ -27,6 +27,7 @@ LAYERS = (
     {"prefix", "distribution", "callbacks", "mixing", "schedules", "history"},
     {"trainee", "checkpoints", "planning"},
     {"inference"},
+    {"feeding"},
     {"training"},
     {"checks"},
     {"advice"},

@@ -61,6 +61,10 @@ class Kept:
     size: int
     in_memory: bool
 
+    def __str__(self) -> str:
+        place = "in memory" if self.in_memory else "in files"
+        return f"kept {place}, {self.size / 2**20:,.1f} MB, {self.computed} computed"
+
 
 def digest_of(frozen: keras.Model, chunk: int = BATCH) -> str:
     """Return the SHA-256 over a network's layers and weights, how it is run, and the versions that run it.
@@ -112,9 +116,9 @@ def keep(
     Returns:
         None if there is no room.
     """
-    pictures = order.pictures(examples, augmentation, seed=seed, views=views)
-    first = below(pictures(tf.zeros((1,), tf.int64), tf.zeros((), tf.int64)))
-    rows = tuple(_Row(tuple(tensor.shape[1:]), tensor.dtype) for tensor in first)
+    picture = tf.TensorSpec((None, *examples.pictures.image_size, 3), tf.float32)
+    specs = tf.function(below).get_concrete_function(picture).structured_outputs
+    rows = tuple(_Row(tuple(spec.shape[1:]), spec.dtype) for spec in specs)
     shelf = room.shelf if examples.pictures.digests and key else None
     work = _Work(below, examples, augmentation, views, seed, rows, shelf, key)
     on_shelf = shelf is not None and shelf.make_room(key, work.size)
@@ -221,10 +225,8 @@ class _Work:
             own = np.array([place - view * count for place in places if place // count == view], np.int64)
             batches = tf.data.Dataset.from_tensor_slices(own).batch(BATCH)
             read = batches.map(lambda chosen, view=view: (chosen, pictures(chosen, tf.constant(view, tf.int64))))
-            # In the pipeline, as where nothing is kept: TensorFlow optimises graphs otherwise there, to other last bits.
-            found = read.prefetch(2).map(lambda chosen, inputs: (chosen, tuple(self.below(inputs))))
-            for chosen, tensors in found.prefetch(2):
-                yield chosen.numpy() + view * count, [tensor.numpy() for tensor in tensors]
+            for chosen, inputs in read.prefetch(2):
+                yield chosen.numpy() + view * count, [tensor.numpy() for tensor in self.below(inputs)]
 
     def _write(self, places: np.ndarray, tensors: list[np.ndarray]) -> bool:
         """Put computed rows on the shelf; returns whether all of them lie there."""

@@ -1,18 +1,13 @@
-"""Running a network, or its frozen part, over batches as a graph of constants."""
+"""Running a network over batches as a graph of constants."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import keras
 import numpy as np
-import tensorflow as tf
 
 from tftransfer import builders, prefix
 from tftransfer.data import Examples, order
 from tftransfer.tasks import Task
-from tftransfer.trainee import Batch
 
 
 def predict(model: keras.Model, task: Task, examples: Examples, batch_size: int = 32) -> np.ndarray:
@@ -31,24 +26,6 @@ def predict(model: keras.Model, task: Task, examples: Examples, batch_size: int 
     from_logits = builders.outputs_are_logits(model)
     batches = order.in_order(examples, batch_size)
     return np.concatenate([task.probabilities(infer(batch[0])[0], from_logits).numpy() for batch in batches])
-
-
-def through(infer: Callable[[tf.Tensor], list[tf.Tensor]], batches: tf.data.Dataset) -> tf.data.Dataset:
-    """Run batches through the frozen part in the input pipeline: outside `fit`, ahead of the training step.
-
-    No Python runs there: a generator's thread would keep an interrupted process from ending. On a machine with GPUs
-    the pipeline still runs on the processor.
-    """
-
-    def extract(pictures: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> Batch:
-        return unpacked(infer(pictures)), targets, weights
-
-    return batches.map(extract, num_parallel_calls=1, deterministic=True).prefetch(tf.data.AUTOTUNE)
-
-
-def unpacked(tensors: list[Any]) -> Any:
-    """Return one tensor as itself, several as a tuple: the way a Keras model takes them."""
-    return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
 def even_batch(count: int, batch_size: int, replicas: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,12 @@ from tftransfer.adapters import Attached
 from tftransfer.penalties import Term
 
 Batch = tuple[Any, tf.Tensor, tf.Tensor]
+Below = Callable[[tf.Tensor], list[tf.Tensor]]
+
+
+def unpacked(tensors: list[Any]) -> Any:
+    """Return one tensor as itself, several as a tuple: the way a Keras model takes them."""
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,12 @@ class Trainee(keras.Model):
     """
 
     extras = Extras()
+    below_training: Below | None = None
+    below_validation: Below | None = None
+
+    def add_below(self, *, training: Below | None, validation: Below | None) -> None:
+        """Run batches of pictures through the frozen part first; None where they come as its outputs already."""
+        self.below_training, self.below_validation = training, validation
 
     def add_extras(self, extras: Extras) -> None:
         """Take over what the phase adds; the adapter's factors become variables that train."""
@@ -68,8 +80,11 @@ class Trainee(keras.Model):
         fixed = {id(variable) for variable in (*kernels, *self.trainable_variables)}
         return [variable for variable in self.variables if id(variable) not in fixed]
 
+    def test_step(self, data: Batch) -> dict[str, tf.Tensor]:
+        return super().test_step(_through(self.below_validation, data))
+
     def train_step(self, data: Batch) -> dict[str, tf.Tensor]:
-        inputs, targets, weights = data
+        inputs, targets, weights = _through(self.below_training, data)
         context = tf.distribute.get_replica_context()
         replicas = context.num_replicas_in_sync
         here = tf.cast(tf.shape(weights)[0], tf.float32)
@@ -138,10 +153,20 @@ class Trainee(keras.Model):
         return tf.random.experimental.stateless_fold_in(stepped, tf.cast(replica, tf.int64))
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """Create metrics from one device's share of a batch; Keras averages the shares, which fails if they differ."""
-        strategy = self.distribute_strategy
-        if iterator is not None and strategy.num_replicas_in_sync > 1:
-            _, _, batches = next(iter(iterator))
-            data_batch = keras.tree.map_structure(lambda x: strategy.experimental_local_results(x)[0], next(batches))
+        """Create metrics from one device's share of a batch; Keras averages the shares, which fails if they differ.
+
+        The first to come is validation, before the first step.
+        """
+        strategy = self._distribute_strategy
+        if iterator is not None and strategy is not None:
+            if not self._compile_metrics.built:
+                _, _, batches = next(iter(iterator))
+                share = keras.tree.map_structure(lambda x: strategy.experimental_local_results(x)[0], next(batches))
+                data_batch = _through(self.below_validation, share)
             iterator = None
         super()._maybe_symbolic_build(iterator, data_batch)
+
+
+def _through(below: Below | None, data: Batch) -> Batch:
+    inputs, targets, weights = data
+    return data if below is None else (unpacked(below(inputs)), targets, weights)

@@ -14,17 +14,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tftransfer import builders, checkpoints, distribution, features, mixing, penalties, prefix, schedules, trainable
+from tftransfer import builders, checkpoints, distribution, feeding, mixing, penalties, prefix, schedules, trainable
 from tftransfer.adapters import Adapter, Attached, Reached, adapter_of, base_digest
 from tftransfer.averages import Ema, WiseFt
 from tftransfer.callbacks import KeepBest, LearningRateLog, Progress, callback_list
 from tftransfer.console import audit_table, literal_console, print_table
-from tftransfer.data import Data, Examples, order
-from tftransfer.data.augment import named
+from tftransfer.data import Data, order
 from tftransfer.errors import check
-from tftransfer.features import Below, Kept
 from tftransfer.history import History, PhaseRecord
-from tftransfer.inference import even_batch, through, unpacked
 from tftransfer.metrics import LossError
 from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD, Moment, renamed
 from tftransfer.penalties import Source
@@ -32,10 +29,7 @@ from tftransfer.planning import below_the_head, check_call, check_strategy, func
 from tftransfer.shelf import Shelf, shelf_at
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
-from tftransfer.trainee import Extras, Trainee
-
-CACHES = ("auto", "off")
-_PAYS = 1.5  # keep features that are used so many times, weighted by the share of the work that they save
+from tftransfer.trainee import Below, Extras, Trainee, unpacked
 
 
 def fine_tune(
@@ -107,7 +101,7 @@ def fine_tune(
     model = functional(model)
     check_call(model, task, data, batch_size, callbacks)
     check_strategy(model, strategy, task, adapter)
-    check(cache in CACHES, "cache", f"one of {', '.join(CACHES)}", cache)
+    check(cache in feeding.CACHES, "cache", f"one of {', '.join(feeding.CACHES)}", cache)
     folder, shelf = Path(output) if output else None, shelf_at(cache_dir)
     run = _Run(
         model, task, data, tuple(callbacks), seed, batch_size, max_steps, source, quiet, folder, adapter, cache, shelf
@@ -163,10 +157,11 @@ class _Run:
             return per_epoch, phase.epochs
         return min(per_epoch, self.max_steps), 1
 
-    @property
-    def chunk(self) -> int:
-        """How many examples go through the frozen part at once."""
-        return min(self.batch_size, features.BATCH)
+    def feed_steps(self, number: int, phase: Phase) -> feeding.Steps:
+        """Return which steps of a phase are to be fed."""
+        place, start = self.place(number)
+        replicas = distribution.strategy_of(self.model).num_replicas_in_sync
+        return feeding.Steps(self.seed, place, *self.steps(phase), start, self.batch_size, replicas)
 
     def place(self, number: int) -> tuple[int, int]:
         """Return a phase's number for every seed, and how many steps of it an earlier call has done."""
@@ -241,28 +236,29 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
     if not run.quiet:
         print_table(literal_console(), audit_table(f"What trains: {phase.name}", audit, _penalty_basis(run, phase)))
     _seed_generators(run, number)
-    steps_per_epoch, epochs = run.steps(phase)
-    below = prefix.as_constant_function(parts.frozen, run.chunk) if parts.frozen else None
-    trainee = _compiled(run, phase, number, parts.trained, below, carried, steps_per_epoch * epochs)
-    training, validation, store = _inputs(run, phase, number, parts, below)
+    steps = run.feed_steps(number, phase)
+    below = prefix.as_constant_function(parts.frozen, steps.chunk) if parts.frozen else None
+    trainee = _compiled(run, phase, number, parts.trained, below, carried, steps.per_epoch * steps.epochs)
+    feed = feeding.feed(run.data, phase, steps, parts, below, cache=run.cache, shelf=run.shelf)
+    trainee.add_below(training=feed.below_training, validation=feed.below_validation)
     matters = _moments_matter(strategy, number)
     keep = KeepBest(trainee, phase.patience, remember=lambda: _state(run, trainee) if matters else {"moments": {}})
-    before = trainee.evaluate(validation, return_dict=True, verbose=0)
+    before = trainee.evaluate(feed.validation, return_dict=True, verbose=0)
     keep.consider(0, before["loss"], before["loss_error"])
     start = trainee.get_weights()
     first_epoch = sum(record.epochs for record in history.phases)
     with distribution.shared_statistics(run.model):
         logs = trainee.fit(
-            training,
+            feed.training,
             shuffle=False,  # the batches come in the order that the seed decides
-            steps_per_epoch=steps_per_epoch,
+            steps_per_epoch=steps.per_epoch,
             initial_epoch=first_epoch,
-            epochs=first_epoch + epochs,
-            validation_data=validation,
-            callbacks=_callbacks(run, phase, keep, trainee, first_epoch + epochs, steps_per_epoch),
+            epochs=first_epoch + steps.epochs,
+            validation_data=feed.validation,
+            callbacks=_callbacks(run, phase, keep, trainee, first_epoch + steps.epochs, steps.per_epoch),
             verbose=0,
         ).history
-    tuned_share = _interpolate(phase, trainee, start, validation)
+    tuned_share = _interpolate(phase, trainee, start, feed.validation)
     seconds = time.monotonic() - began
     record = PhaseRecord(
         phase,
@@ -273,8 +269,8 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
         seconds,
         tuned_share,
         _penalty_basis(run, phase),
-        store.seconds,
-        store.summary,
+        feed.seconds,
+        feed.summary,
     )
     history.add(logs, record)
     return dataclasses.replace(carried, **keep.kept)
@@ -314,90 +310,12 @@ def _interpolate(
     return phase.average.finish(trainee, start, score)
 
 
-def _inputs(
-    run: _Run, phase: Phase, number: int, parts: prefix.Cut, below: Below | None
-) -> tuple[tf.data.Dataset, tf.data.Dataset, Store]:
-    """Return what goes into the trained part: training batches of the whole phase, validation batches, what is kept."""
-    steps_per_epoch, epochs = run.steps(phase)
-    place, start = run.place(number)
-    store = _store(run, phase, parts, below, epochs)
-    training = order.batches(
-        run.data.train,
-        run.batch_size,
-        seed=run.seed,
-        phase=place,
-        steps=steps_per_epoch * epochs,
-        start=start,
-        augmentation=phase.augmentation,
-        views=phase.views,
-        read=_read(store.training),
-    )
-    replicas = distribution.strategy_of(run.model).num_replicas_in_sync
-    held_out = even_batch(len(run.data.validation), run.batch_size, replicas)
-    validation = order.in_order(run.data.validation, held_out, _read(store.validation))
-    if below is not None:
-        training = training if store.training else through(below, training)
-        validation = validation if store.validation else through(below, validation)
-    return training, validation, store
-
-
-@dataclass(frozen=True)
-class Store:
-    """What a phase keeps of its frozen part, None where it computes it in every epoch, and why."""
-
-    training: Kept | None = None
-    validation: Kept | None = None
-    seconds: float = 0.0
-    reason: str = ""
-
-    @property
-    def summary(self) -> str:
-        """Say in a few words what is kept where."""
-        if self.training is None:
-            return f"computed in every epoch: {self.reason}"
-        place = "in memory" if self.training.in_memory else "in files"
-        return f"kept {place}, {self.training.size / 2**20:,.1f} MB, {self.training.computed} computed"
-
-
-def _store(run: _Run, phase: Phase, parts: prefix.Cut, below: Below | None, epochs: int) -> Store:
-    """Compute what the frozen part gives, where that pays and there is room."""
-    if below is None or parts.frozen is None:
-        return Store(reason="nothing is frozen")
-    if run.cache == "off":
-        return Store(reason="switched off")
-    began, key = (
-        time.monotonic(),
-        features.digest_of(parts.frozen, min(run.batch_size, features.BATCH)) if run.shelf else "",
-    )
-
-    def kept(examples: Examples, augmentation: str, views: int) -> Kept | None:
-        if epochs / views * parts.work_share <= _PAYS:
-            return None
-        return features.keep(
-            below, examples, named(augmentation), views=views, seed=run.seed, room=features.room(run.shelf), key=key
-        )
-
-    validation = kept(run.data.validation, "none", 1)
-    endless = phase.augmentation != "none" and not phase.views
-    training = None if endless else kept(run.data.train, phase.augmentation, max(phase.views, 1))
-    reason = (
-        "a new view of each example in every epoch" if endless else "" if training else "no room, or it does not pay"
-    )
-    return Store(training, validation, time.monotonic() - began, reason)
-
-
-def _read(kept: Kept | None) -> order.Read | None:
-    if kept is None:
-        return None
-    return lambda chosen, view: unpacked(kept.read(chosen, view))
-
-
 def _compiled(
     run: _Run,
     phase: Phase,
     number: int,
     part: keras.Model,
-    below: Callable[[tf.Tensor], list[tf.Tensor]] | None,
+    below: Below | None,
     carried: _Carried,
     steps: int,
 ) -> keras.Model:
@@ -427,7 +345,7 @@ def _extras(
     phase: Phase,
     number: int,
     part: keras.Model,
-    below: Callable[[tf.Tensor], list[tf.Tensor]] | None,
+    below: Below | None,
     attached: Attached | None,
 ) -> Extras:
     """Prepare what the phase adds to the step."""
@@ -441,9 +359,7 @@ def _extras(
     )
 
 
-def _subject(
-    run: _Run, part: keras.Model, below: Callable[[tf.Tensor], list[tf.Tensor]] | None
-) -> tuple[penalties.Subject, keras.Model]:
+def _subject(run: _Run, part: keras.Model, below: Below | None) -> tuple[penalties.Subject, keras.Model]:
     """Return what a penalty is prepared for, and the network that gives outputs and features at once."""
     features = prefix.features(run.model, part)
     subject = penalties.Subject(
@@ -457,7 +373,7 @@ def _subject(
     return subject, keras.Model(part.inputs, [*part.outputs, features])
 
 
-def _to_inputs(below: Callable[[tf.Tensor], list[tf.Tensor]] | None) -> Callable[[tf.Tensor], Any]:
+def _to_inputs(below: Below | None) -> Callable[[tf.Tensor], Any]:
     """Return the function from pictures to what the trained part takes."""
 
     def to_inputs(pictures: tf.Tensor) -> Any:

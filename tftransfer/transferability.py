@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+
 import numpy as np
 from sklearn.covariance import ledoit_wolf
 from sklearn.decomposition import PCA

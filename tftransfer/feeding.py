@@ -1,0 +1,143 @@
+"""What goes into the part of a network that trains: pictures, or what the frozen part gave for them."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from tftransfer import features
+from tftransfer.data import Data, Examples, order
+from tftransfer.data.augment import named
+from tftransfer.features import Kept
+from tftransfer.inference import even_batch
+from tftransfer.prefix import Cut
+from tftransfer.shelf import Shelf
+from tftransfer.strategies import Phase
+from tftransfer.trainee import Below, unpacked
+
+CACHES = ("auto", "off")
+_PAYS = 1.5  # keep features that are used so many times, weighted by the share of the work that they save
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which steps of a phase are to be fed.
+
+    Args:
+        seed, phase: Decide the order of the examples and their augmentation.
+        per_epoch, epochs: How many.
+        start: How many were done before.
+        batch_size: Examples per step.
+        replicas: How many devices share them.
+    """
+
+    seed: int
+    phase: int
+    per_epoch: int
+    epochs: int
+    start: int
+    batch_size: int
+    replicas: int
+
+    @property
+    def chunk(self) -> int:
+        """How many examples go through the frozen part at once: what a device gets of a batch, if that is few."""
+        return min(math.ceil(self.batch_size / self.replicas), features.BATCH)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Batches for one phase.
+
+    Args:
+        training: Of the whole phase, one after the other.
+        validation: Each example once.
+        below_training, below_validation: What they have to go through first; None if they come out of it.
+        seconds: What computing or finding what is kept took.
+        summary: What is kept where, or why nothing is.
+    """
+
+    training: tf.data.Dataset
+    validation: tf.data.Dataset
+    below_training: Below | None
+    below_validation: Below | None
+    seconds: float
+    summary: str
+
+
+def feed(
+    data: Data, phase: Phase, steps: Steps, parts: Cut, below: Below | None, *, cache: str, shelf: Shelf | None
+) -> Feed:
+    """Prepare a phase's batches; where it pays and there is room, what is frozen is computed now and kept.
+
+    Args:
+        data: Training and validation examples.
+        phase: What is about to run.
+        steps: Which part of it.
+        parts: The network in two parts.
+        below: The frozen one as a function, if there is one.
+        cache: One of `CACHES`.
+        shelf: Where it is kept beyond the run.
+    """
+    began = time.monotonic()
+    training, summary = _kept_training(data, phase, steps, parts, below, cache, shelf)
+    validation = _keep(data.validation, "none", 1, steps, parts, below, shelf) if cache == "auto" else None
+    return Feed(
+        order.batches(
+            data.train,
+            steps.batch_size,
+            seed=steps.seed,
+            phase=steps.phase,
+            steps=steps.per_epoch * steps.epochs,
+            start=steps.start,
+            augmentation=phase.augmentation,
+            views=phase.views,
+            read=_read(training),
+        ),
+        order.in_order(
+            data.validation, even_batch(len(data.validation), steps.batch_size, steps.replicas), _read(validation)
+        ),
+        None if training else below,
+        None if validation else below,
+        time.monotonic() - began,
+        summary,
+    )
+
+
+def _kept_training(
+    data: Data, phase: Phase, steps: Steps, parts: Cut, below: Below | None, cache: str, shelf: Shelf | None
+) -> tuple[Kept | None, str]:
+    """Return what is kept of the training split, and what there is to say about it."""
+    if below is None:
+        return None, "nothing is frozen"
+    if cache == "off":
+        return None, "computed in every epoch: switched off"
+    if named(phase.augmentation) != named("none") and not phase.views:
+        return None, "computed in every epoch: each has new views of the examples"
+    kept = _keep(data.train, phase.augmentation, max(phase.views, 1), steps, parts, below, shelf)
+    return kept, str(kept or "computed in every epoch: it would not pay, or there is no room")
+
+
+def _keep(
+    examples: Examples,
+    augmentation: str,
+    views: int,
+    steps: Steps,
+    parts: Cut,
+    below: Below | None,
+    shelf: Shelf | None,
+) -> Kept | None:
+    if below is None or steps.epochs / views * parts.work_share <= _PAYS:
+        return None
+    key = features.digest_of(parts.frozen, steps.chunk) if shelf else ""
+    room = features.room(shelf)
+    return features.keep(below, examples, named(augmentation), views=views, seed=steps.seed, room=room, key=key)
+
+
+def _read(kept: Kept | None) -> order.Read | None:
+    if kept is None:
+        return None
+    return lambda chosen, view: unpacked(kept.read(chosen, view))
