@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 from tensorflow.python.eager.wrap_function import function_from_graph_def
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
@@ -162,9 +164,33 @@ def _optimised(function: Any) -> Callable[[tf.Tensor], list[tf.Tensor]]:
     described.collection_def["train_op"].node_list.value.extend(tensor.name for tensor in ends)
     configuration = config_pb2.ConfigProto()
     configuration.graph_options.rewrite_options.remapping = rewriter_config_pb2.RewriterConfig.AGGRESSIVE
-    optimised = OptimizeGraph(configuration, described)
+    optimised = _with_scaled_filters(OptimizeGraph(configuration, described))
     inputs, outputs = ([tensor.name for tensor in part] for part in (function.inputs, function.outputs))
     return function_from_graph_def(optimised, inputs, outputs)
+
+
+def _with_scaled_filters(graph: GraphDef) -> GraphDef:
+    """Take BatchNorm's factors into the filters of depthwise convolutions, which Grappler does for full ones only."""
+    nodes = {node.name: node for node in graph.node}
+    uses = Counter(name for node in graph.node for name in node.input)
+    for node in graph.node:
+        if node.op != "Mul" or len(node.input) != 2:
+            continue
+        pair = sorted(node.input, key=lambda name: nodes[name].op if name in nodes else "")
+        factor, convolution = (nodes.get(name) for name in pair)  # "Const" comes before "Depthwise..."
+        if not (factor and convolution and factor.op == "Const" and convolution.op == "DepthwiseConv2dNative"):
+            continue
+        filters = nodes[convolution.input[1]]
+        if filters.op != "Const" or uses[filters.name] > 1 or uses[convolution.name] > 1:
+            continue
+        kernel, scale = (tf.make_ndarray(part.attr["value"].tensor) for part in (filters, factor))
+        if scale.size != kernel.shape[2] * kernel.shape[3] or convolution.attr["data_format"].s != b"NHWC":
+            continue
+        filters.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(kernel * scale.reshape(kernel.shape[2:])))
+        node.ClearField("input")
+        node.input.append(convolution.name)
+        node.op = "Identity"
+    return graph
 
 
 def _in_chunks(
