@@ -123,7 +123,9 @@ def _should_train(model: keras.Model, phase: Phase) -> set[str]:
 def _adapted(model: keras.Model) -> set[str]:
     """Return the paths of the kernels that LoRA changes when it is merged."""
     leaves = [leaf for layer in _below(model) for leaf in layer._flatten_layers()]
-    return {leaf.kernel.path for leaf in leaves if isinstance(leaf, (keras.layers.Dense, keras.layers.Conv2D))}
+    kinds = (keras.layers.Dense, keras.layers.Conv2D, keras.layers.SeparableConv2D)
+    mixing = [weight for leaf in leaves if isinstance(leaf, kinds) for weight in leaf.weights]  # of channels
+    return {weight.path for weight in mixing if weight.name in ("kernel", "pointwise_kernel")}
 
 
 def _two_steps(network: keras.Model, phase: Phase) -> tuple[set[str], set[str], History]:
@@ -166,11 +168,11 @@ def pace(built, key, monkeypatch):
 
     `test_named_strategies.py` traces every phase on a small network.
 
-    ConvNeXt's frozen part runs with variables: each pass through 28 million constants takes seconds.
+    The frozen part of all but the smallest runs with variables: folding millions of constants takes seconds.
     """
     row = built[0]
     traced = row == DEMO and key in TRACED
-    if row[0] == "ConvNeXtTiny":
+    if row not in QUICK[:2]:
         monkeypatch.setattr(prefix, "as_constant_function", _with_variables)
     tf.config.run_functions_eagerly(not traced)
     yield
@@ -182,7 +184,12 @@ def _with_variables(frozen: keras.Model):
 
 
 def _lighter(phase: Phase, network: keras.Model) -> Phase:
-    """Hold only the top of a large network to what it was: what a penalty does is the same for every variable."""
+    """Hold only the top of a large network to what it was: what a penalty does is the same for every variable.
+
+    An adapter steps so little that no validation loss tells the steps apart: the last ones' moments are then kept.
+    """
+    if phase.adapter:
+        return dataclasses.replace(phase, learning_rate=1e-5)
     heavy = network.count_params() > 10_000_000 and phase.selector == "all"
     holds = phase.penalty or isinstance(phase.average, WiseFt)
     return dataclasses.replace(phase, selector="last:2") if heavy and holds else phase
