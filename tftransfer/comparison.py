@@ -327,19 +327,3 @@ def write(folder: Path, trials: Sequence[Trial], metric: str, about: Mapping[str
     bundles.write_text(folder / MARKDOWN, markdown(compared))
     (folder / PICTURE).write_bytes(picture(compared).png)
     return compared
-
-
-def seeds(text: str) -> tuple[int, ...]:
-    """Read a comma list of seeds.
-
-    Raises:
-        InputError: If one is no whole number from 0, or comes twice.
-
-    Example:
-        >>> seeds("0,1,2")
-        (0, 1, 2)
-    """
-    parts = text.split(",")
-    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
-        raise InputError(f"`seeds` must be a comma list of different whole numbers from 0. Received: seeds={text!r}")
-    return tuple(map(int, parts))

@@ -206,7 +206,7 @@ def norm_only(epochs: int | None = None, learning_rate: float | None = None) -> 
 
 
 def bias_only(epochs: int | None = None, learning_rate: float | None = None) -> Strategy:
-    """Probe, then train biases and offsets with the head: less than one parameter in a hundred.
+    """Probe, then train biases and offsets with the head: a few parameters in a hundred, in large networks fewer.
 
     Use it where many tuned copies of one backbone must be kept.
 
