@@ -70,7 +70,7 @@ class Choice:
     @property
     def asks_the_data(self) -> bool:
         """Whether the strategy depends on the data."""
-        return self.text.partition(":")[0] == "surgical"
+        return asks_the_data(self.text)
 
     @property
     def planned(self) -> Strategy:
@@ -111,6 +111,16 @@ class Choice:
 
     def _patient(self, strategy: Strategy) -> Strategy:
         return strategies.with_patience(strategy, self.patience) if self.patience else strategy
+
+
+def asks_the_data(text: str) -> bool:
+    """Whether a strategy of the command line is settled by looking at the data.
+
+    Example:
+        >>> asks_the_data("surgical:share=0.5"), asks_the_data("full")
+        (True, False)
+    """
+    return text.partition(":")[0] == "surgical"
 
 
 def surgical(

@@ -200,6 +200,8 @@ def table(trials: Sequence[Trial], metric: str, note: str = "") -> Table:
     undefined = sum(trial.metric is None for trial in trials)
     notes = [f"Means, with the smallest and largest over {over}."] if len(trials) > len(rows) else []
     notes += [f"{undefined} trials gave no finite answers."] if undefined else []
+    if any(advice.asks_the_data(row[0]) for row in rows):
+        notes += ["What surgical takes to choose, a probe beside those epochs, is in its seconds."]
     return Table(
         "Strategies compared",
         columns,
