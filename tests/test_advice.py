@@ -111,3 +111,7 @@ def test_a_range_test_that_is_stopped_leaves_the_model_as_it_was(small_network, 
 def test_bad_range_tests_are_refused(small_network, small_task, small_data, bad):
     with pytest.raises(InputError):
         advice.find_learning_rate(small_network(), small_task, small_data, **bad)
+
+
+def test_surgical_mixes_examples_after_its_probe():
+    assert [phase.mixup for phase in advice.Choice("surgical:mixup=0.2").planned] == [0.0, 0.2]

@@ -181,7 +181,10 @@ class Attached:
 
 @dataclass(frozen=True)
 class Reached:
-    """How far training with an adapter came, so that more of it goes on as if it had not stopped.
+    """How far training with an adapter came, so that more of it goes on.
+
+    As if it had not stopped where the rate is constant and weights are not averaged; a schedule and an average (`lora`
+    has both) begin again with each call.
 
     Args:
         phase: Number of the phase in its call, which is a part of every seed.

@@ -77,7 +77,8 @@ class Choice:
         """The strategy as far as the text decides it: for `surgical` every group trains."""
         if not self.asks_the_data:
             return self._patient(strategies.parse(self.text, self.epochs, self.learning_rate, also=("surgical",)))
-        return self._patient(_surgical("all", **self._surgical_options()).strategy)
+        options, mixing = self._surgical_options()
+        return self._patient(strategies.with_mixing(_surgical("all", **options).strategy, mixing))
 
     def __call__(
         self,
@@ -98,16 +99,16 @@ class Choice:
         """
         if not self.asks_the_data:
             return Advice(self.planned)
-        options = self._surgical_options()
+        options, mixing = self._surgical_options()
         if decided:
             advised = _surgical(decided, **options)
         else:
             advised = surgical(model, task, data, **options, seed=seed, batch_size=batch_size, max_steps=max_steps)
-        return replace(advised, strategy=self._patient(advised.strategy))
+        return replace(advised, strategy=self._patient(strategies.with_mixing(advised.strategy, mixing)))
 
-    def _surgical_options(self) -> dict[str, Any]:
-        given = strategies.options_of("surgical", surgical, self.text)
-        return {**given, "epochs": self.epochs, "learning_rate": self.learning_rate}
+    def _surgical_options(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        own, mixing = strategies.options_of("surgical", surgical, self.text)
+        return {**own, "epochs": self.epochs, "learning_rate": self.learning_rate}, mixing
 
     def _patient(self, strategy: Strategy) -> Strategy:
         return strategies.with_patience(strategy, self.patience) if self.patience else strategy
