@@ -41,7 +41,7 @@ def main() -> int:
     options = cli.parse(parser)
     texts = tft.comparison.split_list(options.strategy or (DIGITS if options.data == "demo" else PHOTOS))
     choices = [tft.advice.Choice(text, options.epochs, options.learning_rate) for text in texts]
-    seeds = tft.comparison.seeds(options.seeds)
+    seeds = cli.seeds(options.seeds)
 
     run = tft.runs.prepare(NAME, options)
     if run.finished:
@@ -93,7 +93,8 @@ def main() -> int:
                     )
                 trials = (*trials, trial)
                 run.console.print(f"{trial.line(metric)}")
-                compared = tft.comparison.write(run.folder, trials, metric, about)
+                tft.comparison.write(run.folder, trials, metric, about)
+    compared = tft.comparison.write(run.folder, trials, metric, about)
     tft.bundles.finish(run.folder, run.configuration, data={"fingerprint": data.fingerprint, "splits": data.splits})
     tft.runs.print_table(run.console, compared)
     run.console.print(f"Table: {run.folder / tft.comparison.MARKDOWN}", soft_wrap=True)

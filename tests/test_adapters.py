@@ -240,6 +240,12 @@ def test_bad_rows_are_refused(bad):
         Lora(**bad)
 
 
+def test_a_rank_above_that_of_every_kernel_is_refused(small_network):
+    assert len(Lora(rank=8).prepare(small_network(), 0).kernels) == 3  # of eight columns
+    with pytest.raises(InputError, match="`rank` must be at most 8 here"):
+        Lora(rank=9).prepare(small_network(), 0)
+
+
 def test_a_bad_pattern_is_refused(small_network):
     with pytest.raises(InputError, match="regular expression"):
         Lora(where="re:(").prepare(small_network(), 0)

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from tftransfer import advice, training
+from tftransfer import advice, trainable, training
 from tftransfer.errors import InputError
 from tftransfer.strategies import Phase
 
@@ -91,7 +91,27 @@ def test_bad_advice_is_refused_at_once(text, said):
         advice.Choice(text)
 
 
-@pytest.mark.parametrize("bad", [{"high": 0.0}, {"high": float("inf")}, {"steps": 5}])
+def test_a_range_test_that_is_stopped_leaves_the_model_as_it_was(small_network, small_task, small_data, monkeypatch):
+    model = small_network()
+    trainable.set_trainable(model, "last:1")
+    weights, flags = model.get_weights(), [layer.trainable for layer in model._flatten_layers()]
+
+    def stop(self, batch, logs=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(advice._BatchLosses, "on_train_batch_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        advice.find_learning_rate(model, small_task, small_data, batch_size=8)
+    for old, new in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert [layer.trainable for layer in model._flatten_layers()] == flags
+
+
+@pytest.mark.parametrize("bad", [{"high": 0.0}, {"high": float("inf")}, {"steps": 5}, {"batch_size": 0}])
 def test_bad_range_tests_are_refused(small_network, small_task, small_data, bad):
     with pytest.raises(InputError):
         advice.find_learning_rate(small_network(), small_task, small_data, **bad)
+
+
+def test_surgical_mixes_examples_after_its_probe():
+    assert [phase.mixup for phase in advice.Choice("surgical:mixup=0.2").planned] == [0.0, 0.2]

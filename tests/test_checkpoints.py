@@ -8,6 +8,7 @@ from tftransfer import builders, checkpoints, strategies, tasks, training
 from tftransfer.adapters import Adapter, Lora
 from tftransfer.averages import Ema
 from tftransfer.errors import InputError
+from tftransfer.history import History
 from tftransfer.penalties import Source
 from tftransfer.strategies import Phase
 
@@ -115,9 +116,20 @@ def test_another_call_cannot_go_on(small_network, small_task, small_data, tmp_pa
 def test_another_network_cannot_go_on(small_network, small_task, small_data, tmp_path):
     strategy = (Phase("probe", "head", 1),)
     training.fine_tune(_fresh(small_network), small_task, small_data, strategy, output=tmp_path)
-    other = builders.image_classifier("MobileNet-0.25", 3, image_size=32, weights=None)
+    other_weights = _fresh(small_network)
+    kernel = other_weights.get_layer("conv_2").kernel
+    kernel.assign(kernel + 1e-3)
+    for other in (other_weights, builders.image_classifier("MobileNet-0.25", 3, image_size=32, weights=None)):
+        before = _weights(other)
+        with pytest.raises(InputError, match="differs in base.*build it anew"):
+            training.fine_tune(other, small_task, small_data, strategy, output=tmp_path)
+        for one, two in zip(before, _weights(other), strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+def test_variables_of_other_shapes_are_not_restored(small_network):
     with pytest.raises(InputError, match="another network"):
-        training.fine_tune(other, small_task, small_data, strategy, output=tmp_path)
+        checkpoints.Kept({"0.kernel": np.zeros((2, 2))}, (), "", {}, History()).restore(small_network())
 
 
 def test_a_damaged_file_is_named(small_network, small_task, small_data, tmp_path):

@@ -76,6 +76,12 @@ def test_bad_seeds_are_refused(text, capsys):
     assert "from 0 to 4294967295" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["", "a", "0,0", "1,01", "-1", "0,,1", "²", "4294967296"])
+def test_bad_lists_of_seeds_are_refused(text):
+    with pytest.raises(InputError, match="`seeds` must be a comma list of different whole numbers from 0 to"):
+        cli.seeds(text)
+
+
 def test_the_largest_seed_seeds_everything():
     parser = cli.recipe_parser("image_classification", "A recipe.")
     keras.utils.set_random_seed(parser.parse_args(["--seed", "4294967295"]).seed)

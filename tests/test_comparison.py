@@ -121,9 +121,3 @@ def test_impossible_folds_are_refused(small_data, count):
 def test_bad_lists_of_strategies_are_refused(text):
     with pytest.raises(InputError):
         comparison.split_list(text)
-
-
-@pytest.mark.parametrize("text", ["", "a", "0,0", "-1", "0,,1"])
-def test_bad_seeds_are_refused(text):
-    with pytest.raises(InputError, match="seeds"):
-        comparison.seeds(text)

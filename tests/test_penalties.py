@@ -129,6 +129,7 @@ def test_distillation_is_the_divergence_of_softened_answers(examples, source):
         lambda: EWC(float("nan")),
         lambda: EWC(examples=0),
         lambda: DistillFromSource(temperature=0.5),
+        lambda: DistillFromSource(temperature=float("inf")),
     ],
 )
 def test_bad_numbers_are_refused(bad):

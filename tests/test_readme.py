@@ -1,6 +1,11 @@
 """What the README says runs, runs; what it points at, exists."""
 
+import json
 import re
+
+import pytest
+
+from tftransfer import comparison
 
 
 def test_the_python_examples_run_one_after_the_other(repository, tmp_path, monkeypatch, capsys):
@@ -26,3 +31,25 @@ def test_strategies_and_commands_are_named(repository):
     assert [name for name in strategies.names() if f"`{name}" not in text] == []
     commands = ("doctor", "backbones", "strategies", "predict", "evaluate", "export", "verify")
     assert [name for name in commands if f"tftransfer {name}" not in text] == []
+
+
+@pytest.mark.parametrize("name", ["strategies_digits", "strategies_flowers", "strategies_flowers_folds"])
+def test_tables_of_strategies_are_those_of_the_committed_trials(repository, name):
+    results = repository / "benchmarks" / "results"
+    found = json.loads((results / f"{name}.json").read_text())
+    trials = [comparison.Trial(**trial) for trial in found["trials"]]
+    written = comparison.markdown(comparison.table(trials, found["metric"], comparison.note(found["about"])))
+    assert (results / f"{name}.md").read_text() == written
+    rows = "\n".join(line for line in written.splitlines() if line.startswith("|"))
+    assert rows in (repository / "README.md").read_text()
+
+
+def test_what_is_against_forgetting_keeps_fifteen_points_more_for_one_point_less(repository):
+    found = json.loads((repository / "benchmarks" / "results" / "strategies_digits.json").read_text())
+    rows = {row["strategy"].partition(":")[0]: row for row in found["strategies"]}
+    assert {trial["seed"] for trial in found["trials"]} == {0, 1, 2}
+    for name in ("l2_sp", "ewc", "wise_ft"):
+        kept = rows[name]["old task after"]["value"] - rows["full"]["old task after"]["value"]
+        lost = rows["full"]["accuracy"]["value"] - rows[name]["accuracy"]["value"]
+        assert kept >= 0.15, name
+        assert lost <= 0.01, name

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,6 +43,16 @@ def test_options_reach_the_strategy():
     assert strategies.parse("full:layer_decay=0.8")[0].layer_decay == 0.8
 
 
+@pytest.mark.parametrize("name", strategies.names())
+def test_every_strategy_mixes_examples_and_leaves_branches_out_after_its_probe(name):
+    options = {"mixup": 0.2, "cutmix": 1.0, "stochastic_depth": 0.1}
+    plain = strategies.parse(name)
+    mixed = strategies.parse(f"{name}:{','.join(f'{key}={value}' for key, value in options.items())}")
+    for number, (before, after) in enumerate(zip(plain, mixed, strict=True)):
+        expected = before if number == 0 and len(plain) > 1 else dataclasses.replace(before, **options)
+        assert after == expected
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -51,8 +63,10 @@ def test_options_reach_the_strategy():
         ("full:augmentation=heavy", "one of none, light"),
         ("partial:last=0", "whole number from 1"),
         ("partial:last=1.5", "whole number"),
-        ("norm_only:last=3", "has no options"),
+        ("norm_only:last=3", "has the options mixup"),
         ("full:layer_decay=2", r"in \(0, 1\]"),
+        ("l2_sp:mixup=-1", "mixup"),
+        ("l2_sp:mixup=0.1,mixup=0.2", "each option once"),
     ],
 )
 def test_bad_strategies_are_refused(text, said):

@@ -138,7 +138,7 @@ def test_a_float16_network_carries_its_moments(small_task, small_data):
     assert np.isfinite(history["loss"]).all()
 
 
-def test_stochastic_depth_takes_the_place_of_the_networks_own(small_task, estimate_batch_norm):
+def test_stochastic_depth_takes_the_place_of_the_networks_own_and_a_penalty_does_not(estimate_batch_norm):
     """EfficientNet drops branches by itself; at a vanishing share of ours nothing is dropped."""
     model = builders.image_classifier("EfficientNetB0", 3, image_size=32, weights=None, dropout=0.0)
     model = estimate_batch_norm(model)
@@ -150,6 +150,9 @@ def test_stochastic_depth_takes_the_place_of_the_networks_own(small_task, estima
     (outputs,) = trainee._with_dropped_branches(trainee, pictures, tf.constant([0, 0], tf.int64))
     np.testing.assert_allclose(outputs, model(pictures, training=False), rtol=1e-4, atol=1e-4)
     assert not np.allclose(model(pictures, training=True), outputs, rtol=1e-4, atol=1e-4)
+    trainee.add_extras(Extras(penalty=lambda inputs, features: 0.0))
+    (penalised,) = trainee._with_dropped_branches(trainee, pictures, tf.constant([0, 0], tf.int64))
+    assert not np.allclose(penalised, outputs, rtol=1e-4, atol=1e-4)
 
 
 def test_wise_ft_ends_on_the_line_and_says_where(small_network, small_task, small_data):

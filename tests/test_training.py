@@ -231,18 +231,23 @@ def test_an_interrupted_process_ends():
     assert done.returncode == 75, done.stderr
 
 
-def test_the_groups_step_at_the_rates_that_layer_decay_asks_for(small_network, small_task, small_data):
-    """SGD-like: in its first step AdamW moves every weight by its rate, whatever the gradient."""
-    model = small_network()
-    before = {weight.path: weight.numpy() for weight in model.weights}
-    phase = Phase("all", "all", 1, 1e-3, layer_decay=0.5, schedule="constant", warmup=0, weight_decay=0.0)
-    training.fine_tune(model, small_task, small_data, (phase,), batch_size=24, max_steps=1)
-    steps = [
-        np.median(np.abs(_value(model, path) - before[path]))
-        for path in ("logits/kernel", "conv_3/kernel", "conv_2/kernel", "conv_1/kernel")
-    ]
-    depth = [steps[n + 1] / steps[n] for n in range(3)]
-    assert depth == pytest.approx([0.25, 0.25, 0.25], rel=0.01)  # each normalisation layer is a group of its own
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_groups_step_at_the_rates_that_layer_decay_asks_for(small_network, small_task, small_data, optimizer):
+    """In the first step, weight decay included: against that of the same phase without `layer_decay`."""
+
+    def steps(layer_decay):
+        keras.utils.set_random_seed(0)
+        model = small_network()
+        before = {weight.path: weight.numpy() for weight in model.weights}
+        phase = Phase(
+            "all", "all", 1, 1e-2, layer_decay, schedule="constant", warmup=0, weight_decay=0.5, optimizer=optimizer
+        )
+        training.fine_tune(model, small_task, small_data, (phase,), batch_size=24, max_steps=1)
+        kernels = ("logits/kernel", "conv_3/kernel", "conv_2/kernel", "conv_1/kernel")
+        return np.array([np.linalg.norm(_value(model, path) - before[path]) for path in kernels])
+
+    depth = steps(0.5) / steps(1.0)  # each normalisation layer is a group of its own
+    assert depth == pytest.approx([1, 0.25, 0.25**2, 0.25**3], rel=0.01)
 
 
 def test_example_weights_decide_what_is_learned(small_network, small_task, small_data):

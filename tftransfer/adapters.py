@@ -73,7 +73,7 @@ class Lora:
         """Make the factors for a model: A random, B zero, so that nothing changes at first.
 
         Raises:
-            InputError: If no layer matches.
+            InputError: If no layer matches, or the rank is larger than that of every kernel.
         """
         kernels = self._kernels(model)
         return Attached(self, tuple(kernels), tuple(self._factors(kernel, seed, n) for n, kernel in enumerate(kernels)))
@@ -91,6 +91,8 @@ class Lora:
                 f"`where` of LoRA matches no kernel below the head of this network, whose layers are {kinds}."
                 f"{nearest(self.where.removeprefix('re:'), names)} Groups: {groups}. Received: where={self.where!r}"
             )
+        largest = max(min(math.prod(kernel.shape[:-1]), kernel.shape[-1]) for kernel in found)
+        check(self.rank <= largest, "rank", f"at most {largest} here, the rank of the largest kernel", self.rank)
         return found
 
     def _factors(self, kernel: keras.Variable, seed: int, number: int) -> tuple[keras.Variable, keras.Variable]:
@@ -179,7 +181,10 @@ class Attached:
 
 @dataclass(frozen=True)
 class Reached:
-    """How far training with an adapter came, so that more of it goes on as if it had not stopped.
+    """How far training with an adapter came, so that more of it goes on.
+
+    As if it had not stopped where the rate is constant and weights are not averaged; a schedule and an average (`lora`
+    has both) begin again with each call.
 
     Args:
         phase: Number of the phase in its call, which is a part of every seed.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,14 +70,15 @@ class Choice:
     @property
     def asks_the_data(self) -> bool:
         """Whether the strategy depends on the data."""
-        return self.text.partition(":")[0] == "surgical"
+        return asks_the_data(self.text)
 
     @property
     def planned(self) -> Strategy:
         """The strategy as far as the text decides it: for `surgical` every group trains."""
         if not self.asks_the_data:
             return self._patient(strategies.parse(self.text, self.epochs, self.learning_rate, also=("surgical",)))
-        return self._patient(_surgical("all", **self._surgical_options()).strategy)
+        options, mixing = self._surgical_options()
+        return self._patient(strategies.with_mixing(_surgical("all", **options).strategy, mixing))
 
     def __call__(
         self,
@@ -96,19 +99,29 @@ class Choice:
         """
         if not self.asks_the_data:
             return Advice(self.planned)
-        options = self._surgical_options()
+        options, mixing = self._surgical_options()
         if decided:
             advised = _surgical(decided, **options)
         else:
             advised = surgical(model, task, data, **options, seed=seed, batch_size=batch_size, max_steps=max_steps)
-        return replace(advised, strategy=self._patient(advised.strategy))
+        return replace(advised, strategy=self._patient(strategies.with_mixing(advised.strategy, mixing)))
 
-    def _surgical_options(self) -> dict[str, Any]:
-        given = strategies.options_of("surgical", surgical, self.text)
-        return {**given, "epochs": self.epochs, "learning_rate": self.learning_rate}
+    def _surgical_options(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        own, mixing = strategies.options_of("surgical", surgical, self.text)
+        return {**own, "epochs": self.epochs, "learning_rate": self.learning_rate}, mixing
 
     def _patient(self, strategy: Strategy) -> Strategy:
         return strategies.with_patience(strategy, self.patience) if self.patience else strategy
+
+
+def asks_the_data(text: str) -> bool:
+    """Whether a strategy of the command line is settled by looking at the data.
+
+    Example:
+        >>> asks_the_data("surgical:share=0.5"), asks_the_data("full")
+        (True, False)
+    """
+    return text.partition(":")[0] == "surgical"
 
 
 def surgical(
@@ -130,7 +143,7 @@ def surgical(
     smallest set of groups is taken that holds a given share of the sum.
 
     Args:
-        model: From a builder; its weights are the same afterwards.
+        model: From a builder; its weights and `trainable` flags are the same afterwards.
         task: What the outputs mean.
         data: Training examples decide, validation examples stop the probe; the test split is not looked at.
         share: Of the sum of relative gradient norms that the chosen groups hold, in (0, 1]. Defaults to 0.8.
@@ -193,24 +206,34 @@ def relative_gradient_norms(
     """Return, for each depth group below the head, the norm of the gradient over that of the weights.
 
     Args:
-        model: Its weights are the same afterwards.
+        model: Its weights and `trainable` flags are the same afterwards.
         task, data: The training split is measured, 512 examples of it at the most.
         probe: The phase that fits the head first.
         seed, batch_size, max_steps: Of the probe.
     """
-    kept = model.get_weights()
-    training.fine_tune(model, task, data, (probe,), seed=seed, batch_size=batch_size, max_steps=max_steps)
-    trainable.set_trainable(model, "all")
-    groups = trainable.all_groups(model)[:-1]
-    gradients = _gradients(model, task, data, batch_size, seed)
     norms = {}
-    for group in groups:
-        variables = [v for name in group.layers for v in model.get_layer(name).weights if v.path in gradients]
-        weights = math.sqrt(sum(float(np.square(v.numpy(), dtype=np.float64).sum()) for v in variables))
-        gradient = math.sqrt(sum(float(np.square(gradients[v.path], dtype=np.float64).sum()) for v in variables))
-        norms[group.name] = gradient / weights if weights else 0.0
-    model.set_weights(kept)
+    with _as_it_was(model):
+        training.fine_tune(model, task, data, (probe,), seed=seed, batch_size=batch_size, max_steps=max_steps)
+        trainable.set_trainable(model, "all")
+        gradients = _gradients(model, task, data, batch_size, seed)
+        for group in trainable.all_groups(model)[:-1]:
+            variables = [v for name in group.layers for v in model.get_layer(name).weights if v.path in gradients]
+            weights = math.sqrt(sum(float(np.square(v.numpy(), dtype=np.float64).sum()) for v in variables))
+            gradient = math.sqrt(sum(float(np.square(gradients[v.path], dtype=np.float64).sum()) for v in variables))
+            norms[group.name] = gradient / weights if weights else 0.0
     return norms
+
+
+@contextlib.contextmanager
+def _as_it_was(model: keras.Model) -> Iterator[None]:
+    """Give a model its weights and `trainable` flags back, whatever happens inside."""
+    weights, flags = model.get_weights(), [(layer, layer.trainable) for layer in model._flatten_layers()]
+    try:
+        yield
+    finally:
+        model.set_weights(weights)
+        for layer, flag in flags:  # each after what holds it, which sets the flags of what it holds
+            layer.trainable = flag
 
 
 def _gradients(model: keras.Model, task: Task, data: Data, batch_size: int, seed: int) -> dict[str, np.ndarray]:
@@ -285,7 +308,7 @@ def find_learning_rate(
     """Raise the learning rate from step to step until the training loss breaks out, and suggest one well below.
 
     Args:
-        model: Its weights are the same afterwards.
+        model: Its weights and `trainable` flags are the same afterwards.
         task, data: Only training examples decide.
         phase: What trains and how; its own rate and schedule are not used. Defaults to everything, plainly.
         high: The last rate, above 0; the first is a millionth of it. Defaults to 1.
@@ -302,6 +325,7 @@ def find_learning_rate(
     """
     check(math.isfinite(high) and high > 0, "high", "a number above 0", high)
     check(isinstance(steps, int) and steps >= 10, "steps", "a whole number from 10", steps)
+    check(isinstance(batch_size, int) and batch_size >= 1, "batch_size", "a whole number from 1", batch_size)
     per_epoch = order.steps_per_epoch(len(data.train), batch_size)
     epochs = max(round(steps / per_epoch), 1)
     steps = min(steps, per_epoch) if epochs == 1 else epochs * per_epoch
@@ -315,18 +339,17 @@ def find_learning_rate(
         average=None,
     )
     watch = _BatchLosses(len(data.train), batch_size)
-    kept = model.get_weights()
-    training.fine_tune(
-        model,
-        task,
-        data,
-        (ranged,),
-        callbacks=[watch],
-        seed=seed,
-        batch_size=batch_size,
-        max_steps=steps if epochs == 1 else None,
-    )
-    model.set_weights(kept)
+    with _as_it_was(model):
+        training.fine_tune(
+            model,
+            task,
+            data,
+            (ranged,),
+            callbacks=[watch],
+            seed=seed,
+            batch_size=batch_size,
+            max_steps=steps if epochs == 1 else None,
+        )
     if not watch.smoothed:
         raise InputError("the loss of the first step is not finite: look at the pictures, or at the network's outputs")
     rate = schedules.learning_rate(ranged, steps)

@@ -39,6 +39,7 @@ class Call:
         task: What is learned, in words.
         source: Digest of the old task, empty without one.
         adapter: Digest of the adapter it went on from, empty without one.
+        base: Digest of the network below its head before the first step.
     """
 
     strategy: Strategy
@@ -49,6 +50,7 @@ class Call:
     task: str
     source: str = ""
     adapter: str = ""
+    base: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return what is written beside the weights."""
@@ -66,6 +68,7 @@ def call_of(
     task: Task,
     source: Source | None,
     adapter: Adapter | None,
+    base: str = "",
 ) -> Call:
     """Describe a call of `fine_tune`; see `Call`."""
     examples = data.fingerprint or _digest(
@@ -80,6 +83,7 @@ def call_of(
         repr(task),
         _digest([source.kernel, source.bias]) if source else "",
         _digest([*adapter.head, *(part for pair in adapter.factors for part in pair)]) if adapter else "",
+        base,
     )
 
 
@@ -176,9 +180,10 @@ def latest(folder: Path, call: Call) -> Kept | None:
     before, now = described["call"], call.to_json()
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
+        went_on = ", unless it is half tuned already: then build it anew" if changed == ["base"] else ""
         raise InputError(
             f"`output` {folder} holds phases of another call, which differs in {', '.join(changed)}: "
-            "choose a new folder, or `resume=False` to begin again"
+            f"choose a new folder, or `resume=False` to begin again{went_on}"
         )
     a, b = (tensor_files.in_order(kinds.get(kind, {})) for kind in ("a", "b"))
     return Kept(

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tftransfer import __version__
-from tftransfer.errors import InputError
+from tftransfer.errors import InputError, check
+
+LARGEST_SEED = 2**32 - 1
+"""NumPy's."""
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
-LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,6 +104,23 @@ def at_least(smallest: int, largest: int | None = None) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """Read a comma list of seeds.
+
+    Raises:
+        InputError: If one is no whole number from 0 to `LARGEST_SEED`, or comes twice.
+
+    Example:
+        >>> seeds("0,1,2")
+        (0, 1, 2)
+    """
+    parts = text.split(",")
+    found = tuple(int(part) for part in parts if part.isdecimal())
+    fits = len(parts) == len(set(found)) and max(found) <= LARGEST_SEED
+    check(fits, "seeds", f"a comma list of different whole numbers from 0 to {LARGEST_SEED}", text)
+    return found
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -74,7 +74,9 @@ def strategies(options: argparse.Namespace) -> int:
     columns = ("strategy", "what it does", "options and defaults", "source")
     rows = (*map(describe, strategy_names()), describe(surgical))
     content = [dict(zip(columns, row, strict=True)) for row in rows]
-    _show(options, content, Table(f"{len(rows)} strategies, --strategy NAME[:OPTION=VALUE,...]", columns, rows))
+    title = f"{len(rows)} strategies, --strategy NAME[:OPTION=VALUE,...]"
+    note = "Each takes mixup, cutmix and stochastic_depth too."
+    _show(options, content, Table(title, columns, rows, note))
     return 0
 
 

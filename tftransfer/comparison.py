@@ -201,6 +201,8 @@ def table(trials: Sequence[Trial], metric: str, note: str = "") -> Table:
     undefined = sum(trial.metric is None for trial in trials)
     notes = [f"Means, with the smallest and largest over {over}."] if len(trials) > len(rows) else []
     notes += [f"{undefined} trials gave no finite answers."] if undefined else []
+    if any(advice.asks_the_data(row[0]) for row in rows):
+        notes += ["What surgical takes to choose, a probe beside those epochs, is in its seconds."]
     return Table(
         "Strategies compared",
         columns,
@@ -328,19 +330,3 @@ def write(folder: Path, trials: Sequence[Trial], metric: str, about: Mapping[str
     bundles.write_text(folder / MARKDOWN, markdown(compared))
     (folder / PICTURE).write_bytes(picture(compared).png)
     return compared
-
-
-def seeds(text: str) -> tuple[int, ...]:
-    """Read a comma list of seeds.
-
-    Raises:
-        InputError: If one is no whole number from 0, or comes twice.
-
-    Example:
-        >>> seeds("0,1,2")
-        (0, 1, 2)
-    """
-    parts = text.split(",")
-    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
-        raise InputError(f"`seeds` must be a comma list of different whole numbers from 0. Received: seeds={text!r}")
-    return tuple(map(int, parts))

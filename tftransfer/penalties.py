@@ -135,7 +135,7 @@ class DistillFromSource:
 
     Args:
         strength: Weight of the term, from 0. Defaults to 1.
-        temperature: Divides the old task's logits, from 1. Defaults to 2.
+        temperature: Divides the old task's logits, from 1 to 100. Defaults to 2.
 
     Source: Li & Hoiem 2016, "Learning without Forgetting", arXiv:1606.09282.
     """
@@ -146,7 +146,7 @@ class DistillFromSource:
 
     def __post_init__(self) -> None:
         _check_strength(self.strength)
-        check(self.temperature >= 1, "temperature", "a number from 1", self.temperature)
+        check(1 <= self.temperature <= 100, "temperature", "a number from 1 to 100", self.temperature)
 
     def basis(self, source: Source | None) -> str:
         """Say what the network is held to, for table and report."""

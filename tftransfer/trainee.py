@@ -127,15 +127,18 @@ class Trainee(keras.Model):
         return outputs[0], extras.penalty(inputs, outputs[1])
 
     def _with_dropped_branches(self, network: keras.Model, inputs: Any, key: tf.Tensor) -> list[tf.Tensor]:
-        """Run a network in training mode, operation by operation, with some residual branches left out."""
+        """Run a network in training mode, operation by operation, with some residual branches left out.
+
+        They take the place of the network's own stochastic depth.
+        """
 
         def operation(original: keras.Operation) -> Any:
             if id(original) in self.extras.branches:
                 branch, rate = self.extras.branches[id(original)]
                 site = list(self.extras.branches).index(id(original))
                 return mixing.drop_branch(branch, rate, tf.random.experimental.stateless_fold_in(key, 100 + site))
-            if isinstance(original, keras.layers.Dropout) and original.noise_shape is not None:
-                return lambda *args, **kwargs: original(*args, **{**kwargs, "training": False})  # the network's own
+            if self.extras.branches and isinstance(original, keras.layers.Dropout) and original.noise_shape is not None:
+                return lambda *args, **kwargs: original(*args, **{**kwargs, "training": False})
             if getattr(original, "_call_has_training_arg", False):
                 return lambda *args, **kwargs: original(*args, **{**kwargs, "training": True})
             return original

@@ -75,8 +75,8 @@ def fine_tune(
             None.
         adapter: A LoRA adapter to train on from; the model must be its base and the first phase its kind. Defaults to
             None.
-        resume: Whether to go on after the last phase that `output` holds, if it is of the same strategy, data and
-            seed. Defaults to True.
+        resume: Whether to go on after the last phase that `output` holds, if it is of the same network, strategy, data
+            and seed. Defaults to True.
         cache: `"auto"` keeps what the frozen part gives where that pays, `"off"` computes it in every epoch; the result
             is the same bit for bit. Defaults to `"auto"`.
         cache_dir: A folder where it is kept for later runs too, and where it does not fit into memory. Defaults to
@@ -106,7 +106,8 @@ def fine_tune(
     run = _Run(
         model, task, data, tuple(callbacks), seed, batch_size, max_steps, source, quiet, folder, adapter, cache, shelf
     )
-    call = checkpoints.call_of(strategy, seed, batch_size, max_steps, data, task, source, adapter)
+    base = base_digest(model) if folder else ""
+    call = checkpoints.call_of(strategy, seed, batch_size, max_steps, data, task, source, adapter, base)
     kept = checkpoints.latest(folder, call) if folder and resume else None
     carried, history = _begin(run) if kept is None else _go_on(run, strategy, kept)
     for number in range(len(history.phases), len(strategy)):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import backbones, builders, prefix, serving, strategies, tasks, trainable, training
+from tftransfer import advice, backbones, builders, prefix, serving, strategies, tasks, trainable, training
 from tftransfer.averages import WiseFt
 from tftransfer.data import Data, Examples, Pictures
 from tftransfer.errors import InputError
@@ -103,7 +103,11 @@ def _should_train(model: keras.Model, phase: Phase) -> set[str]:
     groups = backbones.depth_groups(model)
     leaves = [leaf for layer in _below(model) for leaf in layer._flatten_layers()]
     leaves = [leaf for leaf in leaves if not isinstance(leaf, keras.layers.Normalization)]  # constants of the pixels
-    if phase.selector.startswith("last:"):
+    if phase.selector.startswith("groups:"):
+        named = phase.selector.removeprefix("groups:").split("+")
+        layers = [name for group in groups if group.name in named for name in group.layers]
+        chosen = [weight for name in layers for weight in model.get_layer(name).weights]
+    elif phase.selector.startswith("last:"):
         some, _, parts = phase.selector.removeprefix("last:").partition("/")
         count = round(len(groups) * int(some) / int(parts)) if parts else int(some)
         chosen = [w for group in groups[-count:] for name in group.layers for w in model.get_layer(name).weights]
@@ -123,7 +127,9 @@ def _should_train(model: keras.Model, phase: Phase) -> set[str]:
 def _adapted(model: keras.Model) -> set[str]:
     """Return the paths of the kernels that LoRA changes when it is merged."""
     leaves = [leaf for layer in _below(model) for leaf in layer._flatten_layers()]
-    return {leaf.kernel.path for leaf in leaves if isinstance(leaf, (keras.layers.Dense, keras.layers.Conv2D))}
+    kinds = (keras.layers.Dense, keras.layers.Conv2D, keras.layers.SeparableConv2D)
+    mixing = [weight for leaf in leaves if isinstance(leaf, kinds) for weight in leaf.weights]  # of channels
+    return {weight.path for weight in mixing if weight.name in ("kernel", "pointwise_kernel")}
 
 
 def _two_steps(network: keras.Model, phase: Phase) -> tuple[set[str], set[str], History]:
@@ -153,6 +159,7 @@ def _phases() -> dict[str, Phase]:
             key = "-".join([phase.selector, *(type(part).__name__ for part in parts if part)])
             if key not in found or phase.average:
                 found[key] = phase
+    found["surgical"] = advice.Choice("surgical").planned[1]
     return found
 
 
@@ -164,13 +171,13 @@ TRACED = ("head", "all")
 def pace(built, key, monkeypatch):
     """Trace two phases of the demo's network, run the others eagerly: tracing takes most of the time.
 
-    `test_named_strategies.py` traces every phase on a small network.
+    `test_trainee.py` and `test_training.py` trace each kind of phase on a small network.
 
-    ConvNeXt's frozen part runs with variables: each pass through 28 million constants takes seconds.
+    The frozen part of all but the smallest runs with variables: folding millions of constants takes seconds.
     """
     row = built[0]
     traced = row == DEMO and key in TRACED
-    if row[0] == "ConvNeXtTiny":
+    if row not in QUICK[:2]:
         monkeypatch.setattr(prefix, "as_constant_function", _with_variables)
     tf.config.run_functions_eagerly(not traced)
     yield
@@ -181,8 +188,16 @@ def _with_variables(frozen: keras.Model):
     return lambda batch: tf.nest.flatten(frozen(tf.cast(batch, tf.float32), training=False))
 
 
-def _lighter(phase: Phase, network: keras.Model) -> Phase:
-    """Hold only the top of a large network to what it was: what a penalty does is the same for every variable."""
+def _settled(phase: Phase, network: keras.Model) -> Phase:
+    """Settle a phase for a network: `surgical` on its lowest and highest group, penalties of large ones on their top.
+
+    An adapter steps so little that no validation loss tells the steps apart: the last ones' moments are then kept.
+    """
+    if phase is PHASES["surgical"]:
+        groups = backbones.depth_groups(network)
+        return dataclasses.replace(phase, selector=f"groups:{groups[0].name}+{groups[-1].name}")
+    if phase.adapter:
+        return dataclasses.replace(phase, learning_rate=1e-5)
     heavy = network.count_params() > 10_000_000 and phase.selector == "all"
     holds = phase.penalty or isinstance(phase.average, WiseFt)
     return dataclasses.replace(phase, selector="last:2") if heavy and holds else phase
@@ -193,7 +208,7 @@ def _lighter(phase: Phase, network: keras.Model) -> Phase:
 @pytest.mark.parametrize("key", PHASES)
 @_on(NETWORKS)
 def test_two_steps_move_what_trains_and_nothing_else(network, key):
-    phase = _lighter(PHASES[key], network)
+    phase = _settled(PHASES[key], network)
     expected = _should_train(network, phase)
     if phase.selector != "head" and len(expected) == 2:  # no attention, or as in VGG no normalisation
         with pytest.raises(InputError, match="matches nothing below the head"):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tftransfer import comparison
+from tftransfer import bundles, comparison
 
 SMALL = ["--data", "demo", "--image-size", "32", "--smoke", "--quiet", "--epochs", "4"]
 
@@ -17,7 +17,7 @@ def recipe(recipe_named):
 
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory):
-    """A comparison that was stopped in its second trial and called again, and which trials each call ran."""
+    """A comparison that was stopped in its second trial and after its last one, and which trials were run."""
     folder = tmp_path_factory.mktemp("runs") / "comparison"
     arguments = [*SMALL, "--strategy", "linear_probe,partial:last=1", "--seeds", "0,1", "--out", folder]
     real, done = comparison.run_trial, []
@@ -33,8 +33,15 @@ def finished(recipe, tmp_path_factory):
         limit = 1
         assert recipe(*arguments) == 75
         limit = None
+        with pytest.MonkeyPatch.context() as stopping:
+            stopping.setattr(bundles, "finish", _stop)
+            assert recipe(*arguments) == 75
         assert recipe(*arguments) == 0
     return folder, done
+
+
+def _stop(*_, **__):
+    raise KeyboardInterrupt
 
 
 def test_every_trial_is_written_down(finished):
@@ -114,6 +121,9 @@ def test_a_dry_run_writes_nothing(recipe, tmp_path, capsys):
         (["--strategy", "gradual", "--epochs", "3"], "from 4"),
         (["--learning-rate", "-1"], "learning_rate"),
         (["--seeds", "0,a"], "seeds"),
+        (["--seeds", "²"], "seeds"),
+        (["--seeds", "1,01"], "seeds"),
+        (["--seeds", "4294967296"], "seeds"),
         (["--folds", "1"], "folds"),
         (["--folds", "40"], "smallest class"),
         (["--data", "nowhere"], "nowhere"),

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import keras
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 
 from tftransfer import prefix
 from tftransfer.checks.intervals import proportion
+from tftransfer.checks.probe import fitted
 from tftransfer.data import Data, Examples, glyphs, load, order
 from tftransfer.errors import InputError
 from tftransfer.penalties import Source
 from tftransfer.report import OTHER, Check, Findings, Number, Table
 
-INVERSE_REGULARISATION = 10.0
 PICTURES = (2000, 1000)  # generated for training and test of the built-in probe
 _SEEDS = 1_000_000  # apart from the seeds that the embedded weights may be pretrained with
 
@@ -120,9 +119,7 @@ def _features(model: keras.Model, examples: Examples) -> np.ndarray:
 
 def _fitted(features: np.ndarray, targets: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Fit a linear head; centre and scale are folded into it."""
-    centre = features.mean(axis=0)
-    length = float(np.sqrt(np.square(features - centre).sum(axis=1).mean())) or 1.0
-    probe = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=2000).fit((features - centre) / length, targets)
+    probe, centre, length = fitted(features, targets)
     kernel = np.zeros((features.shape[1], classes), np.float32)
     bias = np.full(classes, -1e9, np.float32)  # a class without examples is never the answer
     if len(probe.classes_) == 2:  # scikit-learn fits one column for two classes

@@ -1,4 +1,4 @@
-"""How much better a model is on what it has seen, in a sentence, and what would help."""
+"""How much better a model is on what it has seen, in a sentence, and what may help."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Gap:
     small: float = SMALL
 
     def sentence(self, phases: Sequence[dict[str, Any]]) -> str:
-        """Say what the gap means, and which strategy would reduce it.
+        """Say what the gap means, and which strategy may reduce it.
 
         Example:
             >>> Gap("accuracy", 1.0, 0.98, 0.02).sentence([]).partition(": ")[2]
@@ -86,11 +86,11 @@ class Gap:
 
 
 def remedy(phases: Sequence[dict[str, Any]]) -> str:
-    """Name a strategy that would reduce the gap: one that trains or moves less than the one that was used.
+    """Name a strategy that may reduce the gap: one that trains or moves less than the one that was used.
 
     Example:
         >>> remedy([{"selector": "all", "augmentation": "none"}])
-        '`--strategy freeze_then_unfreeze:augmentation=strong` would reduce it; so would more examples.'
+        '`--strategy freeze_then_unfreeze:augmentation=strong` may reduce it; so would more examples.'
     """
     last = phases[-1] if phases else {}
     augmentation = last.get("augmentation", "none")
@@ -104,7 +104,7 @@ def remedy(phases: Sequence[dict[str, Any]]) -> str:
         strategy = f"freeze_then_unfreeze:augmentation={better}"
     else:
         strategy = f"l2_sp:augmentation={better}"
-    return f"`--strategy {strategy}` would reduce it; so would more examples."
+    return f"`--strategy {strategy}` may reduce it; so would more examples."
 
 
 def _scores(task: Task, targets: np.ndarray, given: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from tftransfer.errors import InputError
 
-INVERSE_REGULARISATION = 10.0
+_INVERSE_REGULARISATION = 10.0
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,21 @@ def _accuracy(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labe
     """Fit on one draw and score on the whole test split."""
     train = np.reshape(train, (len(train), -1)).astype(np.float64)
     test = np.reshape(test, (len(test), -1)).astype(np.float64)
-    centre = train.mean(axis=0)
-    length = np.sqrt(np.square(train - centre).sum(axis=1).mean()) or 1.0
-    probe = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=2000)
-    probe.fit((train - centre) / length, labels)
+    probe, centre, length = fitted(train, labels)
     return float(probe.score((test - centre) / length, test_labels))
+
+
+def fitted(features: np.ndarray, labels: np.ndarray) -> tuple[LogisticRegression, np.ndarray, float]:
+    """Fit a linear probe; returns it with what features are centred on and divided by first.
+
+    Args:
+        features: `(n, width)`.
+        labels: `(n,)` class numbers.
+    """
+    centre = features.mean(axis=0)
+    length = float(np.sqrt(np.square(features - centre).sum(axis=1).mean())) or 1.0
+    probe = LogisticRegression(C=_INVERSE_REGULARISATION, max_iter=2000)
+    return probe.fit((features - centre) / length, labels), centre, length
 
 
 def _check(

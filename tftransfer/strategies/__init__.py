@@ -5,9 +5,10 @@ A new strategy is a function in `named.py` and a line in the table below.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tftransfer.errors import InputError, nearest
@@ -72,6 +73,7 @@ __all__ = [
     "parse",
     "with_epochs",
     "with_learning_rate",
+    "with_mixing",
     "with_patience",
     *_NAMED,
 ]
@@ -88,7 +90,8 @@ def parse(
     """Read a strategy as the command line writes it: `NAME` or `NAME:OPTION=VALUE,...`.
 
     Args:
-        text: For instance `"partial:last=3"`.
+        text: For instance `"partial:last=3"`. Beside its own options every strategy takes `mixup`, `cutmix` and
+            `stochastic_depth` of `Phase`, for all its phases but a probe that others follow.
         epochs: Total epochs, shared out by the phases' own. Defaults to the strategy's.
         learning_rate: Peak rate of the last phase; earlier ones keep their ratio to it. Defaults to the strategy's.
         also: Names that the caller knows beside these, for the message. Defaults to none.
@@ -105,7 +108,19 @@ def parse(
         known = (*_NAMED, *also)
         raise InputError(f"`strategy` must be one of {', '.join(known)}.{nearest(name, known)} Received: {text!r}")
     function = _NAMED[name]
-    return function(**options_of(name, function, text), epochs=epochs, learning_rate=learning_rate)
+    own, mixing = options_of(name, function, text)
+    return with_mixing(function(**own, epochs=epochs, learning_rate=learning_rate), mixing)
+
+
+def with_mixing(strategy: Strategy, mixing: Mapping[str, Any]) -> Strategy:
+    """Set `mixup`, `cutmix` and `stochastic_depth` of all phases but a probe that others follow.
+
+    Example:
+        >>> [phase.mixup for phase in with_mixing(parse("freeze_then_unfreeze"), {"mixup": 0.2})]
+        [0.0, 0.2]
+    """
+    probes = len(strategy) > 1
+    return (*strategy[:probes], *(dataclasses.replace(phase, **mixing) for phase in strategy[probes:]))
 
 
 def describe(function: Callable[..., Any] | str) -> tuple[str, str, str, str]:
@@ -138,20 +153,25 @@ def _options(function: Callable[..., Any]) -> dict[str, type]:
     }
 
 
-def options_of(name: str, function: Callable[..., Any], text: str) -> dict[str, Any]:
-    """Read the options of a strategy from `NAME:OPTION=VALUE,...`, by the function's own arguments.
+def options_of(name: str, function: Callable[..., Any], text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the options of a strategy from `NAME:OPTION=VALUE,...`.
+
+    Returns:
+        Those that are the function's own arguments, and the others, for `with_mixing`.
 
     Raises:
         InputError: If an option or a value is not known.
     """
-    types = _options(function)
+    types = {**_options(function), **_MIXING}
     options = text.partition(":")[2]
     found = [_option(name, part, types) for part in re.split(r",(?=\w+=)", options) if part]
     if len(dict(found)) < len(found):
         raise InputError(f"`strategy` {name} takes each option once. Received: {text!r}")
-    return dict(found)
+    given, own = dict(found), _options(function)
+    return {key: given[key] for key in given if key in own}, {key: given[key] for key in given if key not in own}
 
 
+_MIXING = {"mixup": float, "cutmix": float, "stochastic_depth": float}
 _SHARED_OPTIONS = ("epochs", "learning_rate")
 _TYPES = {
     "int": int,
@@ -165,8 +185,8 @@ _TYPES = {
 def _option(strategy: str, part: str, types: dict[str, type]) -> tuple[str, int | float | str]:
     name, _, value = part.partition("=")
     if name not in types:
-        has = f"has the options {', '.join(types)}" if types else "has no options"
-        raise InputError(f"`strategy` {strategy} {has}.{nearest(name, types)} Received: {part!r}")
+        known = ", ".join(types)
+        raise InputError(f"`strategy` {strategy} has the options {known}.{nearest(name, types)} Received: {part!r}")
     try:
         return name, types[name](value)
     except ValueError:

@@ -36,9 +36,6 @@ def full(
     augmentation: str = "light",
     schedule: str = "cosine",
     optimizer: str = "adamw",
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    stochastic_depth: float = 0.0,
     epochs: int | None = None,
     learning_rate: float | None = None,
 ) -> Strategy:
@@ -46,8 +43,7 @@ def full(
 
     Args:
         layer_decay: Factor on the rate per depth group below the head, in (0, 1]. Defaults to 1.
-        augmentation, schedule, optimizer, mixup, cutmix, stochastic_depth: See `Phase`. Augmentation defaults to
-            `"light"`, the others as there.
+        augmentation, schedule, optimizer: See `Phase`. Augmentation defaults to `"light"`, the others as there.
         epochs: Total passes over the training split. Defaults to 20.
         learning_rate: Peak rate. Defaults to 1e-3.
 
@@ -57,19 +53,7 @@ def full(
         >>> [phase.selector for phase in full()]
         ['all']
     """
-    phase = Phase(
-        "full",
-        "all",
-        20,
-        1e-3,
-        layer_decay,
-        schedule,
-        augmentation=augmentation,
-        optimizer=optimizer,
-        mixup=mixup,
-        cutmix=cutmix,
-        stochastic_depth=stochastic_depth,
-    )
+    phase = Phase("full", "all", 20, 1e-3, layer_decay, schedule, augmentation=augmentation, optimizer=optimizer)
     return scaled((phase,), epochs, learning_rate)
 
 
@@ -206,7 +190,7 @@ def norm_only(epochs: int | None = None, learning_rate: float | None = None) -> 
 
 
 def bias_only(epochs: int | None = None, learning_rate: float | None = None) -> Strategy:
-    """Probe, then train biases and offsets with the head: less than one parameter in a hundred.
+    """Probe, then train biases and offsets with the head: a few parameters in a hundred, in large networks fewer.
 
     Use it where many tuned copies of one backbone must be kept.
 
