@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from tftransfer import prefix, trainable
 from tftransfer.errors import InputError
@@ -113,3 +114,40 @@ def test_nothing_to_train_is_refused(small_network):
     trainable.set_trainable(model, "none")
     with pytest.raises(InputError, match="nothing trains"):
         prefix.cut(model)
+
+
+def _depthwise_network() -> keras.Model:
+    """Depthwise convolutions as BatchNorm follows them: directly, with several channels each, and used twice."""
+    pictures = keras.Input((16, 16, 3))
+    x = keras.layers.Conv2D(6, 3, use_bias=False)(pictures)
+    for multiplier in (1, 2):
+        x = keras.layers.DepthwiseConv2D(3, depth_multiplier=multiplier, use_bias=False)(x)
+        x = keras.layers.ReLU(6.0)(keras.layers.BatchNormalization()(x))
+    twice = keras.layers.DepthwiseConv2D(3, padding="same", use_bias=False)(x)
+    x = keras.layers.Concatenate()([twice, keras.layers.BatchNormalization()(twice)])
+    network = keras.Model(pictures, keras.layers.GlobalAveragePooling2D()(x))
+    generator = np.random.default_rng(0)
+    for variable in network.variables:
+        variable.assign(generator.uniform(0.2, 2.0, variable.shape))
+    return network
+
+
+def test_batchnorm_folds_into_depthwise_filters():
+    network = _depthwise_network()
+    (expected,) = tf.nest.flatten(network(_pictures(5, 16), training=False))
+    (actual,) = prefix.as_constant_function(network, 4)(tf.constant(_pictures(5, 16)))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def test_folding_leaves_no_factor_behind_a_depthwise_convolution_that_is_used_once():
+    network = _depthwise_network()
+    infer = tf.function(lambda x: network(x, training=False), input_signature=[tf.TensorSpec((4, 16, 16, 3))])
+    graph = prefix._optimised(convert_variables_to_constants_v2(infer.get_concrete_function())).graph.as_graph_def()
+    operations = {node.name: node.op for node in graph.node}
+    scaled = [node for node in graph.node if node.op == "Mul" and _depthwise_input(node, operations)]
+    assert len(scaled) <= 1, scaled
+    assert list(operations.values()).count("DepthwiseConv2dNative") == 3
+
+
+def _depthwise_input(node, operations: dict[str, str]) -> bool:
+    return any(operations.get(name) == "DepthwiseConv2dNative" for name in node.input)
