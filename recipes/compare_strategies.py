@@ -90,6 +90,8 @@ def main() -> int:
                         batch_size=options.batch_size,
                         max_steps=2 if options.smoke else None,
                         source=source,
+                        cache=options.cache,
+                        cache_dir=options.cache_dir,
                     )
                 trials = (*trials, trial)
                 run.console.print(f"{trial.line(metric)}")

@@ -78,6 +78,8 @@ def main() -> int:
         batch_size=options.batch_size,
         max_steps=max_steps,
         source=source,
+        cache=options.cache,
+        cache_dir=options.cache_dir,
         quiet=options.quiet,
     )
     return tft.runs.finish(run, model, task, data, history, network, devices, chosen, source)

@@ -77,8 +77,8 @@ class Choice:
         """The strategy as far as the text decides it: for `surgical` every group trains."""
         if not self.asks_the_data:
             return self._patient(strategies.parse(self.text, self.epochs, self.learning_rate, also=("surgical",)))
-        options, mixing = self._surgical_options()
-        return self._patient(strategies.with_mixing(_surgical("all", **options).strategy, mixing))
+        options, common = self._surgical_options()
+        return self._patient(strategies.with_common(_surgical("all", **options).strategy, common))
 
     def __call__(
         self,
@@ -99,16 +99,16 @@ class Choice:
         """
         if not self.asks_the_data:
             return Advice(self.planned)
-        options, mixing = self._surgical_options()
+        options, common = self._surgical_options()
         if decided:
             advised = _surgical(decided, **options)
         else:
             advised = surgical(model, task, data, **options, seed=seed, batch_size=batch_size, max_steps=max_steps)
-        return replace(advised, strategy=self._patient(strategies.with_mixing(advised.strategy, mixing)))
+        return replace(advised, strategy=self._patient(strategies.with_common(advised.strategy, common)))
 
     def _surgical_options(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        own, mixing = strategies.options_of("surgical", surgical, self.text)
-        return {**own, "epochs": self.epochs, "learning_rate": self.learning_rate}, mixing
+        own, common = strategies.options_of("surgical", surgical, self.text)
+        return {**own, "epochs": self.epochs, "learning_rate": self.learning_rate}, common
 
     def _patient(self, strategy: Strategy) -> Strategy:
         return strategies.with_patience(strategy, self.patience) if self.patience else strategy

@@ -20,6 +20,7 @@ from tftransfer.errors import InputError, check
 LARGEST_SEED = 2**32 - 1
 """NumPy's."""
 
+CACHES = ("auto", "off")
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 
@@ -67,6 +68,13 @@ def recipe_parser(
     add("--batch-size", type=at_least(1), default=32, help="examples per step over all devices (default: %(default)s)")
     add("--learning-rate", type=float, help="peak of the last phase (default: the strategy's own)")
     add("--seed", type=at_least(0, LARGEST_SEED), default=0, help="decides every random choice (default: %(default)s)")
+    add(
+        "--cache",
+        choices=CACHES,
+        default="auto",
+        help="keep what is frozen where that pays, or off (default: %(default)s)",
+    )
+    add("--cache-dir", type=Path, help="keep it here for later runs too (default: in memory only)")
     add("--devices", default="auto", help="auto, cpu, gpu or a number of devices (default: %(default)s)")
     add(
         "--precision",

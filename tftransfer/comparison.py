@@ -142,6 +142,8 @@ def run_trial(
     batch_size: int = 32,
     max_steps: int | None = None,
     source: Source | None = None,
+    cache: str = "auto",
+    cache_dir: Path | None = None,
 ) -> Trial:
     """Train a fresh network by one strategy and measure it on the data's test part.
 
@@ -151,7 +153,7 @@ def run_trial(
         task, data: What to learn; `data.test` is measured.
         seed: Of everything.
         fold: Kept in the trial. Defaults to -1.
-        batch_size, max_steps: As for `fine_tune`.
+        batch_size, max_steps, cache, cache_dir: As for `fine_tune`.
         source: The old task, from `source_probe` on the network before tuning. Defaults to None.
     """
     keras.utils.set_random_seed(seed)
@@ -159,7 +161,16 @@ def run_trial(
     began = time.monotonic()
     chosen = choice(model, task, data, seed=seed, batch_size=batch_size, max_steps=max_steps)
     history = training.fine_tune(
-        model, task, data, chosen.strategy, seed=seed, batch_size=batch_size, max_steps=max_steps, source=source
+        model,
+        task,
+        data,
+        chosen.strategy,
+        seed=seed,
+        batch_size=batch_size,
+        max_steps=max_steps,
+        source=source,
+        cache=cache,
+        cache_dir=cache_dir,
     )
     seconds = time.monotonic() - began
     given = inference.predict(model, task, data.test)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import tensorflow as tf
 
@@ -58,6 +60,7 @@ class Feed:
         below_training, below_validation: What they have to go through first; None if they come out of it.
         seconds: What computing or finding what is kept took.
         summary: What is kept where, or why nothing is.
+        waited: Says for how many seconds training has waited for batches so far.
     """
 
     training: tf.data.Dataset
@@ -66,6 +69,7 @@ class Feed:
     below_validation: Below | None
     seconds: float
     summary: str
+    waited: Callable[[], float]
 
 
 def feed(
@@ -82,10 +86,10 @@ def feed(
         cache: One of `CACHES`.
         shelf: Where it is kept beyond the run.
     """
-    began = time.monotonic()
+    began, noted = time.monotonic(), len(shelf.notes) if shelf else 0
     training, summary = _kept_training(data, phase, steps, parts, below, cache, shelf)
     validation = _keep(data.validation, "none", 1, steps, parts, below, shelf) if cache == "auto" else None
-    return Feed(
+    batches, waited = _clocked(
         order.batches(
             data.train,
             steps.batch_size,
@@ -96,15 +100,31 @@ def feed(
             augmentation=phase.augmentation,
             views=phase.views,
             read=_read(training),
-        ),
+        )
+    )
+    return Feed(
+        batches,
         order.in_order(
             data.validation, even_batch(len(data.validation), steps.batch_size, steps.replicas), _read(validation)
         ),
         None if training else below,
         None if validation else below,
         time.monotonic() - began,
-        summary,
+        "; ".join([summary, *(shelf.notes[noted:] if shelf else ())]),
+        waited,
     )
+
+
+def _clocked(batches: tf.data.Dataset) -> tuple[tf.data.Dataset, Callable[[], float]]:
+    """Measure how long it takes from asking for a batch to having it, all batches together."""
+    waited = tf.Variable(0.0, trainable=False, dtype=tf.float64)
+    clock = tf.data.Dataset.range(batches.cardinality()).map(lambda _: tf.timestamp())
+
+    def note(asked: tf.Tensor, batch: Any, given: tf.Tensor) -> Any:
+        waited.assign_add(given - asked)
+        return batch
+
+    return tf.data.Dataset.zip(clock, batches, clock).map(note), lambda: float(waited)
 
 
 def _kept_training(

@@ -28,6 +28,7 @@ class PhaseRecord:
         penalty_basis: What a penalty held the network to; empty without one.
         extract_seconds: What computing or finding the frozen part's features took, of `seconds`.
         store: What was kept of them.
+        waited_share: Share of the time in `fit`, validation included, that was spent waiting for training batches.
     """
 
     phase: Phase
@@ -40,6 +41,7 @@ class PhaseRecord:
     penalty_basis: str = ""
     extract_seconds: float = 0.0
     store: str = ""
+    waited_share: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Describe the phase for `report.json` and the manifest."""
@@ -54,6 +56,7 @@ class PhaseRecord:
             "penalty_basis": self.penalty_basis or None,
             "extract_seconds": self.extract_seconds,
             "store": self.store,
+            "waited_share": self.waited_share,
         }
 
 

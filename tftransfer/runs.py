@@ -20,12 +20,12 @@ from tftransfer.data import Data
 from tftransfer.distribution import Devices
 from tftransfer.history import History
 from tftransfer.penalties import Source
-from tftransfer.report import Findings, Report
+from tftransfer.report import TRAINING, Findings, Report, Table
 from tftransfer.tasks import Task
 
 ADAPTER = "adapter.safetensors"
 # Options that do not decide a run's result; every other one is part of its configuration.
-_NOT_CONFIGURATION = ("out", "quiet", "dry_run")
+_NOT_CONFIGURATION = ("out", "quiet", "dry_run", "cache", "cache_dir")
 
 
 @dataclass(frozen=True)
@@ -249,17 +249,25 @@ def _report(
         metrics=findings.metrics,
         seconds={
             "decode": data.seconds,
-            "extract": None,  # the frozen part runs while the rest trains: its time cannot be told apart
-            "train": sum(record.seconds for record in history.phases),
+            "extract": sum(record.extract_seconds for record in history.phases),
+            "train": sum(record.seconds - record.extract_seconds for record in history.phases),
             "total": time.monotonic() - run.began,
         },
         checks=findings.checks,
         versions=bundles.versions(),
         seed=int(run.configuration["seed"]),
-        tables=audits + findings.tables,
+        tables=(*audits, _times(history), *findings.tables),
         pictures=findings.pictures,
         notes=notes,
     )
+
+
+def _times(history: History) -> Table:
+    rows = tuple(
+        (r.phase.name, r.epochs, r.seconds, r.extract_seconds, r.waited_share, r.store) for r in history.phases
+    )
+    columns = ("phase", "epochs", "seconds", "of these for what is frozen", "waited for data", "what is frozen was")
+    return Table("Where the time went", columns, rows, section=TRAINING, percent=("waited for data",))
 
 
 def _describe_data(data: Data) -> dict[str, Any]:

@@ -242,12 +242,15 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
     trainee = _compiled(run, phase, number, parts.trained, below, carried, steps.per_epoch * steps.epochs)
     feed = feeding.feed(run.data, phase, steps, parts, below, cache=run.cache, shelf=run.shelf)
     trainee.add_below(training=feed.below_training, validation=feed.below_validation)
+    if parts.frozen and not run.quiet:
+        literal_console().print(f"What is frozen: {feed.summary}", soft_wrap=True)
     matters = _moments_matter(strategy, number)
     keep = KeepBest(trainee, phase.patience, remember=lambda: _state(run, trainee) if matters else {"moments": {}})
     before = trainee.evaluate(feed.validation, return_dict=True, verbose=0)
     keep.consider(0, before["loss"], before["loss_error"])
     start = trainee.get_weights()
     first_epoch = sum(record.epochs for record in history.phases)
+    fitting = time.monotonic()
     with distribution.shared_statistics(run.model):
         logs = trainee.fit(
             feed.training,
@@ -259,6 +262,7 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
             callbacks=_callbacks(run, phase, keep, trainee, first_epoch + steps.epochs, steps.per_epoch),
             verbose=0,
         ).history
+    fitting = time.monotonic() - fitting
     tuned_share = _interpolate(phase, trainee, start, feed.validation)
     seconds = time.monotonic() - began
     record = PhaseRecord(
@@ -272,6 +276,7 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
         _penalty_basis(run, phase),
         feed.seconds,
         feed.summary,
+        feed.waited() / fitting,
     )
     history.add(logs, record)
     return dataclasses.replace(carried, **keep.kept)

@@ -73,7 +73,7 @@ __all__ = [
     "parse",
     "with_epochs",
     "with_learning_rate",
-    "with_mixing",
+    "with_common",
     "with_patience",
     *_NAMED,
 ]
@@ -90,8 +90,8 @@ def parse(
     """Read a strategy as the command line writes it: `NAME` or `NAME:OPTION=VALUE,...`.
 
     Args:
-        text: For instance `"partial:last=3"`. Beside its own options every strategy takes `mixup`, `cutmix` and
-            `stochastic_depth` of `Phase`, for all its phases but a probe that others follow.
+        text: For instance `"partial:last=3"`. Beside its own options every strategy takes `views`, `mixup`,
+            `cutmix` and `stochastic_depth` of `Phase`, for all its phases but a probe that others follow.
         epochs: Total epochs, shared out by the phases' own. Defaults to the strategy's.
         learning_rate: Peak rate of the last phase; earlier ones keep their ratio to it. Defaults to the strategy's.
         also: Names that the caller knows beside these, for the message. Defaults to none.
@@ -108,19 +108,19 @@ def parse(
         known = (*_NAMED, *also)
         raise InputError(f"`strategy` must be one of {', '.join(known)}.{nearest(name, known)} Received: {text!r}")
     function = _NAMED[name]
-    own, mixing = options_of(name, function, text)
-    return with_mixing(function(**own, epochs=epochs, learning_rate=learning_rate), mixing)
+    own, common = options_of(name, function, text)
+    return with_common(function(**own, epochs=epochs, learning_rate=learning_rate), common)
 
 
-def with_mixing(strategy: Strategy, mixing: Mapping[str, Any]) -> Strategy:
-    """Set `mixup`, `cutmix` and `stochastic_depth` of all phases but a probe that others follow.
+def with_common(strategy: Strategy, common: Mapping[str, Any]) -> Strategy:
+    """Set `views`, `mixup`, `cutmix` and `stochastic_depth` of all phases but a probe that others follow.
 
     Example:
-        >>> [phase.mixup for phase in with_mixing(parse("freeze_then_unfreeze"), {"mixup": 0.2})]
+        >>> [phase.mixup for phase in with_common(parse("freeze_then_unfreeze"), {"mixup": 0.2})]
         [0.0, 0.2]
     """
     probes = len(strategy) > 1
-    return (*strategy[:probes], *(dataclasses.replace(phase, **mixing) for phase in strategy[probes:]))
+    return (*strategy[:probes], *(dataclasses.replace(phase, **common) for phase in strategy[probes:]))
 
 
 def describe(function: Callable[..., Any] | str) -> tuple[str, str, str, str]:
@@ -157,12 +157,12 @@ def options_of(name: str, function: Callable[..., Any], text: str) -> tuple[dict
     """Read the options of a strategy from `NAME:OPTION=VALUE,...`.
 
     Returns:
-        Those that are the function's own arguments, and the others, for `with_mixing`.
+        Those that are the function's own arguments, and the others, for `with_common`.
 
     Raises:
         InputError: If an option or a value is not known.
     """
-    types = {**_options(function), **_MIXING}
+    types = {**_options(function), **_COMMON}
     options = text.partition(":")[2]
     found = [_option(name, part, types) for part in re.split(r",(?=\w+=)", options) if part]
     if len(dict(found)) < len(found):
@@ -171,7 +171,7 @@ def options_of(name: str, function: Callable[..., Any], text: str) -> tuple[dict
     return {key: given[key] for key in given if key in own}, {key: given[key] for key in given if key not in own}
 
 
-_MIXING = {"mixup": float, "cutmix": float, "stochastic_depth": float}
+_COMMON = {"views": int, "mixup": float, "cutmix": float, "stochastic_depth": float}
 _SHARED_OPTIONS = ("epochs", "learning_rate")
 _TYPES = {
     "int": int,

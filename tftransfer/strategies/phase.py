@@ -93,6 +93,8 @@ class Phase:
             check(self.penalty is None, "penalty", "left out beside an adapter, which holds the base by itself", "one")
             check(not isinstance(self.average, WiseFt), "average", "None or `Ema` beside an adapter", self.average)
         check(isinstance(self.views, int) and self.views >= 0, "views", "a whole number from 0", self.views)
+        seen = "0 where nothing is augmented: give an `augmentation` too"
+        check(not self.views or self.augmentation != "none", "views", seen, self.views)
         check(isinstance(self.patience, int) and self.patience >= 0, "patience", "a whole number from 0", self.patience)
 
     def to_json(self) -> dict[str, Any]:
