@@ -70,7 +70,7 @@ def main() -> int:
         return cli.DONE
 
     about = _about(options, network, data, devices)
-    metric = tft.comparison.metric_of(task)
+    metric = task.main_metric
     tft.bundles.begin(run.folder, run.configuration, again=run.again)
     trials = tft.comparison.begin(run.folder, about)
     done = {trial.key for trial in trials}

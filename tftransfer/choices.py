@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import keras
 
 from tftransfer import advice, backbones, weights
 from tftransfer.checks import forgetting
 from tftransfer.data import load
-from tftransfer.errors import InputError
+from tftransfer.errors import InputError, check
 from tftransfer.penalties import Source
+
+_KINDS = {"demo": "demo", None: "random"}  # what tables say of weights that are neither ImageNet's nor a file
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,42 @@ def choose_network(options: argparse.Namespace) -> Network:
     wants_demo = options.weights == "demo" or (options.weights is None and options.data == "demo")
     name = options.backbone or (card["backbone"] if wants_demo else "MobileNetV2")
     kind = options.weights or ("demo" if wants_demo and name == card["backbone"] else "imagenet")
+    return _network(name, kind, options.image_size)
+
+
+def _network(name: str, kind: str, image_size: tuple[int, int] | None) -> Network:
     row = backbones.backbone(name)
-    natural = card["image_size"] if kind == "demo" else row.natural_size
+    natural = weights.demo_card()["image_size"] if kind == "demo" else row.natural_size
     # The row's own name: "MobileNet-1.0" is Keras' "MobileNet".
-    return Network(row.name, None if kind == "none" else kind, options.image_size or (natural, natural))
+    return Network(row.name, None if kind == "none" else kind, image_size or (natural, natural))
+
+
+def listed_networks(text: str, image_size: tuple[int, int] | None = None) -> dict[str, Network]:
+    """Read a comma list of `NAME[=WEIGHTS]`; without weights those of ImageNet.
+
+    Args:
+        text: As the command line has it.
+        image_size: Of all of them. Defaults to each one's natural size.
+
+    Returns:
+        The networks, by what tables call them.
+
+    Raises:
+        InputError: If a backbone is not known, or an entry is given twice.
+
+    Example:
+        >>> listed_networks("MobileNetV2,MobileNet-0.25=demo")["MobileNet-0.25 demo"].image_size
+        (64, 64)
+    """
+    found = {}
+    for entry in text.split(","):
+        name, _, kind = entry.partition("=")
+        network = _network(name.strip(), kind.strip() or "imagenet", image_size)
+        shown = f"{network.backbone} {_KINDS.get(network.weights, '')}".strip()
+        shown = f"{network.backbone} {Path(kind).stem}" if shown in found and kind else shown
+        check(shown not in found, "backbones", "a comma list of different networks", text)
+        found[shown] = network
+    return found
 
 
 def strategy_choice(options: argparse.Namespace) -> advice.Choice:

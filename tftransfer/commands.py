@@ -12,21 +12,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import psutil
 import tensorflow as tf
 
-from tftransfer import bundles, distribution, inference, prefix, serving, weights
+from tftransfer import bundles, choices, distribution, inference, prefix, ranking, serving, weights
 from tftransfer.advice import surgical
-from tftransfer.backbones import backbone, names
+from tftransfer.backbones import backbone, build, names
 from tftransfer.builders import outputs_are_logits
 from tftransfer.checks import performance
 from tftransfer.console import literal_console, print_table
-from tftransfer.data import audit, images, load_for
+from tftransfer.data import Data, audit, images, load, load_for
 from tftransfer.errors import InputError
 from tftransfer.report import Table
+from tftransfer.shelf import shelf_at
 from tftransfer.strategies import describe
 from tftransfer.strategies import names as strategy_names
+from tftransfer.tasks import Task
 
 _BATCH_SIZE = 32  # pictures that `predict` holds at a time
 _OPTIONAL = {"pytest": "to run the tests (extra dev)", "tensorboard": "to look at a run's logs/"}
@@ -69,13 +72,33 @@ def backbones(options: argparse.Namespace) -> int:
     return 0
 
 
+def rank(options: argparse.Namespace) -> int:
+    """Score pretrained networks on the training split of a data set, the most promising first."""
+    networks = choices.listed_networks(options.backbones, options.image_size)
+    shelf = shelf_at(options.cache_dir)
+    keras.utils.set_random_seed(options.seed)  # of weights that are none
+    loaded: dict[tuple[int, int], tuple[Data, Task]] = {}
+    scores = []
+    for name, network in networks.items():
+        if network.image_size not in loaded:
+            loaded[network.image_size] = load(
+                options.data, image_size=network.image_size, task_kind=options.task, seed=options.seed
+            )
+        data, task = loaded[network.image_size]
+        built = build(network.backbone, network.image_size, network.weights)
+        scores.append(ranking.score(built, name, task, data, seed=options.seed, shelf=shelf))
+    compared = ranking.table(scores, task)
+    _show(options, [asdict(one) for one in sorted(scores, key=lambda one: -one.logme)], compared)
+    return 0
+
+
 def strategies(options: argparse.Namespace) -> int:
     """List the ways to fine-tune that `--strategy` takes."""
     columns = ("strategy", "what it does", "options and defaults", "source")
     rows = (*map(describe, strategy_names()), describe(surgical))
     content = [dict(zip(columns, row, strict=True)) for row in rows]
     title = f"{len(rows)} strategies, --strategy NAME[:OPTION=VALUE,...]"
-    note = "Each takes mixup, cutmix and stochastic_depth too."
+    note = "Each takes views, mixup, cutmix and stochastic_depth too."
     _show(options, content, Table(title, columns, rows, note))
     return 0
 

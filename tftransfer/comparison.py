@@ -68,20 +68,6 @@ class Trial:
         return f"{self.strategy} seed {self.seed}{part}: {metric} {value}, {self.seconds:.0f} s"
 
 
-_METRICS = {"single_label": "accuracy", "multi_label": "macro_f1", "regression": "mean_absolute_error"}
-
-
-def metric_of(task: Task) -> str:
-    """Name the metric that a task is compared by.
-
-    Example:
-        >>> from tftransfer.tasks import SingleLabel
-        >>> metric_of(SingleLabel(("cat", "dog")))
-        'accuracy'
-    """
-    return _METRICS[task.kind]
-
-
 def split_list(text: str) -> tuple[str, ...]:
     """Divide a comma list of strategies, whose own options have commas too.
 
@@ -179,7 +165,7 @@ def run_trial(
         choice.text,
         seed,
         fold,
-        metrics[metric_of(task)].value,
+        metrics[task.main_metric].value,
         seconds,
         max(sum(row.trainable for row in record.audit) for record in history.phases),
         source.before if source else None,

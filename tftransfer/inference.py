@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from dataclasses import dataclass
+
 import keras
 import numpy as np
+import tensorflow as tf
 
-from tftransfer import builders, prefix
+from tftransfer import builders, features, prefix
 from tftransfer.data import Examples, order
+from tftransfer.data.augment import named
+from tftransfer.shelf import Shelf
 from tftransfer.tasks import Task
 
 
@@ -26,6 +33,53 @@ def predict(model: keras.Model, task: Task, examples: Examples, batch_size: int 
     from_logits = builders.outputs_are_logits(model)
     batches = order.in_order(examples, batch_size)
     return np.concatenate([task.probabilities(infer(batch[0])[0], from_logits).numpy() for batch in batches])
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a headless network gives for examples.
+
+    Args:
+        values: `(views, n, d)` float32.
+        computed: How many views of examples were computed, and not found in files.
+        seconds: What computing or finding them took.
+    """
+
+    values: np.ndarray
+    computed: int
+    seconds: float
+
+
+def pooled_features(
+    network: keras.Model,
+    examples: Examples,
+    *,
+    augmentation: str = "none",
+    views: int = 1,
+    seed: int = 0,
+    shelf: Shelf | None = None,
+) -> Features:
+    """Compute what a headless network gives for examples, maps averaged over their places.
+
+    Args:
+        network: From `backbones.build`, or any network from pictures to maps or vectors.
+        examples: Pictures with random access.
+        augmentation: Makes the views. Defaults to `"none"`.
+        views: How many of each example, from 1. Defaults to 1.
+        seed: Of the augmentation. Defaults to 0.
+        shelf: Where they are kept beyond the run. Defaults to None.
+    """
+    output = network.outputs[0]
+    if len(output.shape) == 4:
+        network = keras.Model(network.inputs, keras.layers.GlobalAveragePooling2D()(output))
+    below = prefix.as_constant_function(network, features.BATCH)
+    key = features.digest_of(network) if shelf else ""
+    everything, began = features.Room(sys.maxsize, shelf), time.monotonic()
+    kept = features.keep(below, examples, named(augmentation), views=views, seed=seed, room=everything, key=key)
+    assert kept is not None  # there is room for everything
+    numbers = tf.range(len(examples), dtype=tf.int64)
+    values = np.stack([kept.read(numbers, tf.constant(view, tf.int64))[0] for view in range(views)])
+    return Features(values, kept.computed, time.monotonic() - began)
 
 
 def even_batch(count: int, batch_size: int, replicas: int) -> int:

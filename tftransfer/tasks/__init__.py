@@ -38,6 +38,11 @@ class Task(Protocol):
         ...
 
     @property
+    def main_metric(self) -> str:
+        """Name, among those of `measure`, the one that models are compared by."""
+        ...
+
+    @property
     def num_outputs(self) -> int:
         """How many numbers the network gives per example."""
         ...

@@ -50,6 +50,10 @@ class MultiLabel:
         return "multi_label"
 
     @property
+    def main_metric(self) -> str:
+        return "macro_f1"
+
+    @property
     def num_outputs(self) -> int:
         return len(self.labels)
 

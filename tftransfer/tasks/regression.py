@@ -61,6 +61,10 @@ class Regression:
         return "regression"
 
     @property
+    def main_metric(self) -> str:
+        return "mean_absolute_error"
+
+    @property
     def num_outputs(self) -> int:
         return len(self.labels)
 

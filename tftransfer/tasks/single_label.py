@@ -45,6 +45,10 @@ class SingleLabel:
         return "single_label"
 
     @property
+    def main_metric(self) -> str:
+        return "accuracy"
+
+    @property
     def num_outputs(self) -> int:
         return len(self.labels)
 

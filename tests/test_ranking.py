@@ -1,0 +1,104 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from tftransfer import backbones, choices, cli, inference, ranking, tasks
+from tftransfer.shelf import Shelf
+
+
+@pytest.fixture(scope="module")
+def network():
+    return backbones.build("MobileNet-0.25", (32, 32), "demo")
+
+
+def test_pooled_features_are_the_networks_own(network, small_data):
+    found = inference.pooled_features(network, small_data.validation)
+    pictures = np.stack([small_data.validation.pictures.load(index) for index in range(12)]).astype(np.float32)
+    expected = network(pictures, training=False).numpy().mean(axis=(1, 2))
+    np.testing.assert_allclose(found.values, expected[None], rtol=1e-4, atol=1e-5)
+    assert found.computed == 12
+
+
+def test_views_of_pooled_features_differ(network, small_data):
+    found = inference.pooled_features(network, small_data.validation, augmentation="strong", views=2)
+    assert found.values.shape == (2, 12, 256)
+    assert np.abs(found.values[0] - found.values[1]).max() > 0.01
+
+
+def test_scores_are_those_of_the_training_split(network, small_data, small_task):
+    scores = ranking.score(network, "demo", small_task, small_data)
+    assert scores.width == 256
+    assert scores.parameters == network.count_params()
+    assert 0 <= scores.probe <= 1
+    assert 0 <= scores.neighbours <= 1
+    other = dataclasses.replace(small_data, train=small_data.validation)
+    assert ranking.score(network, "demo", small_task, other).logme != scores.logme
+
+
+@pytest.mark.parametrize("kind", ["multi_label", "regression"])
+def test_tasks_without_one_class_each_are_ranked_too(network, small_data, kind):
+    targets = np.eye(3, dtype=np.float32)[small_data.train.targets]
+    data = dataclasses.replace(small_data, train=dataclasses.replace(small_data.train, targets=targets))
+    task = {"multi_label": tasks.MultiLabel, "regression": tasks.Regression}[kind](small_data.labels)
+    scores = ranking.score(network, "demo", task, data)
+    assert np.isfinite([scores.logme, scores.probe]).all()
+    assert scores.neighbours is scores.h_score is scores.n_leep is None
+
+
+def test_the_table_begins_with_the_most_promising(network, small_data, small_task):
+    one = ranking.score(network, "one", small_task, small_data)
+    rows = ranking.table([one, dataclasses.replace(one, name="better", logme=one.logme + 1)], small_task).rows
+    assert [row[0] for row in rows] == ["better", "one"]
+
+
+def test_kept_features_are_found_and_change_nothing(network, small_data, small_task, tmp_path):
+    pictures = dataclasses.replace(small_data.train.pictures, digests=tuple(f"{n:064x}" for n in range(24)))
+    data = dataclasses.replace(small_data, train=dataclasses.replace(small_data.train, pictures=pictures))
+    first, second = (ranking.score(network, "demo", small_task, data, shelf=Shelf(tmp_path)) for _ in range(2))
+    assert first.milliseconds > 0
+    assert second.milliseconds is None
+    assert (first.logme, first.probe, first.n_leep) == (second.logme, second.probe, second.n_leep)
+
+
+def test_networks_are_listed_by_name_and_weights():
+    listed = choices.listed_networks("MobileNetV2,MobileNet-0.25=demo, MobileNet-0.25=none", (32, 48))
+    assert list(listed) == ["MobileNetV2", "MobileNet-0.25 demo", "MobileNet-0.25 random"]
+    assert [network.weights for network in listed.values()] == ["imagenet", "demo", None]
+    assert {network.image_size for network in listed.values()} == {(32, 48)}
+
+
+def test_the_command_ranks_the_demo_above_random_weights(capsys):
+    arguments = [
+        "rank",
+        "--data",
+        "demo",
+        "--backbones",
+        "MobileNet-0.25=none,MobileNet-0.25=demo",
+        "--image-size",
+        "32",
+    ]
+    assert cli.main([*arguments, "--json"]) == 0
+    ranked = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in ranked] == ["MobileNet-0.25 demo", "MobileNet-0.25 random"]
+    assert ranked[0]["probe"] > ranked[1]["probe"] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--backbones", "MobileNetV9"], "MobileNetV"),
+        (["--backbones", "MobileNet-0.25=demo,MobileNet-0.25=demo"], "`backbones`"),
+        (["--backbones", "MobileNet-0.25=nothing.h5"], "nothing.h5"),
+        (["--backbones", "MobileNet-0.25=demo", "--data", "nowhere"], "nowhere"),
+        (["--backbones", "MobileNet-0.25=demo", "--cache-dir", __file__], "cache_dir"),
+        (["--backbones", ""], "backbone"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments, says, capsys):
+    assert cli.main(["rank", "--data", "demo", "--image-size", "32", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.strip().splitlines()) == 1
+    assert says in captured.err
