@@ -117,7 +117,7 @@ def keep(
         None if there is no room.
     """
     picture = tf.TensorSpec((None, *examples.pictures.image_size, 3), tf.float32)
-    specs = tf.function(below).get_concrete_function(picture).structured_outputs
+    specs = tf.function(below, autograph=False).get_concrete_function(picture).structured_outputs
     rows = tuple(_Row(tuple(spec.shape[1:]), spec.dtype) for spec in specs)
     shelf = room.shelf if examples.pictures.digests and key else None
     work = _Work(below, examples, augmentation, views, seed, rows, shelf, key)
@@ -224,8 +224,11 @@ class _Work:
         for view in range(self.views):
             own = np.array([place - view * count for place in places if place // count == view], np.int64)
             batches = tf.data.Dataset.from_tensor_slices(own).batch(BATCH)
-            read = batches.map(lambda chosen, view=view: (chosen, pictures(chosen, tf.constant(view, tf.int64))))
-            for chosen, inputs in read.prefetch(2):
+
+            def read(chosen: tf.Tensor, view: int = view) -> tuple[tf.Tensor, tf.Tensor]:
+                return chosen, pictures(chosen, tf.constant(view, tf.int64))
+
+            for chosen, inputs in batches.map(tf.autograph.experimental.do_not_convert(read)).prefetch(2):
                 yield chosen.numpy() + view * count, [tensor.numpy() for tensor in self.below(inputs)]
 
     def _write(self, places: np.ndarray, tensors: list[np.ndarray]) -> bool:

@@ -118,13 +118,14 @@ def feed(
 def _clocked(batches: tf.data.Dataset) -> tuple[tf.data.Dataset, Callable[[], float]]:
     """Measure how long it takes from asking for a batch to having it, all batches together."""
     waited = tf.Variable(0.0, trainable=False, dtype=tf.float64)
-    clock = tf.data.Dataset.range(batches.cardinality()).map(lambda _: tf.timestamp())
+    plain = tf.autograph.experimental.do_not_convert
+    clock = tf.data.Dataset.range(batches.cardinality()).map(plain(lambda _: tf.timestamp()))
 
     def note(asked: tf.Tensor, batch: Any, given: tf.Tensor) -> Any:
         waited.assign_add(given - asked)
         return batch
 
-    return tf.data.Dataset.zip(clock, batches, clock).map(note), lambda: float(waited)
+    return tf.data.Dataset.zip(clock, batches, clock).map(plain(note)), lambda: float(waited)
 
 
 def _kept_training(

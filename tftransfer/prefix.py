@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
-from tensorflow.python.eager.wrap_function import function_from_graph_def
-from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
-from tensorflow.python.framework.meta_graph import export_scoped_meta_graph
+from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 from tensorflow.python.grappler.tf_optimizer import OptimizeGraph
 
 from tftransfer.depth import nodes_in_order
@@ -131,42 +129,75 @@ def as_constant_function(network: keras.Model, chunk: int | None = None) -> Call
     """
     source = network.inputs[0]
     signature = tf.TensorSpec((chunk, *source.shape[1:]), source.dtype)
-
-    @tf.function(input_signature=[signature])
-    def infer(batch: tf.Tensor) -> list[tf.Tensor]:
-        return [tf.convert_to_tensor(output) for output in tf.nest.flatten(network(batch, training=False))]
-
-    frozen = convert_variables_to_constants_v2(infer.get_concrete_function())
-    outputs = [tf.TensorSpec(output.shape, output.dtype) for output in frozen.outputs]
+    graph = _graph_of_constants(network, signature)
     if chunk is not None and not tf.config.list_physical_devices("GPU"):
-        frozen = _optimised(frozen)
+        graph = _optimised(graph)
+    infer = _function_of(graph, signature)
 
     def run(batch: tf.Tensor) -> list[tf.Tensor]:
-        return list(frozen(tf.cast(batch, signature.dtype)))
+        return list(infer(tf.cast(batch, signature.dtype)))
 
+    outputs = [tf.TensorSpec(output.shape, output.dtype) for output in infer.outputs]
     return run if chunk is None else _in_chunks(run, chunk, outputs)
 
 
-def _optimised(function: Any) -> Callable[[tf.Tensor], list[tf.Tensor]]:
+@dataclass(frozen=True)
+class _Graph:
+    """A graph with the names of its one input and of its outputs."""
+
+    definition: GraphDef
+    source: str
+    ends: tuple[str, ...]
+
+
+def _graph_of_constants(network: keras.Model, signature: tf.TensorSpec) -> _Graph:
+    """Trace a network in inference mode with the numbers of its variables in their place."""
+    values = [(variable, variable.numpy()) for variable in network.variables]
+
+    @tf.function(input_signature=[signature], autograph=False)
+    def infer(batch: tf.Tensor) -> list[tf.Tensor]:
+        constants = [(variable, tf.constant(value)) for variable, value in values]
+        with keras.StatelessScope(state_mapping=constants):
+            outputs = network(batch, training=False)
+        return [tf.identity(output) for output in tf.nest.flatten(outputs)]
+
+    traced = infer.get_concrete_function()
+    definition = traced.graph.as_graph_def()
+    nodes = {node.name: node for node in definition.node}
+    for held, placeholder in traced.graph.captures:  # tensors that layers hold beside their variables
+        node = nodes[placeholder.op.name]
+        node.Clear()
+        node.name, node.op = placeholder.op.name, "Const"
+        node.attr["dtype"].type = held.dtype.as_datatype_enum
+        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(held))
+    return _Graph(definition, traced.inputs[0].name, tuple(tensor.name for tensor in traced.outputs))
+
+
+def _function_of(graph: _Graph, signature: tf.TensorSpec) -> Any:
+    """Return a graph as a concrete function."""
+
+    @tf.function(input_signature=[signature], autograph=False)
+    def infer(batch: tf.Tensor) -> list[tf.Tensor]:
+        return tf.graph_util.import_graph_def(
+            graph.definition, input_map={graph.source: batch}, return_elements=graph.ends, name=""
+        )
+
+    return infer.get_concrete_function()
+
+
+def _optimised(graph: _Graph) -> _Graph:
     """Let Grappler fold and fuse a graph of constants once, for the processor.
 
     Left to itself it does so anew wherever the function is used, and in `tf.data` without fusing anything, which there
     is half as fast.
     """
-    definition = function.graph.as_graph_def()
-    for node in definition.node:
+    described = MetaGraphDef(graph_def=graph.definition)
+    for node in described.graph_def.node:
         node.device = "/job:localhost/replica:0/task:0/device:CPU:0"  # fusing is for known devices
-    graph = tf.Graph()
-    with graph.as_default():
-        tf.import_graph_def(definition, name="")
-    described, _ = export_scoped_meta_graph(graph_def=definition, graph=graph)
-    ends = [*function.inputs, *function.outputs]
-    described.collection_def["train_op"].node_list.value.extend(tensor.name for tensor in ends)
+    described.collection_def["train_op"].node_list.value.extend([graph.source, *graph.ends])
     configuration = config_pb2.ConfigProto()
     configuration.graph_options.rewrite_options.remapping = rewriter_config_pb2.RewriterConfig.AGGRESSIVE
-    optimised = _with_scaled_filters(OptimizeGraph(configuration, described))
-    inputs, outputs = ([tensor.name for tensor in part] for part in (function.inputs, function.outputs))
-    return function_from_graph_def(optimised, inputs, outputs)
+    return replace(graph, definition=_with_scaled_filters(OptimizeGraph(configuration, described)))
 
 
 def _with_scaled_filters(graph: GraphDef) -> GraphDef:
