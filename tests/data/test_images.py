@@ -9,7 +9,7 @@ import tensorflow as tf
 from PIL import Image, ImageOps
 
 from tftransfer.data import images
-from tftransfer.data.audit import explain
+from tftransfer.data.audit import explain, picture_format
 
 SIZE = (10, 12)
 KINDS = (
@@ -76,6 +76,18 @@ def test_graphs_give_the_same_bits(encoded, in_graph):
     batch = in_graph(tf.constant(list(encoded.values()))).numpy()
     for number, contents in enumerate(encoded.values()):
         np.testing.assert_array_equal(batch[number], decoded(contents))
+
+
+@pytest.mark.parametrize("form", images.FORMATS)
+def test_a_graph_of_one_format_gives_the_same_bits(encoded, form):
+    own = tf.function(
+        lambda one: images.decode_picture(one, SIZE, form), [tf.TensorSpec((), tf.string)], autograph=False
+    )
+    some = [contents for contents in encoded.values() if picture_format(contents) == form]
+    some += [with_exif(contents, tiff(6)) for contents in some if form == "JPEG"]
+    assert some
+    for contents in some:
+        np.testing.assert_array_equal(own(tf.constant(contents)), decoded(contents))
 
 
 @pytest.mark.parametrize("order", ["<", ">"])

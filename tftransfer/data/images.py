@@ -6,6 +6,8 @@ is read from its header before anything is decoded, so that a small file cannot 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WebP")
@@ -20,7 +22,7 @@ _BMP_MASKS = [0, 0, 255, 0, 0, 255, 0, 0, 255, 0, 0, 0]
 _BYTE_STRINGS = [bytes([value]) for value in range(256)]
 
 
-def decode_picture(contents: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
+def decode_picture(contents: tf.Tensor, image_size: tuple[int, int], form: str | None = None) -> tf.Tensor:
     """Decode one encoded picture to RGB at a given size.
 
     The format is told by content, not by name. A JPEG's EXIF orientation is applied; alpha is composited on
@@ -31,6 +33,8 @@ def decode_picture(contents: tf.Tensor, image_size: tuple[int, int]) -> tf.Tenso
     Args:
         contents: Scalar string, the bytes of a JPEG, PNG, GIF, BMP or WebP file.
         image_size: `(height, width)` in pixels.
+        form: One of `FORMATS`, where the bytes are known to begin like it: the graph then lacks the others, and the
+            result is the same. Defaults to None: told by content.
 
     Returns:
         uint8 `(height, width, 3)`.
@@ -43,10 +47,12 @@ def decode_picture(contents: tf.Tensor, image_size: tuple[int, int]) -> tf.Tenso
         >>> decode_picture(tf.io.encode_png(tf.fill((4, 6, 1), tf.constant(7, tf.uint8))), (2, 3)).shape
         TensorShape([2, 3, 3])
     """
-    contents = check_header(contents)
-    branches = (_decode_jpeg, _decode_png, _decode_gif, _decode_bmp, _decode_webp)
-    picture = tf.switch_case(_format_number(contents), [lambda f=f: f(contents) for f in branches])
-    orientation = exif_orientation(contents)
+    contents = check_header(contents, form)
+    picture = _by_format((_decode_jpeg, _decode_png, _decode_gif, _decode_bmp, _decode_webp), contents, form)
+    if form is None:
+        orientation = exif_orientation(contents)
+    else:
+        orientation = _jpeg_orientation(contents) if form == "JPEG" else tf.constant(1)
     lies_on_its_side = orientation >= 5
     # Turning the small picture instead of the large one gives the same pixels up to rounding, and is nearly
     # free.
@@ -68,11 +74,12 @@ def resize_picture(picture: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor
     return tf.ensure_shape(_resized(picture, tf.constant(image_size)), (*image_size, 3))
 
 
-def check_header(contents: tf.Tensor) -> tf.Tensor:
+def check_header(contents: tf.Tensor, form: str | None = None) -> tf.Tensor:
     """Return `contents` unchanged after its format and size were checked; nothing is decoded.
 
     Args:
         contents: Scalar string, an encoded picture.
+        form: As for `decode_picture`.
 
     Returns:
         The same scalar string; what is computed from it runs after the check.
@@ -81,11 +88,11 @@ def check_header(contents: tf.Tensor) -> tf.Tensor:
         tf.errors.InvalidArgumentError: If the format is not known or the picture is too large.
     """
     contents = tf.convert_to_tensor(contents)
-    number = _format_number(contents)
-    with tf.control_dependencies([tf.debugging.Assert(number < len(FORMATS), [UNKNOWN])]):
-        contents = tf.identity(contents)
-    branches = (_jpeg_size, _png_size, _gif_size, _bmp_size, _webp_size)
-    size = tf.switch_case(number, [lambda f=f: f(contents) for f in branches])
+    if form is None:
+        known = tf.debugging.Assert(_format_number(contents) < len(FORMATS), [UNKNOWN])
+        with tf.control_dependencies([known]):
+            contents = tf.identity(contents)
+    size = _by_format((_jpeg_size, _png_size, _gif_size, _bmp_size, _webp_size), contents, form)
     with tf.control_dependencies(_size_checks(size)):
         return tf.identity(contents)
 
@@ -140,6 +147,15 @@ def _format_number(contents: tf.Tensor) -> tf.Tensor:
         ]
     )
     return tf.argmax(tf.cast(found, tf.int32), output_type=tf.int32)
+
+
+def _by_format(
+    branches: tuple[Callable[[tf.Tensor], tf.Tensor], ...], contents: tf.Tensor, form: str | None
+) -> tf.Tensor:
+    """Apply the function of a picture's format, of one per row of `FORMATS`."""
+    if form is not None:
+        return branches[FORMATS.index(form)](contents)
+    return tf.switch_case(_format_number(contents), [lambda f=f: f(contents) for f in branches])
 
 
 def _decode_jpeg(contents: tf.Tensor) -> tf.Tensor:

@@ -31,7 +31,11 @@ class Reader(Protocol):
         """Return a picture as it is stored, inside a graph."""
         ...
 
-    def decode(self, stored: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
+    def form(self, stored: Any) -> str | None:
+        """Return what `decode` may be told of a stored picture, for a smaller graph."""
+        ...
+
+    def decode(self, stored: tf.Tensor, image_size: tuple[int, int], form: str | None = None) -> tf.Tensor:
         """Turn a stored picture into uint8 `(height, width, 3)`, inside a graph."""
         ...
 
@@ -50,8 +54,11 @@ class _EncodedReader:
     def why_unusable(self, stored: Any) -> str | None:
         return audit.why_not_a_picture(stored)  # the decoder itself checks the header
 
-    def decode(self, stored: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
-        return decode_picture(stored, image_size)
+    def form(self, stored: Any) -> str | None:
+        return audit.picture_format(stored)
+
+    def decode(self, stored: tf.Tensor, image_size: tuple[int, int], form: str | None = None) -> tf.Tensor:
+        return decode_picture(stored, image_size, form)
 
     def signature(self) -> tf.TensorSpec:
         return tf.TensorSpec((), tf.string)
@@ -128,7 +135,10 @@ class Arrays:
     def _stored(self) -> tf.Tensor:
         return _outside_graphs(self.pictures)
 
-    def decode(self, stored: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
+    def form(self, stored: Any) -> str | None:
+        return None
+
+    def decode(self, stored: tf.Tensor, image_size: tuple[int, int], form: str | None = None) -> tf.Tensor:
         return resize_picture(stored, image_size)
 
     def signature(self) -> tf.TensorSpec:

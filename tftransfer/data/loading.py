@@ -6,10 +6,12 @@ import dataclasses
 import hashlib
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -232,11 +234,19 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _decoder(reader: Reader, image_size: tuple[int, int]) -> Callable[[Any], tf.Tensor]:
-    def decode(stored: tf.Tensor) -> tf.Tensor:
-        return reader.decode(stored, image_size)
+    """Return a function for several threads, which traces one graph for each format that occurs."""
+    traced: dict[str | None, Callable[[tf.Tensor], tf.Tensor]] = {}
+    tracing = threading.Lock()
 
-    function = tf.function(decode, input_signature=[reader.signature()], autograph=False)
-    return function.get_concrete_function()  # traced here, before several threads call it
+    def decode(stored: Any) -> tf.Tensor:
+        form = reader.form(stored)
+        with tracing:
+            if form not in traced:
+                function = tf.function(partial(reader.decode, image_size=image_size, form=form), autograph=False)
+                traced[form] = function.get_concrete_function(reader.signature())
+        return traced[form](tf.constant(stored))
+
+    return decode
 
 
 def _read_one(
@@ -252,7 +262,7 @@ def _read_one(
     if reason is not None:
         return digest, reason, False
     try:
-        picture = decode(tf.constant(stored))
+        picture = decode(stored)
     except tf.errors.OpError as error:
         return digest, audit.explain(error, bytes(stored)), False
     if pixels is not None:
