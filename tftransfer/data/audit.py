@@ -49,6 +49,17 @@ def picture_format(contents: bytes) -> str | None:
     return None
 
 
+def form(contents: bytes) -> str | None:
+    """Return a picture's format, and of a JPEG whether it holds no EXIF: what its decoder may be told.
+
+    Example:
+        >>> form(b"GIF89a..."), form(bytes([255, 216, 255]) + b"..."), form(b"<!DOCTYPE html>")
+        ('GIF', 'JPEG without EXIF', None)
+    """
+    name = picture_format(contents)
+    return images.PLAIN_JPEG if name == "JPEG" and b"Exif" not in contents[: images.EXIF_WITHIN] else name
+
+
 def has_wrong_extension(name: str, contents: bytes) -> bool:
     """Whether a file's extension names another picture format than its content has.
 

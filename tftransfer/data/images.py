@@ -11,12 +11,13 @@ from collections.abc import Callable
 import tensorflow as tf
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WebP")
+PLAIN_JPEG = "JPEG without EXIF"
 MAX_PIXELS = 100_000_000
 """Pictures of more pixels (height times width, as the headers of file and first frame say) are not decoded."""
 
 TOO_LARGE = f"picture is larger than the limit of {MAX_PIXELS // 1_000_000} megapixels"
 UNKNOWN = f"not a picture format that TensorFlow decodes ({', '.join(FORMATS)})"
-_EXIF_WITHIN = 2**18  # bytes; EXIF comes first in a JPEG but for another segment or two of at most 64 KiB
+EXIF_WITHIN = 2**18  # bytes; EXIF comes first in a JPEG but for another segment or two of at most 64 KiB
 _MOST_STEPS = 50_000  # through a GIF's blocks: a second or two; nearly all files need less than a hundred
 _BMP_MASKS = [0, 0, 255, 0, 0, 255, 0, 0, 255, 0, 0, 0]
 _BYTE_STRINGS = [bytes([value]) for value in range(256)]
@@ -33,8 +34,8 @@ def decode_picture(contents: tf.Tensor, image_size: tuple[int, int], form: str |
     Args:
         contents: Scalar string, the bytes of a JPEG, PNG, GIF, BMP or WebP file.
         image_size: `(height, width)` in pixels.
-        form: One of `FORMATS`, where the bytes are known to begin like it: the graph then lacks the others, and the
-            result is the same. Defaults to None: told by content.
+        form: What `audit.form` says of the bytes, where that is known: the graph then lacks all else, and the result is
+            the same. Defaults to None: told by content.
 
     Returns:
         uint8 `(height, width, 3)`.
@@ -49,10 +50,9 @@ def decode_picture(contents: tf.Tensor, image_size: tuple[int, int], form: str |
     """
     contents = check_header(contents, form)
     picture = _by_format((_decode_jpeg, _decode_png, _decode_gif, _decode_bmp, _decode_webp), contents, form)
-    if form is None:
-        orientation = exif_orientation(contents)
-    else:
-        orientation = _jpeg_orientation(contents) if form == "JPEG" else tf.constant(1)
+    if form not in (None, "JPEG"):
+        return _resized_to(picture, image_size)
+    orientation = exif_orientation(contents) if form is None else _jpeg_orientation(contents)
     lies_on_its_side = orientation >= 5
     # Turning the small picture instead of the large one gives the same pixels up to rounding, and is nearly
     # free.
@@ -71,7 +71,7 @@ def resize_picture(picture: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor
     Returns:
         uint8 `(height, width, 3)`.
     """
-    return tf.ensure_shape(_resized(picture, tf.constant(image_size)), (*image_size, 3))
+    return _resized_to(picture, image_size)
 
 
 def check_header(contents: tf.Tensor, form: str | None = None) -> tf.Tensor:
@@ -119,6 +119,10 @@ def exif_orientation(contents: tf.Tensor) -> tf.Tensor:
     return tf.cond(_begins(contents, b"\xff\xd8\xff"), lambda: _jpeg_orientation(contents), lambda: tf.constant(1))
 
 
+def _resized_to(picture: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
+    return tf.ensure_shape(_resized(picture, tf.constant(image_size)), (*image_size, 3))
+
+
 def _resized(picture: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
     resized = tf.image.resize(picture, size, method="bilinear", antialias=True)
     return tf.cast(tf.clip_by_value(tf.round(resized), 0, 255), tf.uint8)
@@ -154,7 +158,7 @@ def _by_format(
 ) -> tf.Tensor:
     """Apply the function of a picture's format, of one per row of `FORMATS`."""
     if form is not None:
-        return branches[FORMATS.index(form)](contents)
+        return branches[0 if form == PLAIN_JPEG else FORMATS.index(form)](contents)
     return tf.switch_case(_format_number(contents), [lambda f=f: f(contents) for f in branches])
 
 
@@ -390,7 +394,7 @@ def _jpeg_orientation(contents: tf.Tensor) -> tf.Tensor:
         return tf.where(place > 0, _tiff_orientation(data[place:]), 1)
 
     # Most pictures have no EXIF, and to look for its letters is a fifth of the price of walking the segments.
-    head = data[:_EXIF_WITHIN]
+    head = data[:EXIF_WITHIN]
     letters = [head[at : tf.size(head) - 3 + at] == letter for at, letter in enumerate(b"Exif")]
     return tf.cond(tf.reduce_any(letters[0] & letters[1] & letters[2] & letters[3]), read, lambda: tf.constant(1))
 

@@ -55,7 +55,7 @@ class _EncodedReader:
         return audit.why_not_a_picture(stored)  # the decoder itself checks the header
 
     def form(self, stored: Any) -> str | None:
-        return audit.picture_format(stored)
+        return audit.form(stored)
 
     def decode(self, stored: tf.Tensor, image_size: tuple[int, int], form: str | None = None) -> tf.Tensor:
         return decode_picture(stored, image_size, form)

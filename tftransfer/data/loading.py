@@ -214,7 +214,8 @@ def _read_all(listing: Listing, image_size: tuple[int, int], budget: int) -> _Re
     def read(number: int) -> tuple[str, str | None, bool]:
         return _read_one(listing, number, decode, pixels)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    threads = (os.cpu_count() or 1) + 1  # one of them is in Python, reading, most of the time
+    with ThreadPoolExecutor(threads) as pool:
         outcomes = list(pool.map(read, range(count)))
     usable = np.array([number for number, (_, reason, _) in enumerate(outcomes) if reason is None], int)
     quarantined = [Quarantined(listing.names[n], r) for n, (_, r, _) in enumerate(outcomes) if r is not None]
