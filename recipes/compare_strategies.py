@@ -49,7 +49,11 @@ def main() -> int:
         return cli.DONE
     network = tft.choices.choose_network(options)
     data, task = tft.data.load(
-        options.data, image_size=network.image_size, seed=options.seed, limit=64 if options.smoke else None
+        options.data,
+        image_size=network.image_size,
+        seed=options.seed,
+        limit=64 if options.smoke else None,
+        cache_dir=options.cache_dir,
     )
     parts = dict(enumerate(tft.comparison.folds(data, options.folds, options.seed))) if options.folds else {-1: data}
 

@@ -41,6 +41,7 @@ def main() -> int:
         label_smoothing=options.label_smoothing,
         balance=options.balance,
         limit=64 if options.smoke else None,
+        cache_dir=options.cache_dir,
     )
     with tft.devices(options.devices, options.precision) as devices:
         model = tft.builders.image_classifier(

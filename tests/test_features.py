@@ -63,7 +63,7 @@ def _frozen(small_network, selector="last:1"):
 @pytest.mark.parametrize("memory", [2**30, 0], ids=["memory", "files"])
 def test_features_are_those_of_the_network(small_network, data, tmp_path, memory):
     frozen = _frozen(small_network)
-    below = prefix.as_constant_function(frozen)
+    below = prefix.Constants(frozen)
     room = Room(memory, Shelf(tmp_path))
     kept = features.keep(below, data.train, named("none"), views=1, seed=0, room=room, key="key")
     assert kept.in_memory == bool(memory)
@@ -76,7 +76,7 @@ def test_features_are_those_of_the_network(small_network, data, tmp_path, memory
 
 
 def test_without_room_nothing_is_kept(small_network, data):
-    below = prefix.as_constant_function(_frozen(small_network))
+    below = prefix.Constants(_frozen(small_network))
     assert features.keep(below, data.train, named("none"), views=1, seed=0, room=Room(10)) is None
     assert features.keep(below, data.train, named("none"), views=1, seed=0, room=Room(2**20)) is not None
 
@@ -86,7 +86,7 @@ def test_another_weight_picture_view_or_seed_is_computed_anew(small_network, dat
     frozen = _frozen(small_network)
 
     def computed(examples=data.train, policy="light", views=2, seed=0):
-        below, key = prefix.as_constant_function(frozen), features.digest_of(frozen)
+        below, key = prefix.Constants(frozen), features.digest_of(frozen)
         return features.keep(below, examples, named(policy), views=views, seed=seed, room=room, key=key).computed
 
     assert computed() == 48
@@ -104,7 +104,7 @@ def test_another_weight_picture_view_or_seed_is_computed_anew(small_network, dat
 
 def test_damaged_files_are_computed_again(small_network, data, tmp_path):
     shelf = Shelf(tmp_path)
-    below = prefix.as_constant_function(_frozen(small_network))
+    below = prefix.Constants(_frozen(small_network))
 
     def keep(memory):
         return features.keep(below, data.train, named("none"), views=1, seed=0, room=Room(memory, shelf), key="key")

@@ -82,7 +82,11 @@ def rank(options: argparse.Namespace) -> int:
     for name, network in networks.items():
         if network.image_size not in loaded:
             loaded[network.image_size] = load(
-                options.data, image_size=network.image_size, task_kind=options.task, seed=options.seed
+                options.data,
+                image_size=network.image_size,
+                task_kind=options.task,
+                seed=options.seed,
+                cache_dir=options.cache_dir,
             )
         data, task = loaded[network.image_size]
         built = build(network.backbone, network.image_size, network.weights)

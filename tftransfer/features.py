@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
@@ -24,7 +24,16 @@ MEMORY_SHARE = 0.25
 """Share of the available memory that kept features may take, unless a `Room` says otherwise."""
 
 BATCH = 32  # of examples that are computed at once
-Below = Callable[[tf.Tensor], list[tf.Tensor]]
+
+
+class Below(Protocol):
+    """A frozen part: `prefix.Constants`."""
+
+    outputs: tuple[tf.TensorSpec, ...]
+
+    def __call__(self, batch: tf.Tensor) -> list[tf.Tensor]:
+        """Compute the outputs for a batch."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -116,9 +125,7 @@ def keep(
     Returns:
         None if there is no room.
     """
-    picture = tf.TensorSpec((None, *examples.pictures.image_size, 3), tf.float32)
-    specs = tf.function(below, autograph=False).get_concrete_function(picture).structured_outputs
-    rows = tuple(_Row(tuple(spec.shape[1:]), spec.dtype) for spec in specs)
+    rows = tuple(_Row(tuple(output.shape), output.dtype) for output in below.outputs)
     shelf = room.shelf if examples.pictures.digests and key else None
     work = _Work(below, examples, augmentation, views, seed, rows, shelf, key)
     on_shelf = shelf is not None and shelf.make_room(key, work.size)
@@ -218,18 +225,28 @@ class _Work:
         return True
 
     def _computed(self, places: Sequence[int]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        """Compute some places, batch by batch; decoding of the next batch goes on meanwhile."""
+        """Compute some places, batch by batch."""
         count = len(self.examples)
-        pictures = order.pictures(self.examples, self.augmentation, seed=self.seed, views=self.views)
         for view in range(self.views):
             own = np.array([place - view * count for place in places if place // count == view], np.int64)
-            batches = tf.data.Dataset.from_tensor_slices(own).batch(BATCH)
+            for chosen, inputs in self._pictures(own, view):
+                yield chosen + view * count, [tensor.numpy() for tensor in self.below(inputs)]
 
-            def read(chosen: tf.Tensor, view: int = view) -> tuple[tf.Tensor, tf.Tensor]:
-                return chosen, pictures(chosen, tf.constant(view, tf.int64))
+    def _pictures(self, numbers: np.ndarray, view: int) -> Iterator[tuple[np.ndarray, tf.Tensor]]:
+        """Read one view of some examples, batch by batch; where they must be decoded, a batch ahead."""
+        pictures = order.pictures(self.examples, self.augmentation, seed=self.seed, views=self.views)
+        if self.examples.pictures.at_once and self.augmentation == Augmentation():
+            for start in range(0, len(numbers), BATCH):
+                chosen = numbers[start : start + BATCH]
+                yield chosen, pictures(tf.constant(chosen), tf.constant(view, tf.int64))
+            return
 
-            for chosen, inputs in batches.map(tf.autograph.experimental.do_not_convert(read)).prefetch(2):
-                yield chosen.numpy() + view * count, [tensor.numpy() for tensor in self.below(inputs)]
+        def read(chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return chosen, pictures(chosen, tf.constant(view, tf.int64))
+
+        batches = tf.data.Dataset.from_tensor_slices(numbers).batch(BATCH)
+        for chosen, inputs in batches.map(tf.autograph.experimental.do_not_convert(read)).prefetch(2):
+            yield chosen.numpy(), inputs
 
     def _write(self, places: np.ndarray, tensors: list[np.ndarray]) -> bool:
         """Put computed rows on the shelf; returns whether all of them lie there."""

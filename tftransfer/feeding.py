@@ -15,7 +15,7 @@ from tftransfer.data import Data, Examples, order
 from tftransfer.data.augment import named
 from tftransfer.features import Kept
 from tftransfer.inference import even_batch
-from tftransfer.prefix import Cut
+from tftransfer.prefix import Constants, Cut
 from tftransfer.shelf import Shelf
 from tftransfer.strategies import Phase
 from tftransfer.trainee import Below, unpacked
@@ -73,7 +73,7 @@ class Feed:
 
 
 def feed(
-    data: Data, phase: Phase, steps: Steps, parts: Cut, below: Below | None, *, cache: str, shelf: Shelf | None
+    data: Data, phase: Phase, steps: Steps, parts: Cut, below: Constants | None, *, cache: str, shelf: Shelf | None
 ) -> Feed:
     """Prepare a phase's batches; where it pays and there is room, what is frozen is computed now and kept.
 
@@ -89,6 +89,8 @@ def feed(
     began, noted = time.monotonic(), len(shelf.notes) if shelf else 0
     training, summary = _kept_training(data, phase, steps, parts, below, cache, shelf)
     validation = _keep(data.validation, "none", 1, steps, parts, below, shelf) if cache == "auto" else None
+    if below and not (training and validation):
+        _ = below.made  # here, and not while a step is traced
     batches, waited = _clocked(
         order.batches(
             data.train,
@@ -129,7 +131,7 @@ def _clocked(batches: tf.data.Dataset) -> tuple[tf.data.Dataset, Callable[[], fl
 
 
 def _kept_training(
-    data: Data, phase: Phase, steps: Steps, parts: Cut, below: Below | None, cache: str, shelf: Shelf | None
+    data: Data, phase: Phase, steps: Steps, parts: Cut, below: Constants | None, cache: str, shelf: Shelf | None
 ) -> tuple[Kept | None, str]:
     """Return what is kept of the training split, and what there is to say about it."""
     if below is None:
@@ -148,7 +150,7 @@ def _keep(
     views: int,
     steps: Steps,
     parts: Cut,
-    below: Below | None,
+    below: Constants | None,
     shelf: Shelf | None,
 ) -> Kept | None:
     if below is None or steps.epochs / views * parts.work_share <= _PAYS:

@@ -72,7 +72,7 @@ def pooled_features(
     output = network.outputs[0]
     if len(output.shape) == 4:
         network = keras.Model(network.inputs, keras.layers.GlobalAveragePooling2D()(output))
-    below = prefix.as_constant_function(network, features.BATCH)
+    below = prefix.Constants(network, features.BATCH)
     key = features.digest_of(network) if shelf else ""
     everything, began = features.Room(sys.maxsize, shelf), time.monotonic()
     kept = features.keep(below, examples, named(augmentation), views=views, seed=seed, room=everything, key=key)

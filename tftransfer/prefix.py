@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import keras
@@ -139,6 +140,30 @@ def as_constant_function(network: keras.Model, chunk: int | None = None) -> Call
 
     outputs = [tf.TensorSpec(output.shape, output.dtype) for output in infer.outputs]
     return run if chunk is None else _in_chunks(run, chunk, outputs)
+
+
+class Constants:
+    """What `as_constant_function` gives, made when it is first called: a run that finds all it needs never makes it.
+
+    Args:
+        network, chunk: As there; the network's weights must not change before the first call.
+
+    Attributes:
+        outputs: Shape and type of each output for one example.
+    """
+
+    def __init__(self, network: keras.Model, chunk: int | None = None) -> None:
+        self._network, self._chunk = network, chunk
+        self.outputs = tuple(tf.TensorSpec(output.shape[1:], output.dtype) for output in network.outputs)
+
+    def __call__(self, batch: tf.Tensor) -> list[tf.Tensor]:
+        return self.made(batch)
+
+    @cached_property
+    def made(self) -> Callable[[tf.Tensor], list[tf.Tensor]]:
+        """The function itself."""
+        with tf.init_scope():
+            return as_constant_function(self._network, self._chunk)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from tftransfer.planning import below_the_head, check_call, check_strategy, func
 from tftransfer.shelf import Shelf, shelf_at
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
-from tftransfer.trainee import Below, Extras, Trainee, unpacked
+from tftransfer.trainee import Extras, Trainee, unpacked
 
 
 def fine_tune(
@@ -238,7 +238,7 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
         print_table(literal_console(), audit_table(f"What trains: {phase.name}", audit, _penalty_basis(run, phase)))
     _seed_generators(run, number)
     steps = run.feed_steps(number, phase)
-    below = prefix.as_constant_function(parts.frozen, steps.chunk) if parts.frozen else None
+    below = prefix.Constants(parts.frozen, steps.chunk) if parts.frozen else None
     trainee = _compiled(run, phase, number, parts.trained, below, carried, steps.per_epoch * steps.epochs)
     feed = feeding.feed(run.data, phase, steps, parts, below, cache=run.cache, shelf=run.shelf)
     trainee.add_below(training=feed.below_training, validation=feed.below_validation)
@@ -321,7 +321,7 @@ def _compiled(
     phase: Phase,
     number: int,
     part: keras.Model,
-    below: Below | None,
+    below: prefix.Constants | None,
     carried: _Carried,
     steps: int,
 ) -> keras.Model:
@@ -351,7 +351,7 @@ def _extras(
     phase: Phase,
     number: int,
     part: keras.Model,
-    below: Below | None,
+    below: prefix.Constants | None,
     attached: Attached | None,
 ) -> Extras:
     """Prepare what the phase adds to the step."""
@@ -365,7 +365,7 @@ def _extras(
     )
 
 
-def _subject(run: _Run, part: keras.Model, below: Below | None) -> tuple[penalties.Subject, keras.Model]:
+def _subject(run: _Run, part: keras.Model, below: prefix.Constants | None) -> tuple[penalties.Subject, keras.Model]:
     """Return what a penalty is prepared for, and the network that gives outputs and features at once."""
     features = prefix.features(run.model, part)
     subject = penalties.Subject(
@@ -379,7 +379,7 @@ def _subject(run: _Run, part: keras.Model, below: Below | None) -> tuple[penalti
     return subject, keras.Model(part.inputs, [*part.outputs, features])
 
 
-def _to_inputs(below: Below | None) -> Callable[[tf.Tensor], Any]:
+def _to_inputs(below: prefix.Constants | None) -> Callable[[tf.Tensor], Any]:
     """Return the function from pictures to what the trained part takes."""
 
     def to_inputs(pictures: tf.Tensor) -> Any:

@@ -20,12 +20,15 @@ class Pictures:
         image_size: `(height, width)` of what `load` returns.
         digests: SHA-256 of each picture as it was read, in hexadecimal. Defaults to none: what is computed from the
             pictures is then not kept beyond the run.
+        at_once: Whether `load` takes `(n,)` indices as well and returns `(n, height, width, 3)`: pictures that are in
+            memory. Defaults to False.
     """
 
     names: tuple[str, ...]
     load: Callable[[tf.Tensor], tf.Tensor]
     image_size: tuple[int, int]
     digests: tuple[str, ...] = ()
+    at_once: bool = False
 
     def __len__(self) -> int:
         return len(self.names)

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import os
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import psutil
-import tensorflow as tf
 
 from tftransfer import tasks
-from tftransfer.data import audit, sources, splits
+from tftransfer.data import sources, splits
 from tftransfer.data.examples import Data, Examples, Pictures, Quarantined
-from tftransfer.data.listing import Listing, Reader
+from tftransfer.data.listing import Listing
+from tftransfer.data.reading import Read, random_access, read_all
 from tftransfer.errors import InputError
+from tftransfer.shelf import shelf_at
 from tftransfer.tasks import Task
 from tftransfer.tasks.multi_label import split_labels
 
 MEMORY_SHARE = 0.25
 """Share of the available memory that decoded pictures may take, unless `memory_budget` says otherwise."""
-
-_NAMED_IN_NOTE = 5
 
 
 def load(
@@ -42,6 +37,7 @@ def load(
     balance: bool = False,
     memory_budget: int | None = None,
     limit: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> tuple[Data, Task]:
     """Read a data set and find out what its labels mean.
 
@@ -71,6 +67,9 @@ def load(
         memory
             that is available.
         limit: Use at most about this many examples, for a quick try. Defaults to all.
+        cache_dir: A folder that remembers which pictures can be decoded: where none has changed, a later run decodes
+            them when they are first asked for, which is never if what is computed from them is kept there too.
+            Defaults to None.
 
     Returns:
         The data and the task.
@@ -90,7 +89,7 @@ def load(
     task = _task(listing, task_kind, label_smoothing, balance)
     _check_splits(listing, task)
     listing = _limited(listing, task, limit, seed) if limit else listing
-    read = _read_all(listing, image_size, budget)
+    read = read_all(listing, image_size, budget, shelf_at(cache_dir))
     return _divided(listing, task, read, seed, began, checked=not limit), task
 
 
@@ -126,7 +125,7 @@ def load_for(task: Task, source: Any, *, image_size: tuple[int, int], memory_bud
     chosen = [number for number, split in enumerate(listing.given) if split == "test"]
     listing = _subset(listing, chosen) if chosen else listing
     targets = _encoded(listing, task)
-    read = _read_all(listing, image_size, budget)
+    read = read_all(listing, image_size, budget)
     if not len(read.usable):
         raise InputError(f"no picture of {listing.what or listing.name} can be used: {read.quarantined[0].reason}")
     examples = _examples(listing, task, read, targets[read.usable], np.arange(len(read.usable)))
@@ -189,97 +188,6 @@ def _encoded(listing: Listing, task: Task) -> np.ndarray:
         raise
 
 
-# --- reading ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Read:
-    """What came of reading: what is usable, its hashes and, if they fit the memory, the pixels of all."""
-
-    usable: np.ndarray
-    hashes: tuple[str, ...]
-    pixels: tf.Tensor | None
-    quarantined: tuple[Quarantined, ...]
-    notes: tuple[str, ...]
-    image_size: tuple[int, int]
-
-
-def _read_all(listing: Listing, image_size: tuple[int, int], budget: int) -> _Read:
-    """Read, check and decode every picture once, in as many threads as there are processors."""
-    count, reader = len(listing.names), listing.reader
-    fits = count * image_size[0] * image_size[1] * 3 <= budget
-    pixels = _room((count, *image_size, 3)) if fits else None
-    decode = _decoder(reader, image_size)
-
-    def read(number: int) -> tuple[str, str | None, bool]:
-        return _read_one(listing, number, decode, pixels)
-
-    threads = (os.cpu_count() or 1) + 1  # one of them is in Python, reading, most of the time
-    with ThreadPoolExecutor(threads) as pool:
-        outcomes = list(pool.map(read, range(count)))
-    usable = np.array([number for number, (_, reason, _) in enumerate(outcomes) if reason is None], int)
-    quarantined = [Quarantined(listing.names[n], r) for n, (_, r, _) in enumerate(outcomes) if r is not None]
-    # The tensor is the array, not a copy: copies for each split would be several times the budget.
-    held = None if pixels is None else tf.experimental.dlpack.from_dlpack(pixels.__dlpack__())
-    misnamed = [listing.names[number] for number, (_, _, wrong) in enumerate(outcomes) if wrong]
-    hashes = tuple(outcomes[number][0] for number in usable)
-    return _Read(usable, hashes, held, tuple(quarantined), _misnamed_note(misnamed), image_size)
-
-
-def _room(shape: tuple[int, ...]) -> np.ndarray:
-    """Return an uninitialised array that TensorFlow can share: it begins at a multiple of 64 bytes."""
-    count = math.prod(shape)
-    room = np.empty(count + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    return room[start : start + count].reshape(shape)
-
-
-def _decoder(reader: Reader, image_size: tuple[int, int]) -> Callable[[Any], tf.Tensor]:
-    """Return a function for several threads, which traces one graph for each format that occurs."""
-    traced: dict[str | None, Callable[[tf.Tensor], tf.Tensor]] = {}
-    tracing = threading.Lock()
-
-    def decode(stored: Any) -> tf.Tensor:
-        form = reader.form(stored)
-        with tracing:
-            if form not in traced:
-                function = tf.function(partial(reader.decode, image_size=image_size, form=form), autograph=False)
-                traced[form] = function.get_concrete_function(reader.signature())
-        return traced[form](tf.constant(stored))
-
-    return decode
-
-
-def _read_one(
-    listing: Listing, number: int, decode: Callable[[Any], tf.Tensor], pixels: np.ndarray | None
-) -> tuple[str, str | None, bool]:
-    """Return a picture's hash, why it is unusable (or None), and whether its extension is wrong."""
-    try:
-        stored: Any = listing.reader.read(number)
-    except OSError as error:
-        return "", f"cannot be read: {error.strerror or error}", False
-    digest = hashlib.sha256(stored if isinstance(stored, bytes) else np.ascontiguousarray(stored).data).hexdigest()
-    reason = listing.reader.why_unusable(stored)
-    if reason is not None:
-        return digest, reason, False
-    try:
-        picture = decode(stored)
-    except tf.errors.OpError as error:
-        return digest, audit.explain(error, bytes(stored)), False
-    if pixels is not None:
-        pixels[number] = picture.numpy()
-    is_file = isinstance(stored, bytes) and "." in listing.names[number]
-    return digest, None, is_file and audit.has_wrong_extension(listing.names[number], stored)
-
-
-def _misnamed_note(names: Sequence[str]) -> tuple[str, ...]:
-    if not names:
-        return ()
-    more = f" and {len(names) - _NAMED_IN_NOTE} more" if len(names) > _NAMED_IN_NOTE else ""
-    listed = ", ".join(names[:_NAMED_IN_NOTE])
-    return (f"{len(names)} files have the extension of another format and were read by content: {listed}{more}",)
-
-
 # --- dividing -----------------------------------------------------------------------------------------------
 
 
@@ -299,7 +207,7 @@ def _check_splits(listing: Listing, task: Task, usable: np.ndarray | None = None
         )
 
 
-def _check_given_splits(listing: Listing, read: _Read) -> None:
+def _check_given_splits(listing: Listing, read: Read) -> None:
     """Refuse a split whose pictures are all unusable, instead of taking another one from train."""
     for split in sorted(set(listing.given) - {listing.given[number] for number in read.usable}):
         names = {name for name, given in zip(listing.names, listing.given, strict=True) if given == split}
@@ -361,7 +269,7 @@ def _in_turn(numbers: np.ndarray, strata: np.ndarray, count: int) -> np.ndarray:
     return numbers[np.argsort(turns, kind="stable")[:count]]
 
 
-def _divided(listing: Listing, task: Task, read: _Read, seed: int, began: float, checked: bool) -> Data:
+def _divided(listing: Listing, task: Task, read: Read, seed: int, began: float, checked: bool) -> Data:
     _check_given_splits(listing, read)
     if checked:
         _check_splits(listing, task, read.usable)
@@ -395,22 +303,14 @@ def _check_learned(task: Task, targets: np.ndarray, given: Sequence[str], what: 
             raise InputError(f"{what}: the {name} split has the label {label!r}, which no training example has")
 
 
-def _examples(listing: Listing, task: Task, read: _Read, targets: np.ndarray, numbers: np.ndarray) -> Examples:
+def _examples(listing: Listing, task: Task, read: Read, targets: np.ndarray, numbers: np.ndarray) -> Examples:
     """Return the split of the usable examples that are numbered `numbers`."""
     own = targets[numbers]
     names = tuple(listing.names[read.usable[number]] for number in numbers)
     digests = tuple(read.hashes[number] for number in numbers)
-    pictures = Pictures(names, _random_access(listing.reader, read, numbers), read.image_size, digests)
+    load = random_access(listing.reader, read, numbers)
+    pictures = Pictures(names, load, read.image_size, digests, at_once=read.pixels is not None)
     return Examples(pictures, own, task.example_weights(own).astype(np.float32))
-
-
-def _random_access(reader: Reader, read: _Read, numbers: np.ndarray) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Return the function from an example's number to its picture: from memory, or decoded anew."""
-    stored = tf.constant(read.usable[numbers], tf.int64)
-    held = read.pixels
-    if held is not None:
-        return lambda index: tf.gather(held, tf.gather(stored, index))
-    return lambda index: reader.decode(reader.fetch(tf.gather(stored, index)), read.image_size)
 
 
 def _fingerprint(task: Task, examples: dict[str, Examples], parts: dict[str, np.ndarray], hashes: Sequence[str]) -> str:

@@ -93,14 +93,14 @@ def batches(
     """
     count = _checked_count(examples, batch_size)
     per_epoch = steps_per_epoch(count, batch_size)
-    if read is None:
-        read = pictures(examples, augmentation, seed=seed, phase=phase, views=views)
+    cheap = read is not None
+    read = read or pictures(examples, augmentation, seed=seed, phase=phase, views=views)
 
     def batch(step: tf.Tensor) -> tuple[Any, tf.Tensor, tf.Tensor]:
         chosen, epoch = batch_indices(count, batch_size, seed, phase, step), step // per_epoch
         return read(chosen, epoch), *_answers(examples, chosen)
 
-    return _mapped(tf.data.Dataset.range(start, start + steps), batch)
+    return _mapped(tf.data.Dataset.range(start, start + steps), batch, cheap)
 
 
 def pictures(
@@ -137,13 +137,14 @@ def in_order(examples: Examples, batch_size: int, read: Read | None = None) -> t
         InputError: If there are no examples.
     """
     count = _checked_count(examples, batch_size)
+    cheap = read is not None
     read = read or pictures(examples)
 
     def batch(step: tf.Tensor) -> tuple[Any, tf.Tensor, tf.Tensor]:
         chosen = tf.range(step * batch_size, tf.minimum((step + 1) * batch_size, count), dtype=tf.int64)
         return read(chosen, tf.zeros((), tf.int64)), *_answers(examples, chosen)
 
-    return _mapped(tf.data.Dataset.range(steps_per_epoch(count, batch_size)), batch)
+    return _mapped(tf.data.Dataset.range(steps_per_epoch(count, batch_size)), batch, cheap)
 
 
 def _epoch_key(seed: int, phase: int, epoch: tf.Tensor) -> tf.Tensor:
@@ -160,13 +161,20 @@ def _checked_count(examples: Examples, batch_size: int) -> int:
     return len(examples)
 
 
-def _mapped(steps: tf.data.Dataset, batch: object) -> tf.data.Dataset:
-    batch = tf.autograph.experimental.do_not_convert(batch)  # nothing to convert, and that takes its time
-    return steps.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+def _mapped(steps: tf.data.Dataset, batch: object, cheap: bool) -> tf.data.Dataset:
+    batch = tf.autograph.experimental.do_not_convert(batch)  # nothing to convert, and to look for it takes its time
+    if not cheap:
+        return steps.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
+    options = tf.data.Options()  # to plan how it is read would take longer than to read it
+    options.autotune.enabled = False
+    options.experimental_optimization.apply_default_optimizations = False
+    return steps.map(batch).prefetch(2).with_options(options)
 
 
 def _read(examples: Examples, chosen: tf.Tensor, keys: tf.Tensor, policy: Augmentation, key: tf.Tensor) -> tf.Tensor:
     """Read the chosen examples; an example's augmentation depends on the key and its own one alone."""
+    if examples.pictures.at_once and policy == Augmentation():
+        return tf.cast(examples.pictures.load(chosen), tf.float32)
 
     def picture(given: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
         index, own = given

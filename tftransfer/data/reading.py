@@ -1,0 +1,188 @@
+"""Read every picture of a source once: its hash, whether it can be used, and its pixels if they fit into memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tftransfer.data import audit, images
+from tftransfer.data.examples import Quarantined
+from tftransfer.data.listing import Listing, Reader
+from tftransfer.errors import InputError
+from tftransfer.shelf import Shelf
+
+_NAMED_IN_NOTE = 5
+_OUTCOMES = "pictures"  # the shelf's key for what came of reading a whole source
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What came of reading one picture: its content's hash, why it is unusable, whether its extension is wrong."""
+
+    digest: str
+    reason: str | None = None
+    misnamed: bool = False
+
+
+class _Pixels:
+    """All pictures of a source, decoded: by `read_all`, or else when they are first asked for."""
+
+    def __init__(self, listing: Listing, image_size: tuple[int, int]) -> None:
+        self._listing, self._decode = listing, _decoder(listing.reader, image_size)
+        self._array = _room((len(listing.names), *image_size, 3))
+        self.known: list[_Outcome] | None = None  # what a run before came to, unless pictures were decoded since
+
+    def read_all(self) -> list[_Outcome]:
+        """Read, check and decode every picture."""
+        return _in_threads(lambda number: _read_one(self._listing, number, self._decode, self._array), self._listing)
+
+    @cached_property
+    def tensor(self) -> tf.Tensor:
+        """The pictures, `(n, height, width, 3)`."""
+        with tf.init_scope():
+            if self.known:
+                for number, (now, before) in enumerate(zip(self.read_all(), self.known, strict=True)):
+                    if now != before:
+                        raise InputError(f"{self._listing.place(number)} has changed since the run began")
+            # The tensor is the array, not a copy: copies for each split would be several times the budget.
+            return tf.experimental.dlpack.from_dlpack(self._array.__dlpack__())
+
+
+@dataclass(frozen=True)
+class Read:
+    """What came of reading: what is usable, its hashes and, if they fit the memory, the pixels of all."""
+
+    usable: np.ndarray
+    hashes: tuple[str, ...]
+    pixels: _Pixels | None
+    quarantined: tuple[Quarantined, ...]
+    notes: tuple[str, ...]
+    image_size: tuple[int, int]
+
+
+def read_all(listing: Listing, image_size: tuple[int, int], budget: int, shelf: Shelf | None = None) -> Read:
+    """Read and check every picture once, and decode it, unless a shelf knows what would come of that."""
+    fits = len(listing.names) * image_size[0] * image_size[1] * 3 <= budget
+    pixels = _Pixels(listing, image_size) if fits else None
+    name = _digest_of_all(listing) if shelf else ""
+    outcomes = _remembered(shelf, name) if shelf else None
+    if pixels:
+        pixels.known = outcomes
+    if outcomes is None:
+        outcomes = pixels.read_all() if pixels else _checked(listing, image_size)
+        if shelf:
+            shelf.put(_OUTCOMES, name, json.dumps([dataclasses.astuple(outcome) for outcome in outcomes]).encode())
+    usable = np.array([number for number, outcome in enumerate(outcomes) if outcome.reason is None], int)
+    quarantined = [Quarantined(listing.names[n], o.reason) for n, o in enumerate(outcomes) if o.reason is not None]
+    misnamed = [listing.names[number] for number, outcome in enumerate(outcomes) if outcome.misnamed]
+    hashes = tuple(outcomes[number].digest for number in usable)
+    return Read(usable, hashes, pixels, tuple(quarantined), _misnamed_note(misnamed), image_size)
+
+
+def _checked(listing: Listing, image_size: tuple[int, int]) -> list[_Outcome]:
+    """Read and decode every picture, and keep none."""
+    decode = _decoder(listing.reader, image_size)
+    return _in_threads(lambda number: _read_one(listing, number, decode, None), listing)
+
+
+def _in_threads(read: Callable[[int], Any], listing: Listing) -> list[Any]:
+    """Call a function for each picture's number, in one more thread than there are processors: one is often reading."""
+    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
+        return list(pool.map(read, range(len(listing.names))))
+
+
+def _digest_of_all(listing: Listing) -> str:
+    """Hash names and contents of all pictures, and what decodes them."""
+    digest = hashlib.sha256(f"{tf.__version__} {images.MAX_PIXELS}".encode())
+    for name, own in zip(listing.names, _in_threads(lambda number: _content(listing, number), listing), strict=True):
+        digest.update(f"{name}\0{own}\n".encode())
+    return digest.hexdigest()
+
+
+def _content(listing: Listing, number: int) -> str:
+    try:
+        return _digest(listing.reader.read(number))
+    except OSError as error:
+        return str(error)
+
+
+def _remembered(shelf: Shelf, name: str) -> list[_Outcome] | None:
+    payload = shelf.get(_OUTCOMES, name)
+    return None if payload is None else [_Outcome(*outcome) for outcome in json.loads(payload)]
+
+
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an uninitialised array that TensorFlow can share: it begins at a multiple of 64 bytes."""
+    count = math.prod(shape)
+    room = np.empty(count + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + count].reshape(shape)
+
+
+def _decoder(reader: Reader, image_size: tuple[int, int]) -> Callable[[Any], tf.Tensor]:
+    """Return a function for several threads, which traces one graph for each format that occurs."""
+    traced: dict[str | None, Callable[[tf.Tensor], tf.Tensor]] = {}
+    tracing = threading.Lock()
+
+    def decode(stored: Any) -> tf.Tensor:
+        form = reader.form(stored)
+        with tracing:
+            if form not in traced:
+                function = tf.function(partial(reader.decode, image_size=image_size, form=form), autograph=False)
+                traced[form] = function.get_concrete_function(reader.signature())
+        return traced[form](tf.constant(stored))
+
+    return decode
+
+
+def _read_one(listing: Listing, number: int, decode: Callable[[Any], tf.Tensor], pixels: np.ndarray | None) -> _Outcome:
+    """Read, check and decode one picture, into its place among the pixels if there are any."""
+    try:
+        stored: Any = listing.reader.read(number)
+    except OSError as error:
+        return _Outcome("", f"cannot be read: {error.strerror or error}")
+    digest = _digest(stored)
+    reason = listing.reader.why_unusable(stored)
+    if reason is not None:
+        return _Outcome(digest, reason)
+    try:
+        picture = decode(stored)
+    except tf.errors.OpError as error:
+        return _Outcome(digest, audit.explain(error, bytes(stored)))
+    if pixels is not None:
+        pixels[number] = picture.numpy()
+    is_file = isinstance(stored, bytes) and "." in listing.names[number]
+    return _Outcome(digest, None, is_file and audit.has_wrong_extension(listing.names[number], stored))
+
+
+def _digest(stored: Any) -> str:
+    return hashlib.sha256(stored if isinstance(stored, bytes) else np.ascontiguousarray(stored).data).hexdigest()
+
+
+def _misnamed_note(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    more = f" and {len(names) - _NAMED_IN_NOTE} more" if len(names) > _NAMED_IN_NOTE else ""
+    listed = ", ".join(names[:_NAMED_IN_NOTE])
+    return (f"{len(names)} files have the extension of another format and were read by content: {listed}{more}",)
+
+
+def random_access(reader: Reader, read: Read, numbers: np.ndarray) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Return the function from an example's number to its picture: from memory (several at once), or decoded anew."""
+    stored = tf.constant(read.usable[numbers], tf.int64)
+    pixels = read.pixels
+    if pixels is not None:
+        return lambda index: tf.gather(pixels.tensor, tf.gather(stored, index))
+    return lambda index: reader.decode(reader.fetch(tf.gather(stored, index)), read.image_size)
