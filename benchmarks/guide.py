@@ -13,21 +13,29 @@ import keras
 import tensorflow as tf
 
 
-def datasets(folder: Path, side: int, augment: bool = True) -> tuple[tf.data.Dataset, tf.data.Dataset]:
-    """Return batches of 32 for training, nine tenths of `FOLDER/CLASS/*.jpg`, and for validation."""
+def datasets(folder: Path, side: int, cached: bool = False) -> tuple[tf.data.Dataset, tf.data.Dataset]:
+    """Return batches of 32 for training, nine tenths of `FOLDER/CLASS/*.jpg`, and for validation.
+
+    Args:
+        folder: With a folder per class.
+        side: Of the pictures, in pixels.
+        cached: Whether the decoded pictures are kept in memory, and not augmented. Defaults to False.
+    """
     training, validation = keras.utils.image_dataset_from_directory(
         folder, image_size=(side, side), batch_size=32, validation_split=0.1, subset="both", seed=0, verbose=False
     )
-    if augment:
-        layers = [keras.layers.RandomFlip("horizontal"), keras.layers.RandomRotation(0.1)]
+    if cached:
+        shuffled = training.unbatch().cache().shuffle(512).batch(32)
+        return shuffled.prefetch(tf.data.AUTOTUNE), validation.cache().prefetch(tf.data.AUTOTUNE)
+    layers = [keras.layers.RandomFlip("horizontal"), keras.layers.RandomRotation(0.1)]
 
-        def augmented(pictures: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            for layer in layers:
-                pictures = layer(pictures, training=True)
-            return pictures, targets
+    def augmented(pictures: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        for layer in layers:
+            pictures = layer(pictures, training=True)
+        return pictures, targets
 
-        training = training.map(augmented, num_parallel_calls=tf.data.AUTOTUNE)
-    return training.prefetch(tf.data.AUTOTUNE), validation.prefetch(tf.data.AUTOTUNE)
+    augmenting = training.map(augmented, num_parallel_calls=tf.data.AUTOTUNE)
+    return augmenting.prefetch(tf.data.AUTOTUNE), validation.prefetch(tf.data.AUTOTUNE)
 
 
 def model(alpha: float, side: int, classes: int, weights: str | None) -> tuple[keras.Model, keras.Model]:
@@ -38,6 +46,15 @@ def model(alpha: float, side: int, classes: int, weights: str | None) -> tuple[k
     scaled = keras.layers.Rescaling(scale=1 / 127.5, offset=-1)(inputs)
     x = keras.layers.GlobalAveragePooling2D()(base(scaled, training=False))
     return keras.Model(inputs, keras.layers.Dense(classes)(keras.layers.Dropout(0.2)(x))), base
+
+
+def open_from(base: keras.Model, lowest: str) -> None:
+    """Let the backbone train from a layer on; everything for an empty name."""
+    base.trainable = True
+    for layer in base.layers:
+        if layer.name == lowest:
+            break
+        layer.trainable = not lowest
 
 
 def fit(
