@@ -64,6 +64,8 @@ def test_every_strategy_mixes_examples_and_leaves_branches_out_after_its_probe(n
         ("partial:last=0", "whole number from 1"),
         ("partial:last=1.5", "whole number"),
         ("norm_only:last=3", "has the options views, mixup"),
+        ("linear_probe:views=2", "views.*give an `augmentation`"),
+        ("full:views=-1", "views"),
         ("full:layer_decay=2", r"in \(0, 1\]"),
         ("l2_sp:mixup=-1", "mixup"),
         ("l2_sp:mixup=0.1,mixup=0.2", "each option once"),

@@ -184,7 +184,7 @@ def pace(built, key, monkeypatch):
     tf.config.run_functions_eagerly(False)
 
 
-def _with_variables(frozen: keras.Model):
+def _with_variables(frozen: keras.Model, chunk: int | None = None):
     return lambda batch: tf.nest.flatten(frozen(tf.cast(batch, tf.float32), training=False))
 
 

@@ -14,11 +14,17 @@ _PROBE = Phase("probe", "head", 10, 9e-3, weight_decay=1.0)
 _TUNE = Phase("fine-tune", "all", 20, 5e-4, layer_decay=0.9, weight_decay=0.05, average=Ema(4.0))
 
 
-def linear_probe(weight_decay: float = 1.0, epochs: int | None = None, learning_rate: float | None = None) -> Strategy:
+def linear_probe(
+    weight_decay: float = 1.0,
+    augmentation: str = "none",
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+) -> Strategy:
     """Train the head alone: the strongest choice for a handful of examples, and the cheapest.
 
     Args:
         weight_decay: Of the head, see `Phase`; more of it learns less by heart. Defaults to 1.
+        augmentation: One of `AUGMENTATIONS`; best with `views`, which can be kept. Defaults to `"none"`.
         epochs: Total passes over the training split. Defaults to 30.
         learning_rate: Peak rate. Defaults to 1e-2.
 
@@ -28,7 +34,8 @@ def linear_probe(weight_decay: float = 1.0, epochs: int | None = None, learning_
         >>> [phase.selector for phase in linear_probe()]
         ['head']
     """
-    return scaled((Phase("linear probe", "head", 30, 1e-2, weight_decay=weight_decay),), epochs, learning_rate)
+    phase = Phase("linear probe", "head", 30, 1e-2, weight_decay=weight_decay, augmentation=augmentation)
+    return scaled((phase,), epochs, learning_rate)
 
 
 def full(

@@ -1,0 +1,127 @@
+"""On every family: features that are kept and features that are computed anew train to the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tftransfer import backbones, builders, inference, prefix, tasks, training
+from tftransfer.data import Data
+from tftransfer.strategies import Phase
+
+TASK = tasks.SingleLabel(("red", "green", "blue"))
+SELECTORS = ("head", "last:1", "last:3", "from")
+FAMILIES = (
+    "MobileNetV2-0.35",
+    "ConvNeXtTiny",
+    "MobileNetV3Small",
+    "VGG16",
+    "ResNet50",
+    "ResNet50V2",
+    "DenseNet121",
+    "InceptionV3",
+    "InceptionResNetV2",
+    "Xception",
+    "NASNetMobile",
+    "EfficientNetB0",
+    "EfficientNetV2B0",
+)
+QUICK = [("MobileNet-0.25", selector) for selector in SELECTORS] + [(name, "last:1") for name in FAMILIES[:2]]
+CASES = [
+    pytest.param(name, selector, id=f"{name}-{selector}", marks=() if (name, selector) in QUICK else pytest.mark.slow)
+    for name, selector in itertools.product(("MobileNet-0.25", *FAMILIES), SELECTORS)
+]
+
+
+@pytest.fixture(scope="module")
+def build(estimate_batch_norm):
+    """Return a function that gives a network of one name, built once, with the weights that it was built with."""
+    held: dict[str, tuple[keras.Model, list[np.ndarray]]] = {}
+
+    def get(name: str) -> keras.Model:
+        if name not in held:
+            held.clear()
+            keras.utils.set_random_seed(0)
+            size = max(backbones.backbone(name).smallest_size, 32)
+            model = estimate_batch_norm(builders.image_classifier(name, 3, image_size=size, weights=None))
+            held[name] = model, model.get_weights()
+        model, weights = held[name]
+        model.set_weights(weights)
+        return model
+
+    return get
+
+
+@pytest.fixture
+def data(make_examples):
+    """Return a function from a picture's side to a few pictures in three colours."""
+
+    def made(size: int) -> Data:
+        generator = np.random.default_rng(0)
+        targets = np.arange(10, dtype=np.int32) % 3
+        pictures = generator.integers(0, 120, (10, size, size, 3), np.uint8)
+        pictures[np.arange(10), :, :, targets] += 100
+        some = make_examples(pictures, targets)
+        return Data("colours", TASK.labels, some, some, some, found=30)
+
+    return made
+
+
+def _phase(model: keras.Model, selector: str) -> Phase:
+    groups = backbones.depth_groups(model)
+    selector = f"from:{groups[len(groups) // 2].layers[0]}" if selector == "from" else selector
+    return Phase(selector, selector, 2, 1e-3)
+
+
+@pytest.mark.parametrize(("name", "selector"), CASES)
+def test_kept_and_computed_train_to_the_same_bits(build, data, name, selector):
+    ended = []
+    for cache in ("auto", "off"):
+        model = build(name)
+        phase = _phase(model, selector)
+        history = training.fine_tune(model, TASK, data(model.input_shape[1]), (phase,), batch_size=4, cache=cache)
+        assert history.phases[0].store.startswith("kept") == (cache == "auto"), history.phases[0].store
+        ended.append(model.get_weights())
+    assert any(
+        not np.array_equal(before, after) for before, after in zip(build(name).get_weights(), ended[0], strict=True)
+    )
+    for kept, computed in zip(*ended, strict=True):
+        np.testing.assert_array_equal(kept, computed)
+
+
+@pytest.mark.parametrize(("name", "selector"), CASES)
+def test_folded_features_and_one_step_are_those_of_the_network(build, data, monkeypatch, name, selector):
+    model = build(name)
+    phase = dataclasses.replace(_phase(model, selector), optimizer="sgd", schedule="constant", weight_decay=0.0)
+    source = data(model.input_shape[1])
+    stepped = []
+    for folded in (True, False):
+        model = build(name)
+        if not folded:
+            monkeypatch.setattr(prefix, "as_constant_function", _with_variables)
+        training.fine_tune(model, TASK, source, (phase,), batch_size=10, max_steps=1)
+        stepped.append(model.get_weights())
+    for before, ours, theirs in zip(build(name).get_weights(), *stepped, strict=True):
+        moved = np.linalg.norm(theirs.astype(np.float64) - before)
+        assert np.linalg.norm(ours.astype(np.float64) - theirs) <= 1e-5 * max(np.linalg.norm(theirs), moved)
+
+
+def _with_variables(frozen: keras.Model, chunk: int | None = None):
+    return lambda batch: tf.nest.flatten(frozen(tf.cast(batch, tf.float32), training=False))
+
+
+@pytest.mark.parametrize("name", ["MobileNet-0.25", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)])
+def test_features_that_are_kept_are_the_networks(data, estimate_batch_norm, name):
+    keras.utils.set_random_seed(0)
+    size = max(backbones.backbone(name).smallest_size, 32)
+    network = estimate_batch_norm(backbones.build(name, (size, size), None))
+    examples = data(size).train
+    ours = inference.pooled_features(network, examples).values[0]
+    pictures = np.stack([examples.pictures.load(index) for index in range(10)]).astype(np.float32)
+    theirs = network(pictures, training=False).numpy().mean(axis=(1, 2))
+    assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
