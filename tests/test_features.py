@@ -6,6 +6,7 @@ import pytest
 
 from tftransfer import features, prefix, trainable, training
 from tftransfer.data.augment import named
+from tftransfer.errors import InputError
 from tftransfer.features import Room
 from tftransfer.shelf import Shelf
 from tftransfer.strategies import Phase
@@ -52,6 +53,34 @@ def test_kept_or_computed_trains_to_the_same_bits(small_network, small_task, dat
     for one, two, three in zip(*ended, strict=True):
         np.testing.assert_array_equal(one, two)
         np.testing.assert_array_equal(one, three)
+
+
+def test_half_precision_is_the_same_kept_or_not(small_network, small_task, data):
+    start, ended = small_network().get_weights(), []
+    for cache, dtype in (("auto", "float16"), ("off", "float16"), ("auto", "float32")):
+        model = small_network()
+        model.set_weights(start)
+        training.fine_tune(model, small_task, data, (PHASES["top"],), batch_size=7, cache=cache, cache_dtype=dtype)
+        ended.append(model.get_weights())
+    differs = []
+    for half, recomputed, single in zip(*ended, strict=True):
+        np.testing.assert_array_equal(half, recomputed)
+        np.testing.assert_allclose(half, single, rtol=0.05, atol=0.01)
+        differs.append(not np.array_equal(half, single))
+    assert any(differs)
+
+
+def test_half_precision_takes_half_the_room(small_network, data):
+    frozen, room = _frozen(small_network), Room(2**30)
+    both = (prefix.Constants(frozen), prefix.Constants(frozen, narrow=True))
+    single, half = (features.keep(b, data.train, named("none"), views=1, seed=0, room=room).size for b in both)
+    assert single == 2 * half
+
+
+@pytest.mark.parametrize(("argument", "value"), [("cache", "on"), ("cache_dtype", "float64"), ("cache_dir", __file__)])
+def test_bad_options_are_refused(small_network, small_task, data, argument, value):
+    with pytest.raises(InputError, match=f"`{argument}`"):
+        training.fine_tune(small_network(), small_task, data, (PHASES["head"],), **{argument: value})
 
 
 def _frozen(small_network, selector="last:1"):

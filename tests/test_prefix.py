@@ -149,3 +149,15 @@ def test_folding_leaves_no_factor_behind_a_depthwise_convolution_that_is_used_on
 
 def _depthwise_input(node, operations: dict[str, str]) -> bool:
     return any(operations.get(name) == "DepthwiseConv2dNative" for name in node.input)
+
+
+def test_the_share_of_the_work_counts_kernels_where_they_are_applied():
+    pictures = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(4, 3, padding="same", name="below")(pictures)  # 8 * 8 places of 3 * 3 * 3 * 4
+    x = keras.Sequential([keras.layers.Conv2D(4, 1, strides=2)], name="inside")(x)  # 4 * 4 places of 4 * 4
+    x = keras.layers.Dense(5, name="logits")(keras.layers.GlobalAveragePooling2D()(x))  # 4 * 5
+    model = keras.Model(pictures, x)
+    model.get_layer("below").trainable = False
+    assert prefix.cut(model).work_share == pytest.approx(6912 / (6912 + 256 + 20))
+    model.get_layer("inside").trainable = False
+    assert prefix.cut(model).work_share == pytest.approx(7168 / (7168 + 20))

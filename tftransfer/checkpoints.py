@@ -40,6 +40,7 @@ class Call:
         source: Digest of the old task, empty without one.
         adapter: Digest of the adapter it went on from, empty without one.
         base: Digest of the network below its head before the first step.
+        cache_dtype: What the frozen part's outputs are rounded to.
     """
 
     strategy: Strategy
@@ -51,6 +52,7 @@ class Call:
     source: str = ""
     adapter: str = ""
     base: str = ""
+    cache_dtype: str = "float32"
 
     def to_json(self) -> dict[str, Any]:
         """Return what is written beside the weights."""
@@ -69,6 +71,7 @@ def call_of(
     source: Source | None,
     adapter: Adapter | None,
     base: str = "",
+    cache_dtype: str = "float32",
 ) -> Call:
     """Describe a call of `fine_tune`; see `Call`."""
     examples = data.fingerprint or _digest(
@@ -84,6 +87,7 @@ def call_of(
         _digest([source.kernel, source.bias]) if source else "",
         _digest([*adapter.head, *(part for pair in adapter.factors for part in pair)]) if adapter else "",
         base,
+        cache_dtype,
     )
 
 

@@ -173,8 +173,9 @@ class _Work:
     def names(self) -> tuple[str, ...]:
         """What each example's view is called in files."""
         how = "" if self.augmentation == Augmentation() else f"{self.augmentation} {self.seed}"
+        kinds = " ".join(row.dtype.name for row in self.rows)
         return tuple(
-            hashlib.sha256(f"{digest} {how and f'{how} {view}'}".encode()).hexdigest()
+            hashlib.sha256(f"{digest} {kinds} {how and f'{how} {view}'}".encode()).hexdigest()
             for view in range(self.views)
             for digest in self.examples.pictures.digests
         )

@@ -147,17 +147,21 @@ class Constants:
 
     Args:
         network, chunk: As there; the network's weights must not change before the first call.
+        narrow: Whether float32 outputs are rounded to float16, which takes half the room. Defaults to False.
 
     Attributes:
         outputs: Shape and type of each output for one example.
     """
 
-    def __init__(self, network: keras.Model, chunk: int | None = None) -> None:
+    def __init__(self, network: keras.Model, chunk: int | None = None, narrow: bool = False) -> None:
         self._network, self._chunk = network, chunk
-        self.outputs = tuple(tf.TensorSpec(output.shape[1:], output.dtype) for output in network.outputs)
+        types = ("float16" if narrow and output.dtype == "float32" else output.dtype for output in network.outputs)
+        self.outputs = tuple(
+            tf.TensorSpec(output.shape[1:], kind) for output, kind in zip(network.outputs, types, strict=True)
+        )
 
     def __call__(self, batch: tf.Tensor) -> list[tf.Tensor]:
-        return self.made(batch)
+        return [tf.cast(tensor, spec.dtype) for tensor, spec in zip(self.made(batch), self.outputs, strict=True)]
 
     @cached_property
     def made(self) -> Callable[[tf.Tensor], list[tf.Tensor]]:
@@ -300,8 +304,9 @@ def _work(network: keras.Model) -> int:
     total = 0
     for node in nodes_in_order(network):
         operation = node.operation
-        if isinstance(operation, keras.Model):
-            total += _work(operation)
+        inner = getattr(operation, "_functional", operation)  # a Sequential has its graph inside
+        if hasattr(inner, "_nodes_by_depth"):
+            total += _work(inner)
         elif isinstance(operation, keras.Layer):
             places = math.prod(side or 1 for side in node.output_tensors[0].shape[1:-1])
             kernels = (variable for variable in operation.weights if len(variable.shape) > 1)

@@ -48,6 +48,7 @@ def fine_tune(
     resume: bool = True,
     cache: str = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
+    cache_dtype: str = "float32",
     quiet: bool = True,
 ) -> History:
     """Train a model in place, phase by phase.
@@ -81,6 +82,7 @@ def fine_tune(
             is the same bit for bit. Defaults to `"auto"`.
         cache_dir: A folder where it is kept for later runs too, and where it does not fit into memory. Defaults to
             None: memory alone.
+        cache_dtype: `"float16"` rounds it, kept or not, which takes half the room. Defaults to `"float32"`.
         quiet: Whether to print nothing. Defaults to True.
 
     Returns:
@@ -102,12 +104,26 @@ def fine_tune(
     check_call(model, task, data, batch_size, callbacks)
     check_strategy(model, strategy, task, adapter)
     check(cache in feeding.CACHES, "cache", f"one of {', '.join(feeding.CACHES)}", cache)
+    check(cache_dtype in ("float32", "float16"), "cache_dtype", "float32 or float16", cache_dtype)
     folder, shelf = Path(output) if output else None, shelf_at(cache_dir)
     run = _Run(
-        model, task, data, tuple(callbacks), seed, batch_size, max_steps, source, quiet, folder, adapter, cache, shelf
+        model,
+        task,
+        data,
+        tuple(callbacks),
+        seed,
+        batch_size,
+        max_steps,
+        source,
+        quiet,
+        folder,
+        adapter,
+        cache,
+        shelf,
+        narrow=cache_dtype == "float16",
     )
     base = base_digest(model) if folder else ""
-    call = checkpoints.call_of(strategy, seed, batch_size, max_steps, data, task, source, adapter, base)
+    call = checkpoints.call_of(strategy, seed, batch_size, max_steps, data, task, source, adapter, base, cache_dtype)
     kept = checkpoints.latest(folder, call) if folder and resume else None
     carried, history = _begin(run) if kept is None else _go_on(run, strategy, kept)
     for number in range(len(history.phases), len(strategy)):
@@ -150,6 +166,7 @@ class _Run:
     adapter: Adapter | None
     cache: str
     shelf: Shelf | None
+    narrow: bool
 
     def steps(self, phase: Phase) -> tuple[int, int]:
         """Return `(steps per epoch, epochs)` of a phase."""
@@ -238,7 +255,7 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
         print_table(literal_console(), audit_table(f"What trains: {phase.name}", audit, _penalty_basis(run, phase)))
     _seed_generators(run, number)
     steps = run.feed_steps(number, phase)
-    below = prefix.Constants(parts.frozen, steps.chunk) if parts.frozen else None
+    below = prefix.Constants(parts.frozen, steps.chunk, run.narrow) if parts.frozen else None
     trainee = _compiled(run, phase, number, parts.trained, below, carried, steps.per_epoch * steps.epochs)
     feed = feeding.feed(run.data, phase, steps, parts, below, cache=run.cache, shelf=run.shelf)
     trainee.add_below(training=feed.below_training, validation=feed.below_validation)
