@@ -30,7 +30,7 @@ _MODULES = (
 _FUNCTIONS = {
     "InputError": "errors",
     "devices": "distribution",
-    "find_learning_rate": "advice",
+    "find_learning_rate": "rate_test",
     "fine_tune": "training",
     "load_model": "bundles",
     "predict": "inference",

@@ -1,28 +1,25 @@
-"""Choices that need the data: which layers to train, and at which learning rate. The test split is never looked at."""
+"""Strategies that need the data: which layers to train, and how the head. The test split is never looked at."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tftransfer import builders, schedules, strategies, trainable, training
-from tftransfer.checks import drawing
+from tftransfer import builders, head_search, inference, prefix, strategies, trainable, training
 from tftransfer.data import Data, order
-from tftransfer.errors import InputError, check
-from tftransfer.report import CURVES, OTHER, Picture, Table
+from tftransfer.errors import check
+from tftransfer.report import OTHER, Table
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
 
+_DECIDED = "This was decided when the run began."
 _EXAMPLES = 512  # that gradients are measured on, at the most
-_SMOOTHING = 0.9  # of the range test's losses, as in Smith's successors
-_BREAKS_OUT = 4.0  # times the lowest loss
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Choice:
-    """A strategy as the command line writes it, `surgical` included, which the data decide.
+    """A strategy as the command line writes it, also one that the data decide.
 
     Args:
         text: As for `strategies.parse`, or such as `"surgical:share=0.3"`.
@@ -76,9 +73,9 @@ class Choice:
     def planned(self) -> Strategy:
         """The strategy as far as the text decides it: for `surgical` every group trains."""
         if not self.asks_the_data:
-            return self._patient(strategies.parse(self.text, self.epochs, self.learning_rate, also=("surgical",)))
-        options, common = self._surgical_options()
-        return self._patient(strategies.with_common(_surgical("all", **options).strategy, common))
+            return self._patient(strategies.parse(self.text, self.epochs, self.learning_rate, also=tuple(_ASKING)))
+        options, common = self._options()
+        return self._patient(strategies.with_common(self._asking.settle("", **options).strategy, common))
 
     def __call__(
         self,
@@ -94,20 +91,29 @@ class Choice:
         """Settle the strategy.
 
         Args:
-            model, task, data, seed, batch_size, max_steps: As for `surgical`.
+            model, task, data, seed, batch_size, max_steps: As for `surgical` and the like.
             decided: The decision of an earlier call, to be kept. Defaults to none.
         """
         if not self.asks_the_data:
             return Advice(self.planned)
-        options, common = self._surgical_options()
+        options, common = self._options()
         if decided:
-            advised = _surgical(decided, **options)
+            advised = self._asking.settle(decided, **options)
         else:
-            advised = surgical(model, task, data, **options, seed=seed, batch_size=batch_size, max_steps=max_steps)
+            run = {"seed": seed, "batch_size": batch_size, "max_steps": max_steps}
+            advised = self._asking.ask(model, task, data, **options, **run)
         return replace(advised, strategy=self._patient(strategies.with_common(advised.strategy, common)))
 
-    def _surgical_options(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        own, common = strategies.options_of("surgical", surgical, self.text)
+    @property
+    def _name(self) -> str:
+        return self.text.partition(":")[0]
+
+    @property
+    def _asking(self) -> _Asking:
+        return _ASKING[self._name]
+
+    def _options(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        own, common = strategies.options_of(self._name, self._asking.ask, self.text)
         return {**own, "epochs": self.epochs, "learning_rate": self.learning_rate}, common
 
     def _patient(self, strategy: Strategy) -> Strategy:
@@ -121,7 +127,12 @@ def asks_the_data(text: str) -> bool:
         >>> asks_the_data("surgical:share=0.5"), asks_the_data("full")
         (True, False)
     """
-    return text.partition(":")[0] == "surgical"
+    return text.partition(":")[0] in _ASKING
+
+
+def asking() -> tuple[Callable[..., Advice], ...]:
+    """Return the strategies that are settled by looking at the data, as `strategies.describe` takes them."""
+    return tuple(row.ask for row in _ASKING.values())
 
 
 def surgical(
@@ -159,7 +170,7 @@ def surgical(
     Source: Lee et al. 2023, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", arXiv:2210.11466
     (Auto-RGN).
     """
-    planned = _surgical("all", share, augmentation, epochs, learning_rate)
+    planned = _surgical("", share, augmentation, epochs, learning_rate)
     norms = relative_gradient_norms(
         model, task, data, planned.strategy[0], seed=seed, batch_size=batch_size, max_steps=max_steps
     )
@@ -179,18 +190,18 @@ def surgical(
 
 
 def _surgical(
-    selector: str,
+    decided: str,
     share: float = 0.8,
     augmentation: str = "strong",
     epochs: int | None = None,
     learning_rate: float | None = None,
 ) -> Advice:
-    """Return the strategy for groups that are decided."""
+    """Return the strategy for groups that are decided; all of them before."""
+    selector = decided or "all"
     check(0 < share <= 1, "share", "in (0, 1]", share)
     probe, tune = strategies.discriminative(augmentation=augmentation, epochs=epochs, learning_rate=learning_rate)
     tuned = replace(tune, name="surgical", selector=selector)
-    kept = ("What trains was decided when this run began.",)
-    return Advice((probe, tuned), kept, decision=selector)
+    return Advice((probe, tuned), (_DECIDED,), decision=selector)
 
 
 def relative_gradient_norms(
@@ -212,7 +223,7 @@ def relative_gradient_norms(
         seed, batch_size, max_steps: Of the probe.
     """
     norms = {}
-    with _as_it_was(model):
+    with trainable.as_it_was(model):
         training.fine_tune(model, task, data, (probe,), seed=seed, batch_size=batch_size, max_steps=max_steps)
         trainable.set_trainable(model, "all")
         gradients = _gradients(model, task, data, batch_size, seed)
@@ -222,18 +233,6 @@ def relative_gradient_norms(
             gradient = math.sqrt(sum(float(np.square(gradients[v.path], dtype=np.float64).sum()) for v in variables))
             norms[group.name] = gradient / weights if weights else 0.0
     return norms
-
-
-@contextlib.contextmanager
-def _as_it_was(model: keras.Model) -> Iterator[None]:
-    """Give a model its weights and `trainable` flags back, whatever happens inside."""
-    weights, flags = model.get_weights(), [(layer, layer.trainable) for layer in model._flatten_layers()]
-    try:
-        yield
-    finally:
-        model.set_weights(weights)
-        for layer, flag in flags:  # each after what holds it, which sets the flags of what it holds
-            layer.trainable = flag
 
 
 def _gradients(model: keras.Model, task: Task, data: Data, batch_size: int, seed: int) -> dict[str, np.ndarray]:
@@ -268,116 +267,80 @@ def _largest(norms: dict[str, float], share: float) -> list[str]:
     return [name for name in norms if name in chosen]
 
 
-@dataclass(frozen=True)
-class RateTest:
-    """The outcome of a learning-rate range test.
-
-    Args:
-        rates: Learning rate of each step, rising.
-        losses: Smoothed training loss of each step.
-        suggestion: A tenth of the rate at which the loss is lowest: still falling steeply, well below where it
-            breaks out.
-    """
-
-    rates: tuple[float, ...]
-    losses: tuple[float, ...]
-    suggestion: float
-
-    def picture(self) -> Picture:
-        """Draw loss over learning rate, the suggestion marked."""
-        drawn = drawing.figure(height=2.6)
-        axes = drawing.style(drawn.subplots(), "learning rate", "training loss, smoothed")
-        axes.set_xscale("log")
-        axes.plot(self.rates, self.losses, color=drawing.BLUE, linewidth=1.5)
-        axes.axvline(self.suggestion, color=drawing.ORANGE, linestyle="--", linewidth=1.5)
-        caption = f"The dashed line marks {self.suggestion:.2g}, a tenth of the rate with the lowest loss."
-        return Picture("Learning-rate range test", drawing.png(drawn), caption, CURVES)
-
-
-def find_learning_rate(
+def tuned_probe(
     model: keras.Model,
     task: Task,
     data: Data,
-    phase: Phase | None = None,
+    augmentation: str = "none",
+    epochs: int | None = None,
+    learning_rate: float | None = None,
     *,
-    high: float = 1.0,
-    steps: int = 100,
     seed: int = 0,
     batch_size: int = 32,
-) -> RateTest:
-    """Raise the learning rate from step to step until the training loss breaks out, and suggest one well below.
+    max_steps: int | None = None,
+) -> Advice:
+    """Train the head alone, at the rate and weight decay that generalise best by cross-validation on its features.
+
+    Use it where a few hundred examples are all there is: it costs seconds more than `linear_probe`.
 
     Args:
-        model: Its weights and `trainable` flags are the same afterwards.
-        task, data: Only training examples decide.
-        phase: What trains and how; its own rate and schedule are not used. Defaults to everything, plainly.
-        high: The last rate, above 0; the first is a millionth of it. Defaults to 1.
-        steps: How many, at least 10; more than an epoch's are rounded to whole epochs. Defaults to 100.
-        seed, batch_size: As for `fine_tune`.
+        model: From a builder; it is not changed.
+        task: What the outputs mean.
+        data: Training examples decide; the test split is not looked at.
+        augmentation: One of `AUGMENTATIONS`; best with `views`, which can be kept. Defaults to `"none"`.
+        epochs: As for `linear_probe`.
+        learning_rate: Peak rate; only the weight decay is then chosen. Defaults to None: chosen too.
+        seed: Of folds and heads. Defaults to 0.
+        batch_size: Examples per step. Defaults to 32.
+        max_steps: Not more of them in the search, to try things out. Defaults to None: no bound.
 
     Returns:
-        Rates, losses and the suggestion; `.picture().png` is a plot of them.
+        A probe, the reasons, and the table of what was tried.
 
-    Raises:
-        InputError: If the very first loss is not finite.
-
-    Source: Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186.
+    Source: Kornblith et al. 2019, "Do Better ImageNet Models Transfer Better?", arXiv:1805.08974, whose probes choose
+    their penalty so.
     """
-    check(math.isfinite(high) and high > 0, "high", "a number above 0", high)
-    check(isinstance(steps, int) and steps >= 10, "steps", "a whole number from 10", steps)
-    check(isinstance(batch_size, int) and batch_size >= 1, "batch_size", "a whole number from 1", batch_size)
-    per_epoch = order.steps_per_epoch(len(data.train), batch_size)
-    epochs = max(round(steps / per_epoch), 1)
-    steps = min(steps, per_epoch) if epochs == 1 else epochs * per_epoch
-    ranged = replace(
-        phase or Phase("range test", "all"),
-        schedule="exponential",
-        learning_rate=high,
-        warmup=0.0,
-        epochs=epochs,
-        patience=0,
-        average=None,
+    (phase,) = _tuned_probe("", augmentation, epochs, learning_rate).strategy
+    features = inference.pooled_features(keras.Model(model.inputs, prefix.features(model)), data.train)
+    dropout = [layer.rate for layer in model.layers if layer.name == "head_dropout"]
+    tried = head_search.search(
+        features.values[0],
+        data.train.targets,
+        data.train.weights,
+        task,
+        phase if max_steps is None else replace(phase, epochs=1),
+        rates=(learning_rate,) if learning_rate else head_search.RATES,
+        dropout=dropout[0] if dropout else 0.0,
+        batch_size=batch_size,
+        seed=seed,
     )
-    watch = _BatchLosses(len(data.train), batch_size)
-    with _as_it_was(model):
-        training.fine_tune(
-            model,
-            task,
-            data,
-            (ranged,),
-            callbacks=[watch],
-            seed=seed,
-            batch_size=batch_size,
-            max_steps=steps if epochs == 1 else None,
-        )
-    if not watch.smoothed:
-        raise InputError("the loss of the first step is not finite: look at the pictures, or at the network's outputs")
-    rate = schedules.learning_rate(ranged, steps)
-    rates = tuple(float(rate(step)) for step in range(len(watch.smoothed)))
-    return RateTest(rates, tuple(watch.smoothed), rates[int(np.argmin(watch.smoothed))] / 10)
+    best = tried[0]
+    reasons = (
+        f"Of {len(tried)} heads on features of the training pictures, rate {best.learning_rate:g} and weight decay "
+        f"{best.weight_decay:g} lose least on unseen folds, {best.loss:.3g} (standard error {best.error:.2g}).",
+    )
+    columns = ("learning rate", "weight decay", "loss on unseen folds", "standard error")
+    table = Table("Heads tried on stored features", columns, tuple(map(astuple, tried)), section=OTHER)
+    decision = f"learning_rate={best.learning_rate!r},weight_decay={best.weight_decay!r}"
+    return replace(_tuned_probe(decision, augmentation, epochs, learning_rate), reasons=reasons, table=table)
 
 
-class _BatchLosses(keras.callbacks.Callback):
-    """Collect each batch's loss, smoothed, from Keras' running means, and stop when it breaks out."""
+def _tuned_probe(
+    decided: str, augmentation: str = "none", epochs: int | None = None, learning_rate: float | None = None
+) -> Advice:
+    """Return the strategy for a head that is decided; `linear_probe`'s own before."""
+    chosen = {name: float(value) for name, value in (part.split("=") for part in decided.split(",") if part)}
+    rate = chosen.pop("learning_rate", learning_rate)
+    (phase,) = strategies.linear_probe(**chosen, augmentation=augmentation, epochs=epochs, learning_rate=rate)
+    return Advice((replace(phase, name="tuned probe"),), (_DECIDED,), decision=decided)
 
-    def __init__(self, count: int, batch_size: int) -> None:
-        super().__init__()
-        self._count, self._batch_size = count, batch_size
-        self._sum = 0.0
-        self._average = 0.0
-        self.smoothed: list[float] = []
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        self._sum = 0.0
+@dataclass(frozen=True)
+class _Asking:
+    """A strategy that asks the data: what asks them, and what it comes to once that is decided ("" before)."""
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        seen = min((batch + 1) * self._batch_size, self._count)
-        total = (logs or {}).get("loss", math.nan) * seen
-        loss = (total - self._sum) / (seen - batch * self._batch_size)
-        self._sum = total
-        self._average = _SMOOTHING * self._average + (1 - _SMOOTHING) * loss
-        smoothed = self._average / (1 - _SMOOTHING ** (len(self.smoothed) + 1))
-        if not math.isfinite(smoothed) or (self.smoothed and smoothed > _BREAKS_OUT * min(self.smoothed)):
-            self.model.stop_training = True
-        else:
-            self.smoothed.append(smoothed)
+    ask: Callable[..., Advice]
+    settle: Callable[..., Advice]
+
+
+_ASKING = {"surgical": _Asking(surgical, _surgical), "tuned_probe": _Asking(tuned_probe, _tuned_probe)}

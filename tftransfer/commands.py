@@ -18,7 +18,7 @@ import psutil
 import tensorflow as tf
 
 from tftransfer import bundles, choices, distribution, inference, prefix, ranking, serving, weights
-from tftransfer.advice import surgical
+from tftransfer.advice import asking
 from tftransfer.backbones import backbone, build, names
 from tftransfer.builders import outputs_are_logits
 from tftransfer.checks import performance
@@ -99,7 +99,7 @@ def rank(options: argparse.Namespace) -> int:
 def strategies(options: argparse.Namespace) -> int:
     """List the ways to fine-tune that `--strategy` takes."""
     columns = ("strategy", "what it does", "options and defaults", "source")
-    rows = (*map(describe, strategy_names()), describe(surgical))
+    rows = (*map(describe, strategy_names()), *map(describe, asking()))
     content = [dict(zip(columns, row, strict=True)) for row in rows]
     title = f"{len(rows)} strategies, --strategy NAME[:OPTION=VALUE,...]"
     note = "Each takes views, mixup, cutmix and stochastic_depth too."

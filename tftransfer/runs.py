@@ -125,7 +125,7 @@ def show_plan(run: Run, model: keras.Model, data: Data, choice: advice.Choice, d
         title = f"{phase.name}: {phase.epochs} epochs at {phase.learning_rate:g}, {share:.0%} runs as constants"
         print_table(run.console, audit_table(title, rows))
     if choice.asks_the_data:
-        run.console.print("Which of these groups train is decided after a probe.")
+        run.console.print("Some of this is decided later, from the training examples.")
     run.console.print(f"Nothing was written; the run would go to {run.folder}", soft_wrap=True)
     return 0
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import keras
@@ -332,3 +333,15 @@ def _nearest_names(model: keras.Model, selector: str) -> str:
     words = re.findall(r"\w{3,}", selector.removeprefix("re:"))
     names = [layer.name for layer in model.layers if layer.weights]
     return next((said for said in (nearest(word, names) for word in words) if said), "")
+
+
+@contextlib.contextmanager
+def as_it_was(model: keras.Model) -> Iterator[None]:
+    """Give a model its weights and `trainable` flags back, whatever happens inside."""
+    weights, flags = model.get_weights(), [(layer, layer.trainable) for layer in model._flatten_layers()]
+    try:
+        yield
+    finally:
+        model.set_weights(weights)
+        for layer, flag in flags:  # each after what holds it, which sets the flags of what it holds
+            layer.trainable = flag
