@@ -20,7 +20,7 @@ from tftransfer.data import Data
 from tftransfer.distribution import Devices
 from tftransfer.history import History
 from tftransfer.penalties import Source
-from tftransfer.report import TRAINING, Findings, Report, Table
+from tftransfer.report import Findings, Report
 from tftransfer.tasks import Task
 
 ADAPTER = "adapter.safetensors"
@@ -256,18 +256,10 @@ def _report(
         checks=findings.checks,
         versions=bundles.versions(),
         seed=int(run.configuration["seed"]),
-        tables=(*audits, _times(history), *findings.tables),
+        tables=audits + findings.tables,
         pictures=findings.pictures,
         notes=notes,
     )
-
-
-def _times(history: History) -> Table:
-    rows = tuple(
-        (r.phase.name, r.epochs, r.seconds, r.extract_seconds, r.waited_share, r.store) for r in history.phases
-    )
-    columns = ("phase", "epochs", "seconds", "of these for what is frozen", "waited for data", "what is frozen was")
-    return Table("Where the time went", columns, rows, section=TRAINING, percent=("waited for data",))
 
 
 def _describe_data(data: Data) -> dict[str, Any]:
