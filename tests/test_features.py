@@ -1,4 +1,7 @@
 import dataclasses
+import errno
+import itertools
+import os
 
 import keras
 import numpy as np
@@ -53,6 +56,79 @@ def test_kept_or_computed_trains_to_the_same_bits(small_network, small_task, dat
     for one, two, three in zip(*ended, strict=True):
         np.testing.assert_array_equal(one, two)
         np.testing.assert_array_equal(one, three)
+
+
+def _tuned(small_network, small_task, data, cache_dir):
+    """Return the weights that a run with a cache folder ends with, and what it says of its store."""
+    keras.utils.set_random_seed(0)
+    model = small_network()
+    history = training.fine_tune(model, small_task, data, (PHASES["top"],), batch_size=7, cache_dir=cache_dir)
+    return model.get_weights(), history.phases[0].store
+
+
+def _damage(folder, kind):
+    for number, file in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        contents = bytearray(file.read_bytes())
+        if kind == "cut short":
+            file.write_bytes(contents[: len(contents) // 2])
+        elif kind == "a flipped bit":
+            contents[(7 * number) % len(contents)] ^= 4
+            file.write_bytes(contents)
+        else:
+            file.unlink()
+
+
+@pytest.mark.parametrize("place", ["memory", "files"])
+@pytest.mark.parametrize("kind", ["cut short", "a flipped bit", "removed"])
+def test_a_run_goes_on_with_damaged_files(small_network, small_task, data, tmp_path, monkeypatch, kind, place):
+    if place == "files":
+        monkeypatch.setattr(features, "MEMORY_SHARE", 0.0)
+    expected, _ = _tuned(small_network, small_task, data, tmp_path)
+    _damage(tmp_path, kind)
+    found, said = _tuned(small_network, small_task, data, tmp_path)
+    for one, two in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert "24 computed" in said
+    assert ("damaged" in said) == (kind != "removed")
+    assert "0 computed" in _tuned(small_network, small_task, data, tmp_path)[1]
+
+
+@pytest.mark.parametrize("place", ["memory", "files"])
+def test_a_run_goes_on_when_the_disk_is_full(small_network, small_task, data, tmp_path, monkeypatch, place):
+    expected, _ = _tuned(small_network, small_task, data, None)
+    if place == "files":
+        monkeypatch.setattr(features, "MEMORY_SHARE", 0.0)
+    replace, count = os.replace, itertools.count()
+
+    def full(*given):
+        if next(count) >= 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(*given)
+
+    monkeypatch.setattr(os, "replace", full)
+    found, said = _tuned(small_network, small_task, data, tmp_path)
+    for one, two in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert "No space left" in said
+    assert said.startswith("kept in memory" if place == "memory" else "computed in every epoch")
+
+
+def test_a_run_that_was_stopped_while_it_computed_goes_on(small_network, small_task, data, tmp_path, monkeypatch):
+    put, count = Shelf.put, itertools.count()
+
+    def stopped(*given):
+        if next(count) == 15:
+            raise KeyboardInterrupt
+        return put(*given)
+
+    monkeypatch.setattr(Shelf, "put", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        _tuned(small_network, small_task, data, tmp_path)
+    monkeypatch.undo()
+    found, said = _tuned(small_network, small_task, data, tmp_path)
+    assert "9 computed" in said
+    for one, two in zip(_tuned(small_network, small_task, data, None)[0], found, strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_half_precision_is_the_same_kept_or_not(small_network, small_task, data):
