@@ -67,7 +67,7 @@ def _tuned(small_network, small_task, data, cache_dir):
 
 
 def _damage(folder, kind):
-    for number, file in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+    for number, file in enumerate(sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)):
         contents = bytearray(file.read_bytes())
         if kind == "cut short":
             file.write_bytes(contents[: len(contents) // 2])
@@ -207,6 +207,18 @@ def test_another_weight_picture_view_or_seed_is_computed_anew(small_network, dat
     assert computed() == 48
 
 
+def test_what_lies_there_needs_no_more_room(small_network, data, tmp_path):
+    below = prefix.Constants(_frozen(small_network))
+
+    def keep(limit):
+        room = Room(2**30, Shelf(tmp_path, limit))
+        return features.keep(below, data.train, named("none"), views=1, seed=0, room=room, key="key"), room.shelf.notes
+
+    size = keep(2**20)[0].size
+    again, notes = keep(int(1.5 * size) + 24 * 64)
+    assert (again.computed, notes) == (0, [])
+
+
 def test_damaged_files_are_computed_again(small_network, data, tmp_path):
     shelf = Shelf(tmp_path)
     below = prefix.Constants(_frozen(small_network))
@@ -215,7 +227,7 @@ def test_damaged_files_are_computed_again(small_network, data, tmp_path):
         return features.keep(below, data.train, named("none"), views=1, seed=0, room=Room(memory, shelf), key="key")
 
     whole = keep(2**30)
-    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size)
     assert len(files) == 24
     files[0].write_bytes(files[0].read_bytes()[:-4])
     files[1].write_bytes(b"")

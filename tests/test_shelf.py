@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -90,11 +92,27 @@ def test_the_keys_used_longest_ago_go_first(tmp_path):
         moment = time.time() - 1000 * (age + 1)
         os.utime(tmp_path / key, (moment, moment))
     assert shelf.make_room("own", 1500)
-    assert {path.name for path in tmp_path.iterdir()} == {"new", "middle", "own"}
+    assert {path.name for path in tmp_path.iterdir()} == {".in_use", "new", "middle", "own"}
     assert shelf.make_room("middle", 2500)
-    assert {path.name for path in tmp_path.iterdir()} == {"middle", "own"}
+    assert {path.name for path in tmp_path.iterdir()} == {".in_use", "middle", "own"}
     assert not shelf.make_room("own", 5000)
     assert "no room" in shelf.notes[0]
+
+
+def test_what_a_living_process_reads_stays(tmp_path):
+    shelf = Shelf(tmp_path, limit=2000)
+    shelf.put("theirs", "name", bytes(1000))
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (tmp_path / ".in_use").mkdir()
+        (tmp_path / ".in_use" / f"theirs.{other.pid}").touch()
+        assert not shelf.make_room("ours", 1500)
+        assert shelf.get("theirs", "name") == bytes(1000)
+    finally:
+        other.communicate(b"\n")
+    assert shelf.make_room("ours", 1500)
+    assert shelf.get("theirs", "name") is None
+    assert [path.name.split(".")[0] for path in (tmp_path / ".in_use").iterdir()] == ["ours"]
 
 
 def test_a_cache_that_is_a_file_is_bad_input(tmp_path):

@@ -128,7 +128,7 @@ def keep(
     rows = tuple(_Row(tuple(output.shape), output.dtype) for output in below.outputs)
     shelf = room.shelf if examples.pictures.digests and key else None
     work = _Work(below, examples, augmentation, views, seed, rows, shelf, key)
-    on_shelf = shelf is not None and shelf.make_room(key, work.size)
+    on_shelf = shelf is not None and shelf.make_room(key, work.absent(shelf))
     if work.size <= room.memory:
         return (work if on_shelf else dataclasses.replace(work, shelf=None)).in_memory()
     return work.in_files(shelf) if on_shelf and shelf else None
@@ -168,6 +168,11 @@ class _Work:
     def size(self) -> int:
         """Bytes of all."""
         return self.places * sum(row.size for row in self.rows)
+
+    def absent(self, shelf: Shelf) -> int:
+        """Return the bytes of those that do not lie on a shelf."""
+        there = sum(shelf.path(self.key, name).exists() for name in self.names)
+        return self.size // self.places * (self.places - there)
 
     @cached_property
     def names(self) -> tuple[str, ...]:

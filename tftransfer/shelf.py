@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import tensorflow as tf
 
 from tftransfer.errors import InputError
@@ -19,6 +20,7 @@ LIMIT = 20 * 2**30
 
 _MAGIC = b"tftransfer item\n"
 _HEADER = len(_MAGIC) + 24  # length and CRC-32 of what follows, in digits
+_USERS = ".in_use"  # holds an empty file KEY.PROCESS for each key that a process reads
 _SPARE = 2**28  # bytes that stay free on the disk
 
 
@@ -89,19 +91,24 @@ class Shelf:
     def make_room(self, key: str, needed: int) -> bool:
         """Remove the keys that were used longest ago until so many bytes fit; returns whether they do.
 
+        What a living process of this machine has made room for stays.
+
         Args:
-            key: What is about to be written; it stays, and counts as used now.
+            key: What is about to be written; it counts as used now.
             needed: Bytes that will come.
         """
         own = self.folder / key
         with contextlib.suppress(OSError):
             own.mkdir(parents=True, exist_ok=True)
             os.utime(own)
+            (self.folder / _USERS).mkdir(exist_ok=True)
+            (self.folder / _USERS / f"{key}.{os.getpid()}").touch()
+        in_use = self._in_use()
         sizes = {part: _size(part) for part in self._keys()}
         for part in sorted(sizes, key=_used):
             if sum(sizes.values()) + needed <= self.limit and needed + _SPARE <= self._free():
                 break
-            if part != own:
+            if part.name not in in_use:
                 shutil.rmtree(part, ignore_errors=True)
                 sizes[part] = 0
         fits = sum(sizes.values()) + needed <= self.limit and needed + _SPARE <= self._free()
@@ -109,9 +116,21 @@ class Shelf:
             self._note(f"{self.folder} has no room for {needed / 2**20:,.0f} MB within its limit: nothing is kept")
         return fits
 
+    def _in_use(self) -> set[str]:
+        """Return the keys that some process has made room for and may still read; marks of ended ones are removed."""
+        keys = set()
+        for mark in _files(self.folder / _USERS):
+            key, _, process = mark.name.rpartition(".")
+            if psutil.pid_exists(int(process)):
+                keys.add(key)
+            else:
+                with contextlib.suppress(OSError):
+                    mark.unlink()
+        return keys
+
     def _keys(self) -> list[Path]:
         try:
-            return [part for part in self.folder.iterdir() if part.is_dir()]
+            return [part for part in self.folder.iterdir() if part.is_dir() and part.name != _USERS]
         except OSError:
             return []
 
