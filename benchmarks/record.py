@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 from tftransfer.bundles import versions
@@ -23,11 +24,20 @@ def record(name: str, pairs: list[tuple[float, float]], **setting: object) -> No
         setting: What was measured.
     """
     ratios = sorted(rival / ours for rival, ours in pairs)
-    result = {
-        "name": name,
+    measured = {
         "times_faster": round(statistics.median(ratios), 2),
         "range": [round(ratios[0], 2), round(ratios[-1], 2)],
         "pairs": len(pairs),
+    }
+    write(name, measured, **setting)
+    print(f"{name}: {measured['times_faster']} times faster, range {measured['range']} over {len(pairs)} pairs")
+
+
+def write(name: str, measured: Mapping[str, object], **setting: object) -> None:
+    """Write results/NAME.json: what was measured, on what, where and when."""
+    result = {
+        "name": name,
+        **measured,
         "setting": setting,
         "machine": {"processor": _processor(), "cores": os.cpu_count()},
         "versions": versions(),
@@ -35,7 +45,6 @@ def record(name: str, pairs: list[tuple[float, float]], **setting: object) -> No
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{name}: {result['times_faster']} times faster, range {result['range']} over {len(pairs)} pairs")
 
 
 def _processor() -> str:

@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--patience", type=cli.at_least(1), help="end a phase after so many epochs without progress")
     parser.add_argument("--balance", action="store_true", help="give every class the same total weight")
     parser.add_argument("--source", help="what the backbone was trained on: measure forgetting (demo, or as --data)")
+    parser.add_argument("--checks", default="", help="comma list of further ones: labels (which are likely wrong)")
     options = cli.parse(parser)
     import keras  # after TensorFlow was loaded quietly
 
@@ -54,6 +55,7 @@ def main() -> int:
         )
         model = tft.builders.in_units_of(model, data.train.targets) if task.kind == "regression" else model
     tft.planning.check_strategy(model, choice.planned, task)
+    tft.runs.check_names(options.checks, task)
     source = tft.choices.old_task(options.source, network, model, options)
     if options.dry_run:
         return tft.runs.show_plan(run, model, data, choice, devices)
@@ -69,6 +71,7 @@ def main() -> int:
         decided=run.decisions.get("trains", ""),
     )
     tft.runs.begin(run, data, devices, chosen)
+    found = tft.runs.check_data(options.checks, model, task, data, seed=options.seed, cache_dir=options.cache_dir)
     history = tft.fine_tune(
         model,
         task,
@@ -83,7 +86,7 @@ def main() -> int:
         cache_dir=options.cache_dir,
         quiet=options.quiet,
     )
-    return tft.runs.finish(run, model, task, data, history, network, devices, chosen, source)
+    return tft.runs.finish(run, model, task, data, history, network, devices, chosen, source, found)
 
 
 if __name__ == "__main__":

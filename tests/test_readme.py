@@ -53,3 +53,20 @@ def test_what_is_against_forgetting_keeps_fifteen_points_more_for_one_point_less
         lost = rows["full"]["accuracy"]["value"] - rows[name]["accuracy"]["value"]
         assert kept >= 0.15, name
         assert lost <= 0.01, name
+
+
+def test_speed_and_labels_are_the_committed_numbers(repository):
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    results = repository / "benchmarks" / "results"
+    speeds = re.findall(r"\| ([\d.]+) \(([\d.]+) to ([\d.]+)\) \|", text)
+    names = [
+        *(f"frozen_training_0.35_{side}" for side in ("ours", "warm", "views")),
+        *(f"partial_training_0.35_{side}" for side in ("ours", "views")),
+        *(f"full_training_0.35_ours_against_{rival}" for rival in ("keras", "keras_cached")),
+    ]
+    measured = [json.loads((results / f"{name}.json").read_text()) for name in names]
+    assert [tuple(map(float, row)) for row in speeds] == [(one["times_faster"], *one["range"]) for one in measured]
+    shares = json.loads((results / "labels_flowers.json").read_text())["shares"]
+    for method in ("ours", "plain"):
+        first, second, third = (shares[share]["precision"][method] for share in ("5%", "10%", "20%"))
+        assert f"{first:.0%}, {second:.0%} and {third:.0%}" in " ".join(text.split())

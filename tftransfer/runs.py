@@ -12,15 +12,17 @@ from typing import Any
 import keras
 from rich.console import Console
 
-from tftransfer import advice, bundles, inference, planning, serving, weights
-from tftransfer.checks import calibration, charts, demo, forgetting, overfitting, performance
+from tftransfer import advice, bundles, inference, planning, prefix, serving, weights
+from tftransfer.checks import calibration, charts, demo, forgetting, labels, overfitting, performance
 from tftransfer.choices import Network
 from tftransfer.console import audit_table, literal_console, print_table
 from tftransfer.data import Data
 from tftransfer.distribution import Devices
+from tftransfer.errors import check
 from tftransfer.history import History
 from tftransfer.penalties import Source
 from tftransfer.report import Findings, Report
+from tftransfer.shelf import shelf_at
 from tftransfer.tasks import Task
 
 ADAPTER = "adapter.safetensors"
@@ -76,6 +78,46 @@ def prepare(name: str, options: argparse.Namespace) -> Run:
     decisions = bundles.begun_decisions(folder)
     console = literal_console(options.quiet)
     return Run(name, folder, configuration, finished, console, time.monotonic(), again, decisions)
+
+
+def check_names(text: str, task: Task) -> tuple[str, ...]:
+    """Read a comma list of checks of the data.
+
+    Raises:
+        InputError: If one is not known, or does not apply to the task.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        check(name in _DATA_CHECKS, "checks", f"a comma list of {', '.join(_DATA_CHECKS)}", text)
+        check(task.kind == "single_label", "checks", "left out where examples have not one class each", text)
+    return names
+
+
+def check_data(
+    text: str, model: keras.Model, task: Task, data: Data, *, seed: int = 0, cache_dir: Path | None = None
+) -> Findings:
+    """Look at the data with the features of a pretrained network, before it learns anything of them.
+
+    Args:
+        text: A comma list of checks; empty for none.
+        model: From a builder, not tuned yet.
+        task: What its outputs mean.
+        data: Only the training split is looked at.
+        seed: Of folds. Defaults to 0.
+        cache_dir: Where features are kept. Defaults to None.
+    """
+    names = check_names(text, task)
+    if not names:
+        return Findings()
+    network = keras.Model(model.inputs, prefix.features(model))
+    features = inference.pooled_features(network, data.train, shelf=shelf_at(cache_dir))
+    found = Findings()
+    for name in names:
+        found += _DATA_CHECKS[name](task, data.train, features.values, seed=seed)
+    return found
+
+
+_DATA_CHECKS = {"labels": labels.labels}
 
 
 def begin(run: Run, data: Data, devices: Devices, chosen: advice.Advice) -> None:
@@ -152,6 +194,7 @@ def finish(
     devices: Devices,
     chosen: advice.Advice,
     source: Source | None = None,
+    found: Findings | None = None,
 ) -> int:
     """Measure on the test split, publish the SavedModel, write the folder, and print the result.
 
@@ -165,11 +208,12 @@ def finish(
         devices: What it was trained on.
         chosen: The strategy and why it was chosen.
         source: The task that the backbone comes from, if forgetting is to be measured. Defaults to None.
+        found: What `check_data` found. Defaults to nothing.
 
     Returns:
         The exit code: 0, or 1 if the export did not pass verification or the model's outputs are not finite.
     """
-    findings = _measure(model, task, data, history)
+    findings = _measure(model, task, data, history) + (found or Findings())
     if network.is_demo and data.name == "demo":
         worth = demo.demo_comparison(data, network.image_size)
         print_table(run.console, worth.tables[0])

@@ -12,7 +12,7 @@ import tensorflow as tf
 from tftransfer import adapters, builders, bundles, cli
 
 SMALL = ["--backbone", "MobileNet-0.25", "--weights", "none", "--image-size", "32", "--quiet"]
-DEMO = ["--smoke", "--source", "demo"]
+DEMO = ["--smoke", "--source", "demo", "--checks", "labels"]
 CONTRACT = {
     "model.keras", "manifest.json", "manifest.sha256", "history.csv", "report.json", "report.html", "MODEL_CARD.md",
     "checkpoints", "logs", "samples", "serving",
@@ -63,6 +63,13 @@ def test_report_keeps_to_the_contract(finished):
     assert judged
     assert all(check["passed"] for check in judged)
     assert sum(report["data"][split] for split in ("train", "validation", "test")) <= 64
+
+
+def test_further_checks_are_in_the_report(finished):
+    report = json.loads((finished / "report.json").read_text())
+    (looked,) = (check for check in report["checks"] if check["name"] == "labels")
+    assert looked["metrics"]["looked_at"] == report["data"]["train"]
+    assert bool(looked["metrics"]["listed"]) == any(table["title"] == "Labels to look at" for table in report["tables"])
 
 
 def test_the_demo_prints_what_the_backbone_is_worth(finished):
@@ -226,6 +233,8 @@ def _check_options(run: bundles.Bundle) -> None:
     ("options", "said"),
     [
         (["--learning-rate", "-1"], "learning_rate"),
+        (["--checks", "label"], "`checks` must be a comma list of labels"),
+        (["--cache-dir", __file__], "`cache_dir` must be a folder"),
         (["--strategy", "ful"], "Did you mean 'full'"),
         (["--strategy", "full:layer_decy=1"], "Did you mean 'layer_decay'"),
         (["--strategy", "partial:last=0"], "whole number from 1"),

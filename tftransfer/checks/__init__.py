@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["calibration", "forgetting", "intervals", "overfitting", "performance", "probe"]
+__all__ = ["calibration", "forgetting", "intervals", "labels", "overfitting", "performance", "probe"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
-import tensorflow as tf
 
-from tftransfer.checks import drawing
+from tftransfer.checks.gallery import gallery
 from tftransfer.data.examples import Examples
-from tftransfer.report import MISTAKES, Findings, Picture, Table
+from tftransfer.report import MISTAKES, Findings, Table
 from tftransfer.tasks import Task
 
-_COLUMNS = 3
 _CAPTION = (
     "Above each picture: what the model says, and how sure it is or how far off. "
     "Some may be wrong labels in the data rather than mistakes of the model."
@@ -92,24 +89,6 @@ def show(examples: Examples, mistakes: list[Mistake], title: str) -> Findings:
         return Findings()
     rows = tuple((examples.names[m.index], m.true, m.predicted, m.how_much) for m in mistakes)
     table = Table("Their files", ("file", "true", "predicted", "how sure, how far"), rows, section=MISTAKES)
-    return Findings(tables=(table,), pictures=(_picture(examples, mistakes, title),))
-
-
-def _picture(examples: Examples, mistakes: list[Mistake], title: str) -> Picture:
-    """Draw examples under what the model says, three in a row; only their pictures are read."""
-    rows = math.ceil(len(mistakes) / _COLUMNS)
-    drawn = drawing.figure(height=2.2 * rows, layout=None)  # a fixed grid: finding a layout takes seconds
-    for place, mistake in enumerate(mistakes):
-        row, column = divmod(place, _COLUMNS)
-        corner = (column / _COLUMNS + 0.01, 1 - (row + 1) / rows + 0.01 / rows)
-        axes = drawn.add_axes((*corner, 1 / _COLUMNS - 0.02, 0.73 / rows))
-        axes.set_axis_off()
-        axes.imshow(np.asarray(examples.pictures.load(tf.constant(mistake.index, tf.int64))))
-        axes.set_title(_title(mistake), fontsize=drawing.FONT - 1, color=drawing.INK, pad=4)
     told = "; ".join(f"{m.true} taken for {m.predicted} ({m.how_much})" for m in mistakes)
-    return Picture(title, drawing.png(drawn), _CAPTION, MISTAKES, f"{title}: {told}.")
-
-
-def _title(mistake: Mistake) -> str:
-    parts = (mistake.predicted, mistake.how_much, f"true: {mistake.true}")
-    return "\n".join(drawing.text(part, 20) for part in parts)
+    entries = [(m.index, (m.predicted, m.how_much, f"true: {m.true}")) for m in mistakes]
+    return Findings(tables=(table,), pictures=(gallery(examples, entries, title, _CAPTION, MISTAKES, told),))
