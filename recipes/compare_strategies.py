@@ -37,11 +37,18 @@ def main() -> int:
     parser.set_defaults(epochs=30)
     parser.add_argument("--seeds", default="0,1,2", help="comma list (default: %(default)s)")
     parser.add_argument("--folds", type=cli.at_least(2), help="cross-validate on the training split (default: test)")
+    parser.add_argument(
+        "--train-on-validation",
+        action="store_true",
+        help="the validation split trains too, once what trains is chosen: as for the model that is used at last",
+    )
     parser.add_argument("--source", help="measure forgetting on this (demo, or as --data; default: demo if it fits)")
     options = cli.parse(parser)
     texts = tft.comparison.split_list(options.strategy or (DIGITS if options.data == "demo" else PHOTOS))
     choices = [tft.advice.Choice(text, options.epochs, options.learning_rate) for text in texts]
     seeds = cli.seeds(options.seeds)
+    if options.train_on_validation:
+        tft.comparison.check_validation_is_free(choices)
 
     run = tft.runs.prepare(NAME, options)
     if run.finished:
@@ -94,6 +101,7 @@ def main() -> int:
                         batch_size=options.batch_size,
                         max_steps=2 if options.smoke else None,
                         source=source,
+                        train_on_validation=options.train_on_validation,
                         cache=options.cache,
                         cache_dir=options.cache_dir,
                     )
@@ -115,10 +123,11 @@ def _about(options: Any, network: Any, data: Any, devices: Any) -> dict[str, Any
         "image_size": list(network.image_size),
         "data": data.name,
         "fingerprint": data.fingerprint,
-        "train": len(data.train),
+        "train": len(data.train) + options.train_on_validation * len(data.validation),
         "test": len(data.test),
         "quarantined": len(data.quarantined),
         "folds": options.folds,
+        "train_on_validation": options.train_on_validation,
         "epochs": options.epochs,
         "batch_size": options.batch_size,
         "learning_rate": options.learning_rate,

@@ -24,7 +24,14 @@ def main() -> int:
     parser.add_argument("--patience", type=cli.at_least(1), help="end a phase after so many epochs without progress")
     parser.add_argument("--balance", action="store_true", help="give every class the same total weight")
     parser.add_argument("--source", help="what the backbone was trained on: measure forgetting (demo, or as --data)")
-    parser.add_argument("--checks", default="", help="comma list of further ones: labels (which are likely wrong)")
+    parser.add_argument(
+        "--checks",
+        default="",
+        help="comma list of further ones: labels (which are likely wrong), duplicates (pictures in two splits)",
+    )
+    parser.add_argument(
+        "--remove-duplicates", action="store_true", help="train without pictures that are in another split too"
+    )
     options = cli.parse(parser)
     import keras  # after TensorFlow was loaded quietly
 
@@ -44,6 +51,7 @@ def main() -> int:
         limit=64 if options.smoke else None,
         cache_dir=options.cache_dir,
     )
+    data, found = tft.runs.without_duplicates(data) if options.remove_duplicates else (data, tft.report.Findings())
     with tft.devices(options.devices, options.precision) as devices:
         model = tft.builders.image_classifier(
             network.backbone,
@@ -71,7 +79,7 @@ def main() -> int:
         decided=run.decisions.get("trains", ""),
     )
     tft.runs.begin(run, data, devices, chosen)
-    found = tft.runs.check_data(options.checks, model, task, data, seed=options.seed, cache_dir=options.cache_dir)
+    found += tft.runs.check_data(options.checks, model, task, data, seed=options.seed, cache_dir=options.cache_dir)
     history = tft.fine_tune(
         model,
         task,

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from tftransfer import comparison
+from tftransfer import advice, comparison, strategies
 from tftransfer.comparison import Trial
 from tftransfer.errors import InputError
 
@@ -43,6 +43,7 @@ ABOUT = {
     "train": 24,
     "test": 12,
     "folds": None,
+    "train_on_validation": False,
     "epochs": 3,
     "batch_size": 8,
 }
@@ -115,6 +116,33 @@ def test_folds_hold_out_every_training_example_once_and_no_test_example(small_da
 def test_impossible_folds_are_refused(small_data, count):
     with pytest.raises(InputError, match="from 2 to 8"):
         list(comparison.folds(small_data, count))
+
+
+def test_what_weighs_by_the_validation_split_cannot_train_on_it():
+    comparison.check_validation_is_free([advice.Choice("full"), advice.Choice("surgical")])
+    with pytest.raises(InputError, match="weighs by that split. Received: .*wise_ft"):
+        comparison.check_validation_is_free([advice.Choice("full"), advice.Choice("wise_ft")])
+
+
+def test_the_validation_split_trains_after_the_choice(monkeypatch, small_data, small_task, small_network):
+    seen = {}
+
+    def choose(model, task, data, **_):
+        seen["chosen by"] = data.train.names
+        return advice.Advice(strategies.linear_probe(epochs=1))
+
+    def train(model, task, data, *given, **options):
+        seen["trained on"], seen["validated on"] = data.train.names, data.validation.names
+        return real(model, task, data, *given, **options)
+
+    real = comparison.training.fine_tune
+    monkeypatch.setattr(comparison.training, "fine_tune", train)
+    monkeypatch.setattr(advice.Choice, "__call__", lambda self, *given, **options: choose(*given, **options))
+    choice = advice.Choice("linear_probe", 1)
+    comparison.run_trial(choice, small_network, small_task, small_data, seed=0, train_on_validation=True)
+    assert seen["chosen by"] == small_data.train.names
+    assert seen["trained on"] == small_data.train.names + small_data.validation.names
+    assert seen["validated on"] == small_data.validation.names
 
 
 @pytest.mark.parametrize("text", ["", "full,full", "full,nonsense", "full:layer_decay=2"])

@@ -33,15 +33,48 @@ def test_strategies_and_commands_are_named(repository):
     assert [name for name in commands if f"tftransfer {name}" not in text] == []
 
 
-@pytest.mark.parametrize("name", ["strategies_digits", "strategies_flowers", "strategies_flowers_folds"])
+@pytest.mark.parametrize(
+    "name", ["strategies_digits", "strategies_flowers", "strategies_flowers_all", "strategies_flowers_folds"]
+)
 def test_tables_of_strategies_are_those_of_the_committed_trials(repository, name):
     results = repository / "benchmarks" / "results"
-    found = json.loads((results / f"{name}.json").read_text())
+    found = json.loads((results / f"strategies_{name}.json").read_text())
     trials = [comparison.Trial(**trial) for trial in found["trials"]]
     written = comparison.markdown(comparison.table(trials, found["metric"], comparison.note(found["about"])))
-    assert (results / f"{name}.md").read_text() == written
+    assert (results / f"strategies_{name}.md").read_text() == written
     rows = "\n".join(line for line in written.splitlines() if line.startswith("|"))
     assert rows in (repository / "README.md").read_text()
+
+
+def test_the_chosen_strategy_and_surgical_are_as_good_as_is_asked(repository):
+    """What cross-validation chose reaches 0.85, and the strategy that asks the data is within two points of it."""
+    results = repository / "benchmarks" / "results"
+    chosen = json.loads((results / "strategies_flowers_folds.json").read_text())["strategies"][0]["strategy"]
+    found = json.loads((results / "strategies_flowers_all.json").read_text())
+    accuracy = {row["strategy"]: row["accuracy"]["value"] for row in found["strategies"]}
+    assert accuracy[chosen] >= 0.85
+    assert accuracy[chosen] - accuracy["surgical"] <= 0.02
+    assert {(trial["strategy"], trial["seed"]) for trial in found["trials"]} == {
+        (name, seed) for name in (chosen, "surgical") for seed in (0, 1, 2)
+    }
+
+
+def test_what_is_said_of_copies_is_measured(repository):
+    text = " ".join((repository / "README.md").read_text(encoding="utf-8").split())
+    results = repository / "benchmarks" / "results"
+    flowers, cells, spoken = (
+        json.loads((results / f"duplicates_{name}.json").read_text())
+        for name in ("flowers", "cells", "spoken_digit_pictures")
+    )
+    kinds = (("resized", "resized"), ("encoded again", "JPEG quality 50"), ("cropped", "90 % of each side"),
+             ("mirrored", "mirrored"), ("gray", "gray"))  # fmt: skip
+    assert all(f"{flowers['recall'][kind]:.1%} ({said})" in text for kind, said in kinds)
+    assert f"false alarms for {flowers['false_alarms']:.1%} of {flowers['setting']['others']} other" in text
+    assert cells["false_alarms"] * cells["setting"]["others"] == pytest.approx(3)
+    assert f"{spoken['false_alarms']:.1%} are false alarms" in text
+    for found in (flowers, cells):
+        assert found["recall"]["same"] == 1
+        assert min(found["recall"].values()) >= 0.95
 
 
 def test_what_is_against_forgetting_keeps_fifteen_points_more_for_one_point_less(repository):

@@ -14,12 +14,12 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from sklearn.model_selection import KFold, StratifiedKFold
 
 from tftransfer import advice, bundles, inference, report_html, training
+from tftransfer.averages import WiseFt
 from tftransfer.checks import drawing, forgetting, performance
-from tftransfer.data import Data, Examples
+from tftransfer.data import Data
 from tftransfer.errors import InputError, check
 from tftransfer.penalties import Source
 from tftransfer.report import RESULT, Number, Picture, Table
@@ -103,18 +103,18 @@ def folds(data: Data, count: int, seed: int = 0) -> Iterator[Data]:
     for inside, outside in kind(count, shuffle=True, random_state=seed).split(
         np.zeros(len(targets)), targets if single else None
     ):
-        yield dataclasses.replace(data, train=_subset(data.train, inside), test=_subset(data.train, outside))
+        yield dataclasses.replace(data, train=data.train.subset(inside), test=data.train.subset(outside))
 
 
-def _subset(examples: Examples, numbers: np.ndarray) -> Examples:
-    held, load = tf.constant(numbers, tf.int64), examples.pictures.load
-    pictures = dataclasses.replace(
-        examples.pictures,
-        names=tuple(examples.names[number] for number in numbers),
-        load=lambda index: load(tf.gather(held, index)),
-        digests=tuple(examples.pictures.digests[number] for number in numbers) if examples.pictures.digests else (),
-    )
-    return Examples(pictures, examples.targets[numbers], examples.weights[numbers])
+def check_validation_is_free(choices: Sequence[advice.Choice]) -> None:
+    """Refuse strategies that cannot train on the validation split too, because they need it when training ends.
+
+    Raises:
+        InputError: If there is one.
+    """
+    for choice in choices:
+        weighs = any(isinstance(phase.average, WiseFt) for phase in choice.planned)
+        check(not weighs, "train_on_validation", "left out for a strategy that weighs by that split", choice.text)
 
 
 def run_trial(
@@ -128,6 +128,7 @@ def run_trial(
     batch_size: int = 32,
     max_steps: int | None = None,
     source: Source | None = None,
+    train_on_validation: bool = False,
     cache: str = "auto",
     cache_dir: Path | None = None,
 ) -> Trial:
@@ -141,11 +142,15 @@ def run_trial(
         fold: Kept in the trial. Defaults to -1.
         batch_size, max_steps, cache, cache_dir: As for `fine_tune`.
         source: The old task, from `source_probe` on the network before tuning. Defaults to None.
+        train_on_validation: Whether that split trains too, after a strategy that asks the data has chosen with it.
+            Defaults to False.
     """
     keras.utils.set_random_seed(seed)
     model = build()
     began = time.monotonic()
     chosen = choice(model, task, data, seed=seed, batch_size=batch_size, max_steps=max_steps)
+    if train_on_validation:
+        data = dataclasses.replace(data, train=data.train.joined(data.validation))
     history = training.fine_tune(
         model,
         task,
@@ -280,9 +285,10 @@ def note(about: Mapping[str, Any]) -> str:
         about: What `comparison.json` says beside the trials: the network, the budget and the data.
     """
     epochs = f"{about['epochs']} epochs" if about["epochs"] else "each strategy's own epochs"
+    joined = ", the validation split among them" if about["train_on_validation"] else ""
     said = (
         f"{about['backbone']} ({about['weights']}) at {'x'.join(map(str, about['image_size']))} pixels on "
-        f"{about['data']}, {epochs} of {about['train']} examples in batches of {about['batch_size']}."
+        f"{about['data']}, {epochs} of {about['train']} examples{joined} in batches of {about['batch_size']}."
     )
     if about["folds"]:
         return f"{said} Measured on {about['folds']} folds of the training split; the test split was not looked at."

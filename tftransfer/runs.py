@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 from rich.console import Console
 
 from tftransfer import advice, bundles, inference, planning, prefix, serving, weights
-from tftransfer.checks import calibration, charts, demo, forgetting, labels, overfitting, performance
+from tftransfer.checks import calibration, charts, demo, duplicates, forgetting, labels, overfitting, performance
 from tftransfer.choices import Network
 from tftransfer.console import audit_table, literal_console, print_table
 from tftransfer.data import Data
@@ -26,6 +27,7 @@ from tftransfer.shelf import shelf_at
 from tftransfer.tasks import Task
 
 ADAPTER = "adapter.safetensors"
+_DATA_CHECKS = ("labels", "duplicates")
 # Options that do not decide a run's result; every other one is part of its configuration.
 _NOT_CONFIGURATION = ("out", "quiet", "dry_run", "cache", "cache_dir")
 
@@ -89,35 +91,48 @@ def check_names(text: str, task: Task) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
         check(name in _DATA_CHECKS, "checks", f"a comma list of {', '.join(_DATA_CHECKS)}", text)
-        check(task.kind == "single_label", "checks", "left out where examples have not one class each", text)
+        fits = name != "labels" or task.kind == "single_label"
+        check(fits, "checks", "without labels where examples have not one class each", text)
     return names
 
 
 def check_data(
     text: str, model: keras.Model, task: Task, data: Data, *, seed: int = 0, cache_dir: Path | None = None
 ) -> Findings:
-    """Look at the data with the features of a pretrained network, before it learns anything of them.
+    """Look at the data, also with the features of a pretrained network, before it learns anything of them.
 
     Args:
         text: A comma list of checks; empty for none.
         model: From a builder, not tuned yet.
         task: What its outputs mean.
-        data: Only the training split is looked at.
+        data: All splits for copies, else training alone.
         seed: Of folds. Defaults to 0.
         cache_dir: Where features are kept. Defaults to None.
     """
-    names = check_names(text, task)
-    if not names:
-        return Findings()
-    network = keras.Model(model.inputs, prefix.features(model))
-    features = inference.pooled_features(network, data.train, shelf=shelf_at(cache_dir))
+    findings = {
+        "labels": lambda: labels.labels(task, data.train, _features(model, data, cache_dir), seed=seed),
+        "duplicates": lambda: duplicates.duplicates(data, duplicates.copies(data)),
+    }
     found = Findings()
-    for name in names:
-        found += _DATA_CHECKS[name](task, data.train, features.values, seed=seed)
+    for name in check_names(text, task):
+        found += findings[name]()
     return found
 
 
-_DATA_CHECKS = {"labels": labels.labels}
+def _features(model: keras.Model, data: Data, cache_dir: Path | None) -> np.ndarray:
+    network = keras.Model(model.inputs, prefix.features(model))
+    return inference.pooled_features(network, data.train, shelf=shelf_at(cache_dir)).values
+
+
+def without_duplicates(data: Data) -> tuple[Data, Findings]:
+    """Remove from training and validation what lies in another split too, and report it.
+
+    Raises:
+        InputError: If a class would be lost.
+    """
+    found = duplicates.copies(data)
+    findings = duplicates.duplicates(data, found, removed=True)
+    return (duplicates.without_copies(data, found) if found else data), findings
 
 
 def begin(run: Run, data: Data, devices: Devices, chosen: advice.Advice) -> None:

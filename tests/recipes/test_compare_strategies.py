@@ -125,6 +125,7 @@ def test_a_dry_run_writes_nothing(recipe, tmp_path, capsys):
         (["--seeds", "1,01"], "seeds"),
         (["--seeds", "4294967296"], "seeds"),
         (["--folds", "1"], "folds"),
+        (["--strategy", "full,wise_ft", "--train-on-validation"], "wise_ft"),
         (["--folds", "40"], "smallest class"),
         (["--data", "nowhere"], "nowhere"),
         (["--weights", "none", "--backbone", "MobileNet-0.25", "--source", "demo"], "pretrained weights"),

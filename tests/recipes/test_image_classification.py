@@ -12,7 +12,7 @@ import tensorflow as tf
 from tftransfer import adapters, builders, bundles, cli
 
 SMALL = ["--backbone", "MobileNet-0.25", "--weights", "none", "--image-size", "32", "--quiet"]
-DEMO = ["--smoke", "--source", "demo", "--checks", "labels"]
+DEMO = ["--smoke", "--source", "demo", "--checks", "labels,duplicates"]
 CONTRACT = {
     "model.keras", "manifest.json", "manifest.sha256", "history.csv", "report.json", "report.html", "MODEL_CARD.md",
     "checkpoints", "logs", "samples", "serving",
@@ -70,6 +70,24 @@ def test_further_checks_are_in_the_report(finished):
     (looked,) = (check for check in report["checks"] if check["name"] == "labels")
     assert looked["metrics"]["looked_at"] == report["data"]["train"]
     assert bool(looked["metrics"]["listed"]) == any(table["title"] == "Labels to look at" for table in report["tables"])
+
+
+def test_copies_in_other_splits_are_removed_on_request(recipe, tmp_path, capsys):
+    generator = np.random.default_rng(5)
+    pictures = [generator.integers(0, 256, (40, 48, 3), np.uint8) for _ in range(20)]
+    for split, own in (("train", pictures[:12]), ("test", [*pictures[:2], *pictures[12:16]]), ("val", pictures[16:])):
+        for number, picture in enumerate(own):
+            (tmp_path / split / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+            file = tmp_path / split / "ab"[number % 2] / f"{number}.png"
+            file.write_bytes(tf.io.encode_png(picture).numpy())
+    small = ["--data", tmp_path, "--backbone", "MobileNet-0.25", "--weights", "none", "--image-size", "32", "--smoke"]
+    out = tmp_path / "run"
+    assert recipe(*small, "--strategy", "linear_probe", "--remove-duplicates", "--out", out, "--quiet") == 0
+    report = json.loads((out / "report.json").read_text())
+    assert [report["data"][split] for split in ("train", "validation", "test")] == [10, 4, 6]
+    (found,) = (check for check in report["checks"] if check["name"] == "duplicates")
+    assert (found["passed"], found["metrics"]["exact"], found["metrics"]["removed"]) == (True, 2, True)
+    assert any(table["title"] == "Pictures in two splits" for table in report["tables"])
 
 
 def test_the_demo_prints_what_the_backbone_is_worth(finished):

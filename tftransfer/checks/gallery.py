@@ -12,8 +12,6 @@ from tftransfer.checks import drawing
 from tftransfer.data.examples import Examples
 from tftransfer.report import Picture
 
-_COLUMNS = 3
-
 
 def gallery(
     examples: Examples,
@@ -22,21 +20,24 @@ def gallery(
     caption: str,
     section: str,
     told: str,
+    columns: int = 3,
 ) -> Picture:
-    """Draw examples under what is said of each, three in a row; only their pictures are read.
+    """Draw examples under what is said of each, in rows; only their pictures are read.
 
     Args:
         examples: One split.
         entries: The place of each example in it, and the lines above it.
         title, caption, section: Of the picture in the report.
         told: The same in words, for those who do not see it.
+        columns: How many in a row. Defaults to 3.
     """
-    rows = math.ceil(len(entries) / _COLUMNS)
-    drawn = drawing.figure(height=2.2 * rows, layout=None)  # a fixed grid: finding a layout takes seconds
+    rows = math.ceil(len(entries) / columns)
+    # A fixed grid: finding a layout takes seconds.
+    drawn = drawing.figure(height=6.6 / columns * rows, layout=None)
     for place, (index, lines) in enumerate(entries):
-        row, column = divmod(place, _COLUMNS)
-        corner = (column / _COLUMNS + 0.01, 1 - (row + 1) / rows + 0.01 / rows)
-        axes = drawn.add_axes((*corner, 1 / _COLUMNS - 0.02, 0.73 / rows))
+        row, column = divmod(place, columns)
+        corner = (column / columns + 0.01, 1 - (row + 1) / rows + 0.01 / rows)
+        axes = drawn.add_axes((*corner, 1 / columns - 0.02, 0.73 / rows))
         axes.set_axis_off()
         axes.imshow(np.asarray(examples.pictures.load(tf.constant(index, tf.int64))))
         words = "\n".join(drawing.text(line, 20) for line in lines)

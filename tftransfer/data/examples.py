@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,40 @@ class Examples:
     def names(self) -> tuple[str, ...]:
         """The names of the pictures, in order."""
         return self.pictures.names
+
+    def subset(self, numbers: np.ndarray) -> Examples:
+        """Return those with the given numbers, in their order."""
+        pictures = self.pictures
+        held = tf.constant(numbers, tf.int64)
+        chosen = replace(
+            pictures,
+            names=tuple(pictures.names[number] for number in numbers),
+            load=lambda index: pictures.load(tf.gather(held, index)),
+            digests=tuple(pictures.digests[number] for number in numbers) if pictures.digests else (),
+        )
+        return Examples(chosen, self.targets[numbers], self.weights[numbers])
+
+    def joined(self, others: Examples) -> Examples:
+        """Return these, and others of the same image size after them."""
+        first, second, count = self.pictures, others.pictures, len(self)
+
+        def load(index: tf.Tensor) -> tf.Tensor:
+            here = index < count
+            at, beyond = tf.minimum(index, count - 1), tf.maximum(index - count, 0)
+            if index.shape.rank == 0:
+                return tf.cond(here, lambda: first.load(at), lambda: second.load(beyond))
+            return tf.where(here[:, None, None, None], first.load(at), second.load(beyond))
+
+        known = first.digests and second.digests
+        both = Pictures(
+            first.names + second.names,
+            load,
+            first.image_size,
+            first.digests + second.digests if known else (),
+            at_once=first.at_once and second.at_once,
+        )
+        targets = np.concatenate([self.targets, others.targets])
+        return Examples(both, targets, np.concatenate([self.weights, others.weights]))
 
 
 @dataclass(frozen=True)
