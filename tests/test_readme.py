@@ -33,9 +33,7 @@ def test_strategies_and_commands_are_named(repository):
     assert [name for name in commands if f"tftransfer {name}" not in text] == []
 
 
-@pytest.mark.parametrize(
-    "name", ["strategies_digits", "strategies_flowers", "strategies_flowers_all", "strategies_flowers_folds"]
-)
+@pytest.mark.parametrize("name", ["digits", "flowers", "flowers_all", "flowers_folds"])
 def test_tables_of_strategies_are_those_of_the_committed_trials(repository, name):
     results = repository / "benchmarks" / "results"
     found = json.loads((results / f"strategies_{name}.json").read_text())
