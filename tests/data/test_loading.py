@@ -11,7 +11,7 @@ import tensorflow as tf
 from PIL import Image
 
 from tftransfer import tasks
-from tftransfer.data import audit, load, load_for, order
+from tftransfer.data import audit, load, load_for, order, room
 from tftransfer.data.images import decode_picture
 from tftransfer.errors import InputError
 
@@ -53,7 +53,8 @@ def test_class_folders(make_folder):
             np.testing.assert_array_equal(examples.pictures.load(tf.constant(number, tf.int64)), expected)
 
 
-def test_pictures_that_do_not_fit_the_memory_are_decoded_again(make_folder):
+def test_pictures_that_fit_neither_memory_nor_disk_are_decoded_again(make_folder, monkeypatch):
+    monkeypatch.setattr(room, "_is_memory", lambda _: True)
     root = make_folder({"cat": 5, "dog": 5})
     kept, _ = load(root, image_size=SIZE)
     again, _ = load(root, image_size=SIZE, memory_budget=0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer.data import load, reading
+from tftransfer.data import load, reading, room
 from tftransfer.errors import InputError
 
 
@@ -74,7 +74,8 @@ def test_pictures_that_change_behind_a_second_run_are_refused(folder, tmp_path):
         data.train.pictures.load(0)
 
 
-def test_what_does_not_fit_into_memory_is_remembered_too(folder, tmp_path, decoded):
+def test_what_fits_neither_memory_nor_disk_is_remembered_too(folder, tmp_path, decoded, monkeypatch):
+    monkeypatch.setattr(room, "_is_memory", lambda _: True)
     for expected in (26, 0):
         decoded.clear()
         data, _ = load(folder, image_size=(6, 8), cache_dir=tmp_path / "kept", memory_budget=0)

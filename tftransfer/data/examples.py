@@ -20,8 +20,8 @@ class Pictures:
         image_size: `(height, width)` of what `load` returns.
         digests: SHA-256 of each picture as it was read, in hexadecimal. Defaults to none: what is computed from the
             pictures is then not kept beyond the run.
-        at_once: Whether `load` takes `(n,)` indices as well and returns `(n, height, width, 3)`: pictures that are in
-            memory. Defaults to False.
+        at_once: Whether `load` takes `(n,)` indices as well and returns `(n, height, width, 3)`: pictures that are
+            kept decoded. Defaults to False.
     """
 
     names: tuple[str, ...]

@@ -41,9 +41,9 @@ def load(
 ) -> tuple[Data, Task]:
     """Read a data set and find out what its labels mean.
 
-    Every picture is read and decoded once; what cannot be used is set aside with its reason. The decoded
-    pictures stay in memory where they fit `memory_budget`, else they are decoded again when they are asked
-    for.
+    Every picture is read and decoded once; what cannot be used is set aside with its reason. The decoded pictures
+    stay in memory where they fit `memory_budget`, else in a file (in `cache_dir`, or the system's folder for such
+    files) that vanishes with the process; without room on the disk they are decoded again when they are asked for.
 
     Args:
         source: One of

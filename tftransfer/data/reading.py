@@ -1,11 +1,10 @@
-"""Read every picture of a source once: its hash, whether it can be used, and its pixels if they fit into memory."""
+"""Read every picture of a source once: its hash, whether it can be used, and its pixels if there is room for them."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import tensorflow as tf
 from tftransfer.data import audit, images
 from tftransfer.data.examples import Quarantined
 from tftransfer.data.listing import Listing, Reader
+from tftransfer.data.room import InFile, InMemory, room
 from tftransfer.errors import InputError
 from tftransfer.shelf import Shelf
 
@@ -39,30 +39,28 @@ class _Outcome:
 class _Pixels:
     """All pictures of a source, decoded: by `read_all`, or else when they are first asked for."""
 
-    def __init__(self, listing: Listing, image_size: tuple[int, int]) -> None:
-        self._listing, self._decode = listing, _decoder(listing.reader, image_size)
-        self._array = _room((len(listing.names), *image_size, 3))
+    def __init__(self, listing: Listing, image_size: tuple[int, int], kept_in: InMemory | InFile) -> None:
+        self._listing, self._decode, self._room = listing, _decoder(listing.reader, image_size), kept_in
         self.known: list[_Outcome] | None = None  # what a run before came to, unless pictures were decoded since
 
     def read_all(self) -> list[_Outcome]:
         """Read, check and decode every picture."""
-        return _in_threads(lambda number: _read_one(self._listing, number, self._decode, self._array), self._listing)
+        return _in_threads(lambda number: _read_one(self._listing, number, self._decode, self._room), self._listing)
 
     @cached_property
-    def tensor(self) -> tf.Tensor:
-        """The pictures, `(n, height, width, 3)`."""
+    def ready(self) -> InMemory | InFile:
+        """Where the pictures are, all decoded."""
         with tf.init_scope():
             if self.known:
                 for number, (now, before) in enumerate(zip(self.read_all(), self.known, strict=True)):
                     if now != before:
                         raise InputError(f"{self._listing.place(number)} has changed since the run began")
-            # The tensor is the array, not a copy: copies for each split would be several times the budget.
-            return tf.experimental.dlpack.from_dlpack(self._array.__dlpack__())
+        return self._room
 
 
 @dataclass(frozen=True)
 class Read:
-    """What came of reading: what is usable, its hashes and, if they fit the memory, the pixels of all."""
+    """What came of reading: what is usable, its hashes and, if there is room, the pixels of all."""
 
     usable: np.ndarray
     hashes: tuple[str, ...]
@@ -74,8 +72,8 @@ class Read:
 
 def read_all(listing: Listing, image_size: tuple[int, int], budget: int, shelf: Shelf | None = None) -> Read:
     """Read and check every picture once, and decode it, unless a shelf knows what would come of that."""
-    fits = len(listing.names) * image_size[0] * image_size[1] * 3 <= budget
-    pixels = _Pixels(listing, image_size) if fits else None
+    place = room(len(listing.names), image_size, budget, shelf.folder if shelf else None)
+    pixels = _Pixels(listing, image_size, place) if place else None
     name = _digest_of_all(listing) if shelf else ""
     outcomes = _remembered(shelf, name) if shelf else None
     if pixels:
@@ -123,14 +121,6 @@ def _remembered(shelf: Shelf, name: str) -> list[_Outcome] | None:
     return None if payload is None else [_Outcome(*outcome) for outcome in json.loads(payload)]
 
 
-def _room(shape: tuple[int, ...]) -> np.ndarray:
-    """Return an uninitialised array that TensorFlow can share: it begins at a multiple of 64 bytes."""
-    count = math.prod(shape)
-    room = np.empty(count + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    return room[start : start + count].reshape(shape)
-
-
 def _decoder(reader: Reader, image_size: tuple[int, int]) -> Callable[[Any], tf.Tensor]:
     """Return a function for several threads, which traces one graph for each format that occurs."""
     traced: dict[str | None, Callable[[tf.Tensor], tf.Tensor]] = {}
@@ -147,8 +137,10 @@ def _decoder(reader: Reader, image_size: tuple[int, int]) -> Callable[[Any], tf.
     return decode
 
 
-def _read_one(listing: Listing, number: int, decode: Callable[[Any], tf.Tensor], pixels: np.ndarray | None) -> _Outcome:
-    """Read, check and decode one picture, into its place among the pixels if there are any."""
+def _read_one(
+    listing: Listing, number: int, decode: Callable[[Any], tf.Tensor], place: InMemory | InFile | None
+) -> _Outcome:
+    """Read, check and decode one picture, and keep it if there is room."""
     try:
         stored: Any = listing.reader.read(number)
     except OSError as error:
@@ -161,8 +153,8 @@ def _read_one(listing: Listing, number: int, decode: Callable[[Any], tf.Tensor],
         picture = decode(stored)
     except tf.errors.OpError as error:
         return _Outcome(digest, audit.explain(error, bytes(stored)))
-    if pixels is not None:
-        pixels[number] = picture.numpy()
+    if place is not None:
+        place.put(number, picture.numpy())
     is_file = isinstance(stored, bytes) and "." in listing.names[number]
     return _Outcome(digest, None, is_file and audit.has_wrong_extension(listing.names[number], stored))
 
@@ -180,9 +172,9 @@ def _misnamed_note(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def random_access(reader: Reader, read: Read, numbers: np.ndarray) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Return the function from an example's number to its picture: from memory (several at once), or decoded anew."""
+    """Return the function from an example's number to its picture: kept (several at once), or decoded anew."""
     stored = tf.constant(read.usable[numbers], tf.int64)
     pixels = read.pixels
     if pixels is not None:
-        return lambda index: tf.gather(pixels.tensor, tf.gather(stored, index))
+        return lambda index: pixels.ready.read(tf.gather(stored, index))
     return lambda index: reader.decode(reader.fetch(tf.gather(stored, index)), read.image_size)

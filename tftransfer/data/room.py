@@ -1,0 +1,112 @@
+"""Room for decoded pictures: an array in memory, or a file of the same rows where they do not fit into it."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import weakref
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import tensorflow as tf
+
+_SPARE = 2**30  # bytes that stay free on the disk
+_IN_MEMORY = ("tmpfs", "ramfs")  # file systems that are no disk
+
+
+class InMemory:
+    """Pictures of one size as an array."""
+
+    def __init__(self, count: int, image_size: tuple[int, int]) -> None:
+        shape = (count, *image_size, 3)
+        # Uninitialised, and TensorFlow can share it: it begins at a multiple of 64 bytes.
+        held = np.empty(math.prod(shape) + 64, np.uint8)
+        start = -held.ctypes.data % 64
+        self._array = held[start : start + math.prod(shape)].reshape(shape)
+
+    def put(self, number: int, picture: np.ndarray) -> None:
+        """Store one picture; several threads may."""
+        self._array[number] = picture
+
+    def read(self, numbers: tf.Tensor) -> tf.Tensor:
+        """Return the pictures with the given numbers, a scalar or `(n,)`, also inside a graph."""
+        return tf.gather(self._tensor, numbers)
+
+    @cached_property
+    def _tensor(self) -> tf.Tensor:
+        with tf.init_scope():
+            # The tensor is the array, not a copy: copies for each split would be several times the budget.
+            return tf.experimental.dlpack.from_dlpack(self._array.__dlpack__())
+
+
+class InFile:
+    """Pictures of one size in a file without a name, which is gone when the process ends, however it ends.
+
+    It is read and not mapped, so that a process does not seem to grow by what the system keeps of the file.
+    """
+
+    def __init__(self, count: int, image_size: tuple[int, int], folder: Path | None) -> None:
+        self._shape = (*image_size, 3)
+        self._size = math.prod(self._shape)
+        self._file = tempfile.TemporaryFile(dir=folder, prefix="tftransfer-")  # noqa: SIM115, as long as this object
+        weakref.finalize(self, self._file.close)
+        if hasattr(os, "posix_fallocate"):  # so that a full disk is found now
+            os.posix_fallocate(self._file.fileno(), 0, count * self._size)
+
+    def put(self, number: int, picture: np.ndarray) -> None:
+        """Store one picture; several threads may."""
+        os.pwrite(self._file.fileno(), np.ascontiguousarray(picture).data, number * self._size)
+
+    def read(self, numbers: tf.Tensor) -> tf.Tensor:
+        """Return the pictures with the given numbers, a scalar or `(n,)`, also inside a graph."""
+        numbers = tf.convert_to_tensor(numbers)
+        found = tf.numpy_function(self._rows, [numbers], tf.uint8, stateful=False)
+        return tf.ensure_shape(found, (*numbers.shape, *self._shape))
+
+    def _rows(self, numbers: Any) -> np.ndarray:
+        numbers = np.asarray(numbers)
+        found = np.empty((numbers.size, self._size), np.uint8)
+        for row, number in zip(found, numbers.ravel(), strict=True):
+            if os.preadv(self._file.fileno(), [row.data], int(number) * self._size) != self._size:
+                raise OSError("the file of decoded pictures is shorter than it was")
+        return found.reshape(*numbers.shape, *self._shape)
+
+
+def room(count: int, image_size: tuple[int, int], memory: int, folder: Path | None = None) -> InMemory | InFile | None:
+    """Return where pictures can be kept: in memory if they fit, else on the disk if it has the room.
+
+    Args:
+        count: How many.
+        image_size: `(height, width)`.
+        memory: Bytes that they may take.
+        folder: Where a file may lie. Defaults to the system's folder for such files.
+
+    Returns:
+        None if there is no room.
+    """
+    size = count * image_size[0] * image_size[1] * 3
+    if size <= memory:
+        return InMemory(count, image_size)
+    try:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        place = folder or Path(tempfile.gettempdir())
+        if not _is_memory(place) and shutil.disk_usage(place).free >= size + _SPARE:
+            return InFile(count, image_size, folder)
+    except OSError:  # then they are decoded again and again
+        pass
+    return None
+
+
+def _is_memory(place: Path) -> bool:
+    """Whether what lies in a folder takes memory."""
+    inside = [
+        part for part in psutil.disk_partitions(all=True) if place.resolve().is_relative_to(Path(part.mountpoint))
+    ]
+    innermost = max(inside, key=lambda part: len(part.mountpoint), default=None)
+    return innermost is not None and innermost.fstype in _IN_MEMORY
