@@ -4,10 +4,12 @@ import errno
 import os
 import types
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from tftransfer import fine_tune, strategies
 from tftransfer.data import load, room
 
 SIZE = (6, 5)
@@ -92,12 +94,12 @@ def test_data_on_the_disk_are_those_in_memory(tmp_path, monkeypatch):
 
 def test_training_from_the_disk_gives_the_same_bits(tmp_path, small_network):
     generator = np.random.default_rng(1)
-    source = (generator.integers(0, 256, (40, 8, 8, 3), np.uint8), list("ab" * 20))
+    source = (generator.integers(0, 256, (40, 32, 32, 3), np.uint8), list("ab" * 20))
     weights = []
     for options in ({}, {"memory_budget": 0, "cache_dir": tmp_path}):
-        data, task = load(source, image_size=(8, 8), **options)
+        data, task = load(source, image_size=(32, 32), **options)
         keras.utils.set_random_seed(0)
-        model = small_network(image_size=(8, 8), classes=2)
+        model = small_network(2)
         fine_tune(model, task, data, strategies.full(epochs=2), batch_size=8, quiet=True)
         weights.append([variable.numpy() for variable in model.variables])
     for first, second in zip(*weights, strict=True):
