@@ -1,6 +1,6 @@
 """Strategies on several data sets with several backbones: which holds up where.
 
-    python benchmarks/wide_comparison.py --data digits FLOWERS CELLS --backbones MobileNetV2-0.35=FILE MobileNet-0.25=FILE
+    python benchmarks/wide_comparison.py --data digits FLOWERS CELLS --backbones MobileNetV2-0.35=FILE MobileNet=FILE
 
 Runs `recipes/compare_strategies.py` once for each data set and backbone, with the same budget and three seeds, and puts
 the accuracies side by side. A run that was stopped goes on with the same --out. `digits` are the embedded ones, at 64

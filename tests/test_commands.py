@@ -37,7 +37,7 @@ def _pictures(folder, count):
 def test_strategies_are_listed_with_options_and_sources(capsys):
     assert cli.main(["strategies", "--json"]) == 0
     found = {row["strategy"]: row for row in json.loads(capsys.readouterr().out)}
-    assert set(found) == {*strategies.names(), "surgical", "tuned_probe"}
+    assert set(found) == {*strategies.names(), "surgical", "tuned_probe", "auto"}
     assert found["gradual"]["options and defaults"] == "stages=3, augmentation=strong"
     assert all("arXiv" in row["source"] for row in found.values())
     assert all(row["what it does"].endswith(".") for row in found.values())

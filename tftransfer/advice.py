@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tftransfer import builders, head_search, inference, prefix, strategies, trainable, training
+from tftransfer import builders, head_search, inference, prefix, strategies, suggestion, trainable, training
 from tftransfer.data import Data, order
 from tftransfer.errors import check
 from tftransfer.report import OTHER, Table
@@ -74,8 +74,7 @@ class Choice:
         """The strategy as far as the text decides it: for `surgical` every group trains."""
         if not self.asks_the_data:
             return self._patient(strategies.parse(self.text, self.epochs, self.learning_rate, also=tuple(_ASKING)))
-        options, common = self._options()
-        return self._patient(strategies.with_common(self._asking.settle("", **options).strategy, common))
+        return self.settled("").strategy
 
     def __call__(
         self,
@@ -98,10 +97,15 @@ class Choice:
             return Advice(self.planned)
         options, common = self._options()
         if decided:
-            advised = self._asking.settle(decided, **options)
-        else:
-            run = {"seed": seed, "batch_size": batch_size, "max_steps": max_steps}
-            advised = self._asking.ask(model, task, data, **options, **run)
+            return self.settled(decided)
+        run = {"seed": seed, "batch_size": batch_size, "max_steps": max_steps}
+        advised = self._asking.ask(model, task, data, **options, **run)
+        return replace(advised, strategy=self._patient(strategies.with_common(advised.strategy, common)))
+
+    def settled(self, decided: str) -> Advice:
+        """Return what an earlier call came to, by its decision."""
+        options, common = self._options()
+        advised = self._asking.settle(decided, **options)
         return replace(advised, strategy=self._patient(strategies.with_common(advised.strategy, common)))
 
     @property
@@ -335,6 +339,54 @@ def _tuned_probe(
     return Advice((replace(phase, name="tuned probe"),), (_DECIDED,), decision=decided)
 
 
+def auto(
+    model: keras.Model,
+    task: Task,
+    data: Data,
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    max_steps: int | None = None,
+) -> Advice:
+    """Let the data choose: the head alone where that is enough or all there is to learn from, else probe and tune.
+
+    Use it where you do not know; it says why, and what to write instead. `tftransfer suggest` also chooses the network
+    and the size of the pictures.
+
+    Args:
+        model: From a builder, with pretrained weights; it is not changed.
+        task: What the outputs mean.
+        data: Training examples decide; no other split is looked at.
+        epochs: Total passes. Defaults to what the number of examples suggests.
+        learning_rate: As for the strategy that is chosen.
+        seed, batch_size, max_steps: As for `tuned_probe`.
+
+    Returns:
+        The strategy that `suggestion.suggest` names, settled, the reasons, and the table of what was measured.
+
+    Source: Kornblith et al. 2019, arXiv:1805.08974 (what a probe says); Kumar et al. 2022, arXiv:2202.10054 (probe
+    first).
+    """
+    facts = suggestion.measure(suggestion.network_below(model), task, data.train, seed=seed)
+    found = suggestion.suggest(facts)
+    choice = Choice(found.strategy, epochs or found.epochs, learning_rate)
+    settled = choice(model, task, data, seed=seed, batch_size=batch_size, max_steps=max_steps)
+    minutes = () if found.minutes is None else (f"Training is expected to take {found.minutes:.1f} minutes.",)
+    reasons = (f"Chosen: {found.strategy}, {choice.epochs} epochs.", *found.reasons, *minutes, *settled.reasons)
+    decision = f"{choice.epochs} {found.strategy} {settled.decision}"
+    return Advice(settled.strategy, reasons, suggestion.table(facts), decision)
+
+
+def _auto(decided: str, epochs: int | None = None, learning_rate: float | None = None) -> Advice:
+    """Return the strategy that is decided; the widest that could be before."""
+    count, text, settled = decided.split(" ") if decided else (epochs, "freeze_then_unfreeze", "")
+    choice = Choice(text, None if count is None else int(count), learning_rate)
+    strategy = choice.settled(settled).strategy if settled else choice.planned
+    return Advice(strategy, (_DECIDED,), decision=decided)
+
+
 @dataclass(frozen=True)
 class _Asking:
     """A strategy that asks the data: what asks them, and what it comes to once that is decided ("" before)."""
@@ -343,4 +395,8 @@ class _Asking:
     settle: Callable[..., Advice]
 
 
-_ASKING = {"surgical": _Asking(surgical, _surgical), "tuned_probe": _Asking(tuned_probe, _tuned_probe)}
+_ASKING = {
+    "surgical": _Asking(surgical, _surgical),
+    "tuned_probe": _Asking(tuned_probe, _tuned_probe),
+    "auto": _Asking(auto, _auto),
+}

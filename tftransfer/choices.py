@@ -79,6 +79,19 @@ def listed_networks(text: str, image_size: tuple[int, int] | None = None) -> dic
     return found
 
 
+def sizes_to_try(network: Network, *, given: bool) -> tuple[tuple[int, int], ...]:
+    """Return which sizes of pictures are worth a try: the network's, and half of it unless one was asked for.
+
+    Example:
+        >>> sizes_to_try(Network("MobileNetV2", None, (224, 224)), given=False)
+        ((224, 224), (128, 128))
+    """
+    smallest = backbones.backbone(network.backbone).smallest_size
+    half = max(round(network.image_size[0] / 64 + 0.25) * 32, smallest)
+    tried = (network.image_size, (half, half))
+    return tried[:1] if given or half >= network.image_size[0] else tried
+
+
 def strategy_choice(options: argparse.Namespace) -> advice.Choice:
     """Read the strategy; without one probe first and then train everything, mirroring no digits.
 

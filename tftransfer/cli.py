@@ -248,15 +248,19 @@ def _parser() -> Parser:
     _command(commands, "doctor", "versions, devices, memory, and what is missing")
     _command(commands, "backbones", "the pretrained networks, their sizes and preprocessing")
     _command(commands, "strategies", "the ways to fine-tune, with their options")
-    rank = _command(commands, "rank", "which pretrained networks suit a data set, before any is tuned")
-    rank.add_argument("--data", required=True, help="demo, tfds:NAME, a folder or a table")
-    rank.add_argument("--backbones", required=True, help="comma list of NAME[=WEIGHTS]; WEIGHTS as for the recipes")
-    rank.add_argument(
-        "--image-size", type=image_size, metavar="N|HxW", help="pixels (default: each one's natural size)"
-    )
-    rank.add_argument("--task", default="auto", help="auto, single_label, multi_label, regression (default: auto)")
-    rank.add_argument("--seed", type=at_least(0, LARGEST_SEED), default=0, help="of the split (default: %(default)s)")
-    rank.add_argument("--cache-dir", type=Path, help="keep what is computed here, for training too")
+    for name, summary in (
+        ("rank", "which pretrained networks suit a data set, before any is tuned"),
+        ("suggest", "network, size of pictures, strategy, epochs and batch size for a data set, and why"),
+    ):
+        command = _command(commands, name, summary)
+        add = command.add_argument
+        add("--data", required=True, help="demo, tfds:NAME, a folder or a table")
+        add("--backbones", required=True, help="comma list of NAME[=WEIGHTS]; WEIGHTS as for the recipes")
+        usual = "each one's natural size" + (", and half of it" if name == "suggest" else "")
+        add("--image-size", type=image_size, metavar="N|HxW", help=f"pixels (default: {usual})")
+        add("--task", default="auto", help="auto, single_label, multi_label, regression (default: auto)")
+        add("--seed", type=at_least(0, LARGEST_SEED), default=0, help="of the split (default: %(default)s)")
+        add("--cache-dir", type=Path, help="keep what is computed here, for training too")
     predict = _command(commands, "predict", "labels for pictures, by a finished run")
     predict.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     predict.add_argument("files", type=Path, nargs="+", metavar="FILE", help="pictures")

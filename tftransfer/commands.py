@@ -6,9 +6,10 @@ import argparse
 import csv
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from tftransfer import bundles, choices, distribution, inference, prefix, ranking, serving, weights
+from tftransfer import bundles, choices, distribution, inference, prefix, ranking, serving, suggestion, weights
 from tftransfer.advice import asking
 from tftransfer.backbones import backbone, build, names
 from tftransfer.builders import outputs_are_logits
@@ -93,6 +94,48 @@ def rank(options: argparse.Namespace) -> int:
         scores.append(ranking.score(built, name, task, data, seed=options.seed, shelf=shelf))
     compared = ranking.table(scores, task)
     _show(options, [asdict(one) for one in sorted(scores, key=lambda one: -one.logme)], compared)
+    return 0
+
+
+def suggest(options: argparse.Namespace) -> int:
+    """Propose network, size of the pictures, strategy, epochs and batch size, and say why."""
+    tried = [
+        (name, replace(network, image_size=size))
+        for name, network in choices.listed_networks(options.backbones, options.image_size).items()
+        for size in choices.sizes_to_try(network, given=options.image_size is not None)
+    ]
+    shelf = shelf_at(options.cache_dir)
+    keras.utils.set_random_seed(options.seed)  # of weights that are none
+    facts = []
+    for _, network in tried:
+        data, task = load(
+            options.data,
+            image_size=network.image_size,
+            task_kind=options.task,
+            seed=options.seed,
+            cache_dir=options.cache_dir,
+        )
+        built = build(network.backbone, network.image_size, network.weights)
+        facts.append(suggestion.measure(built, task, data.train, seed=options.seed, shelf=shelf))
+    best, why = suggestion.choose(facts)
+    network, found = tried[best][1], suggestion.suggest(facts[best])
+    size = "x".join(map(str, network.image_size))
+    command = (
+        f"python recipes/image_classification.py --data {shlex.quote(options.data)} --backbone {network.backbone} "
+        f"--weights {shlex.quote(network.weights or 'none')} --image-size {size} --strategy {found.strategy} "
+        f"--epochs {found.epochs} --batch-size {found.batch_size}"
+    )
+    columns = ("backbone", "image size", facts[0].metric, "on 8x8 pixels", "mirrored", "milliseconds")
+    rows = tuple(
+        (name, "x".join(map(str, one.image_size)), own.probe, own.pixels, own.mirrored, own.milliseconds)
+        for (name, one), own in zip(tried, facts, strict=True)
+    )
+    minutes = () if found.minutes is None else (f"Training is expected to take {found.minutes:.1f} minutes.",)
+    reasons = [f"Begin with {tried[best][0]} at {size} pixels: {why}", *found.reasons, *minutes]
+    content = {"command": command, "reasons": reasons, "suggestion": asdict(found)}
+    content["tried"] = [dict(zip(columns, row, strict=True)) for row in rows]
+    note = "A linear model on features of the training split, on examples that it has not seen."
+    _show(options, content, Table("Tried", columns, rows, note), *reasons, command)
     return 0
 
 
@@ -226,11 +269,14 @@ def _show_verification(options: argparse.Namespace, verification: serving.Verifi
     _show(options, content, Table(title, ("check", "result", "detail"), tuple(verification.rows())))
 
 
-def _show(options: argparse.Namespace, content: Any, table: Table) -> None:
+def _show(options: argparse.Namespace, content: Any, table: Table, *lines: str) -> None:
     if options.json:
         print(json.dumps(content, indent=1, ensure_ascii=False))
     elif not options.quiet:
-        print_table(literal_console(), table)
+        console = literal_console()
+        print_table(console, table)
+        for line in lines:
+            console.print(line, soft_wrap=True)
 
 
 def _line(content: Any) -> str:

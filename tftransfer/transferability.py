@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from sklearn.covariance import ledoit_wolf
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.mixture import GaussianMixture
-from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
+from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
@@ -158,14 +159,35 @@ def probe(features: np.ndarray, targets: np.ndarray, folds: int = 5, seed: int =
     Returns:
         `(n, classes)` probabilities, or `(n, k)` numbers.
     """
-    features, columns = _checked(features, targets)
+    return probe_on((features,), targets, folds, seed)[0]
+
+
+def probe_on(
+    several: Sequence[np.ndarray], targets: np.ndarray, folds: int = 5, seed: int = 0
+) -> tuple[np.ndarray, ...]:
+    """Return what `probe`'s models, trained on the first features, predict for each example from the first and others.
+
+    Args:
+        several: `(n, d)` numbers each, of the same examples in the same order, such as of their mirror images.
+        targets, folds, seed: As for `probe`.
+    """
+    features, columns = _checked(several[0], targets)
     parts: StratifiedKFold | KFold
     if np.ndim(targets) == 1:
         parts = StratifiedKFold(max(2, min(folds, int(columns.sum(axis=0).min()))), shuffle=True, random_state=seed)
-        model, method = LogisticRegression(C=_C, max_iter=200), "predict_proba"
-        return cross_val_predict(_scaled(model), features, np.asarray(targets), cv=parts, method=method)
-    parts = KFold(min(folds, len(features)), shuffle=True, random_state=seed)
-    return cross_val_predict(_scaled(Ridge(features.shape[1])), features, columns, cv=parts)
+        model, answers = _scaled(LogisticRegression(C=_C, max_iter=200)), np.asarray(targets)
+    else:
+        parts = KFold(min(folds, len(features)), shuffle=True, random_state=seed)
+        model, answers = _scaled(Ridge(features.shape[1])), columns
+    found = [np.zeros(columns.shape) for _ in several]
+    for inside, outside in parts.split(features, answers):
+        model.fit(features[inside], answers[inside])
+        for predicted, own in zip(found, several, strict=True):
+            if np.ndim(targets) == 1:
+                predicted[np.ix_(outside, model.classes_)] = model.predict_proba(own[outside])
+            else:
+                predicted[outside] = model.predict(own[outside]).reshape(len(outside), -1)
+    return tuple(found)
 
 
 def _scaled(model: LogisticRegression | Ridge) -> Pipeline:

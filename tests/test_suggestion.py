@@ -1,0 +1,170 @@
+"""What is suggested follows from what was measured, and says so."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+
+from tftransfer import advice, cli, strategies, suggestion, transferability
+from tftransfer.errors import InputError
+
+FACTS = suggestion.Facts(500, 100, "accuracy", 0.85, 0.4, 0.86, 0.016, 3.0)
+
+
+def test_where_there_is_more_to_gain_the_network_is_tuned():
+    found = suggestion.suggest(FACTS)
+    assert (found.strategy, found.epochs, found.batch_size) == ("freeze_then_unfreeze:augmentation=light", 30, 32)
+    assert found.minutes == pytest.approx((1 + 5 * 20) * 500 * 0.003 / 60)
+    assert any("0.850" in reason and "0.400" in reason for reason in found.reasons)
+    assert any("mirrored in training" in reason for reason in found.reasons)
+
+
+def test_pictures_that_mean_something_else_mirrored_are_not_mirrored():
+    found = suggestion.suggest(dataclasses.replace(FACTS, mirrored=0.5))
+    assert found.strategy == "freeze_then_unfreeze:augmentation=light_no_flip"
+    assert any("0.500" in reason for reason in found.reasons)
+
+
+@pytest.mark.parametrize("change", [{"smallest": 5}, {"probe": 0.998, "mirrored": 0.998}])
+def test_few_or_solved_examples_train_a_head_alone(change):
+    assert suggestion.suggest(dataclasses.replace(FACTS, **change)).strategy == "tuned_probe"
+
+
+def test_numbers_are_never_solved():
+    facts = dataclasses.replace(FACTS, smallest=None, error=None, metric="mean_absolute_error", probe=0.0, mirrored=0.0)
+    assert suggestion.suggest(facts).strategy == "freeze_then_unfreeze:augmentation=light"
+    worse = dataclasses.replace(facts, probe=1.0, mirrored=1.5)
+    assert suggestion.suggest(worse).strategy.endswith("no_flip")
+
+
+@pytest.mark.parametrize(
+    ("examples", "epochs", "batch_size"), [(100, 30, 16), (3000, 20, 32), (50_000, 10, 64), (10**6, 10, 64)]
+)
+def test_more_examples_need_fewer_epochs_and_take_larger_batches(examples, epochs, batch_size):
+    found = suggestion.suggest(dataclasses.replace(FACTS, examples=examples))
+    assert (found.epochs, found.batch_size) == (epochs, batch_size)
+
+
+def test_the_fastest_of_those_as_good_as_the_best_is_chosen():
+    small = dataclasses.replace(FACTS, probe=0.84, milliseconds=1.0)
+    worse = dataclasses.replace(FACTS, probe=0.8, milliseconds=0.1)
+    place, why = suggestion.choose([FACTS, small, worse])
+    assert place == 1
+    assert "1.0 instead of 3.0 milliseconds" in why
+    place, why = suggestion.choose([worse, FACTS])
+    assert place == 1
+    assert "best" in why
+    errors = [dataclasses.replace(one, metric="mean_absolute_error", error=None) for one in (FACTS, worse)]
+    assert suggestion.choose(errors)[0] == 1
+    assert suggestion.choose([FACTS])[0] == 0
+
+
+def test_the_probe_on_other_features_is_by_models_that_have_not_seen_the_example():
+    generator = np.random.default_rng(0)
+    targets = np.arange(30) % 3
+    features = np.eye(3)[targets] + generator.normal(0, 0.3, (30, 3))
+    other = features[:, ::-1]
+    first, second = transferability.probe_on((features, other), targets, folds=3, seed=4)
+    np.testing.assert_array_equal(first, transferability.probe(features, targets, folds=3, seed=4))
+    for inside, outside in StratifiedKFold(3, shuffle=True, random_state=4).split(features, targets):
+        mean, deviation = features[inside].mean(axis=0), features[inside].std(axis=0)
+        model = LogisticRegression(C=0.01, max_iter=200).fit((features[inside] - mean) / deviation, targets[inside])
+        np.testing.assert_allclose(second[outside], model.predict_proba((other[outside] - mean) / deviation), rtol=1e-6)
+
+
+def test_facts_are_measured_on_the_training_split(small_network, small_task, small_data):
+    network = suggestion.network_below(small_network())
+    facts = suggestion.measure(network, small_task, small_data.train)
+    assert (facts.examples, facts.smallest, facts.metric) == (24, 8, "accuracy")
+    assert facts.pixels == 1  # colours
+    assert facts.probe > 0.5
+    assert facts.mirrored == pytest.approx(facts.probe, abs=0.25)
+    assert facts.milliseconds > 0
+    names = [row[0] for row in suggestion.table(facts).rows]
+    assert "training examples" in names
+
+
+@pytest.mark.parametrize("kind", ["multi_label", "regression"])
+def test_other_tasks_are_measured_too(small_network, small_data, kind):
+    from tftransfer import tasks
+
+    task = tasks.MultiLabel(("a", "b")) if kind == "multi_label" else tasks.Regression(("size", "weight"))
+    targets = np.stack([np.arange(24) % 2, np.arange(24) % 3 == 0], axis=1).astype(np.float32)
+    examples = dataclasses.replace(small_data.train, targets=targets)
+    facts = suggestion.measure(suggestion.network_below(small_network(2)), task, examples)
+    assert facts.smallest is None
+    assert suggestion.suggest(facts).strategy.startswith("freeze_then_unfreeze")
+
+
+def test_mirrored_pictures_are_never_taken_for_the_others(small_data):
+    pictures = suggestion._mirrored(small_data.train).pictures
+    assert pictures.digests == ()
+    for number in (tf.constant(3, tf.int64), tf.constant([1, 2], tf.int64)):
+        np.testing.assert_array_equal(pictures.load(number), small_data.train.pictures.load(number)[..., ::-1, :])
+
+
+def test_auto_settles_on_a_strategy_and_keeps_to_it(small_network, small_task, small_data, monkeypatch):
+    model = small_network()
+    before = [variable.numpy() for variable in model.variables]
+    choice = advice.Choice("auto:mixup=0.1", epochs=6)
+    assert [phase.selector for phase in choice.planned] == ["head", "all"]
+    for facts in (FACTS, dataclasses.replace(FACTS, smallest=3)):
+        monkeypatch.setattr(suggestion, "measure", lambda *_, facts=facts, **__: facts)
+        found = choice(model, small_task, small_data, batch_size=8)
+        again = choice(model, small_task, small_data, decided=found.decision)
+        assert again.strategy == found.strategy
+        assert sum(phase.epochs for phase in found.strategy) == 6
+        assert found.strategy[-1].mixup == 0.1
+        assert found.reasons[0].startswith(f"Chosen: {suggestion.suggest(facts).strategy}, 6 epochs")
+        assert found.table
+    for variable, old in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), old)
+    without = advice.Choice("auto")(model, small_task, small_data, batch_size=8)
+    assert sum(phase.epochs for phase in without.strategy) == 30
+    assert strategies.names().count("auto") == 0
+
+
+def test_the_command_says_what_to_run(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / "my pictures" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = generator.integers(0, 150, (40, 40, 3), np.uint8)
+        picture[..., number % 2] += 100
+        path.write_bytes(tf.io.encode_png(picture).numpy())
+    arguments = ["suggest", "--data", str(tmp_path / "my pictures"), "--backbones", "MobileNet-0.25=demo"]
+    assert cli.main([*arguments, "--json", "--cache-dir", str(tmp_path / "kept")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["image size"] for row in found["tried"]] == ["64x64", "32x32"]
+    assert f"--data '{tmp_path / 'my pictures'}'" in found["command"]
+    assert f"--strategy {found['suggestion']['strategy']} --epochs" in found["command"]
+    assert len(found["reasons"]) >= 3
+    assert cli.main([*arguments, "--image-size", "32"]) == 0
+    shown = capsys.readouterr().out
+    assert "python recipes/image_classification.py" in shown
+    assert "64x64" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--backbones", "MobilNetV2"], "Did you mean 'MobileNetV2'"),
+        (["--backbones", "MobileNet-0.25=demo,MobileNet-0.25=demo"], "backbones"),
+        (["--backbones", "MobileNet-0.25=nowhere.h5"], "nowhere.h5"),
+        (["--backbones", "MobileNet-0.25=demo", "--task", "nothing"], "task_kind"),
+    ],
+)
+def test_bad_input_to_the_command_is_one_line(capsys, arguments, said):
+    assert cli.main(["suggest", "--data", "demo", "--image-size", "32", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error
+    assert "\n" not in error
+
+
+def test_bad_options_of_auto_are_refused():
+    with pytest.raises(InputError, match="has the options"):
+        advice.Choice("auto:share=1")

@@ -1,0 +1,229 @@
+"""What to train for a data set, and how: measured facts, and the rules that follow from them in plain sentences.
+
+The facts come from features of the frozen network, which are computed in seconds: what a linear model makes of them on
+examples that it has not seen, what it makes of plain pixels, and whether it still knows the pictures mirrored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tftransfer import inference, prefix, transferability
+from tftransfer.data import Examples, order
+from tftransfer.report import OTHER, Table
+from tftransfer.shelf import Shelf
+from tftransfer.tasks import Task
+
+_FEW = 8  # examples of the smallest class below which only a head is trained
+_MISTAKES = 3  # of the probe, below which there is nothing left to gain
+_SIDE = 8  # pixels of the thumbnails that stand for no network at all
+_SEEN = 60_000  # examples, over all epochs, that are enough
+_EPOCHS = (10, 30)
+_BACKWARD = 5.0  # how many times longer a training step takes than the graph of constants, by benchmarks
+_SPREAD = 2.0  # standard errors that are more than chance
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was measured of a network and a training split.
+
+    Args:
+        examples: How many.
+        smallest: Of them in the rarest class; None unless each has one class.
+        metric: The task's main metric, in which the next three are; larger is better for all but an error.
+        probe: Of a linear model on the network's features, cross-validated.
+        pixels: The same of 8x8 pixels, without a network.
+        mirrored: The same on mirrored pictures, by the models of `probe`.
+        error: Standard error of `probe`; None unless each example has one class.
+        milliseconds: What one picture takes as constants; None if all features were found in files.
+    """
+
+    examples: int
+    smallest: int | None
+    metric: str
+    probe: float
+    pixels: float
+    mirrored: float
+    error: float | None
+    milliseconds: float | None
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What to do.
+
+    Args:
+        strategy: As `--strategy` takes it.
+        epochs: Over all phases.
+        batch_size: Examples per step.
+        minutes: What training is expected to take on this machine; None if its speed was not measured.
+        reasons: Why, in plain sentences.
+    """
+
+    strategy: str
+    epochs: int
+    batch_size: int
+    minutes: float | None
+    reasons: tuple[str, ...]
+
+
+def measure(
+    network: keras.Model, task: Task, examples: Examples, *, seed: int = 0, shelf: Shelf | None = None
+) -> Facts:
+    """Look at a training split with a frozen network.
+
+    Args:
+        network: Headless, or a builder's model below its head.
+        task: What the targets mean.
+        examples: The training split.
+        seed: Of folds. Defaults to 0.
+        shelf: Where features are kept for later. Defaults to None.
+    """
+    found = inference.pooled_features(network, examples, shelf=shelf)
+    other = inference.pooled_features(network, _mirrored(examples), shelf=None)
+    targets, single = examples.targets, examples.targets.ndim == 1
+    own, flipped = transferability.probe_on((found.values[0], other.values[0]), targets, seed=seed)
+    plain = transferability.probe(_thumbnails(examples), targets, seed=seed)
+    score, mirrored, pixels = (task.measure(targets, one)[task.main_metric] or 0.0 for one in (own, flipped, plain))
+    return Facts(
+        len(examples),
+        int(np.bincount(targets)[np.unique(targets)].min()) if single else None,
+        task.main_metric,
+        score,
+        pixels,
+        mirrored,
+        math.sqrt(max(score * (1 - score), 1 / len(examples)) / len(examples)) if single else None,
+        1000 * found.seconds / found.computed if found.computed else None,
+    )
+
+
+def suggest(facts: Facts) -> Suggestion:
+    """Choose strategy, epochs and batch size by what was measured.
+
+    Args:
+        facts: From `measure`.
+
+    Example:
+        >>> facts = Facts(500, 100, "accuracy", 0.85, 0.4, 0.85, 0.016, 3.0)
+        >>> suggest(facts).strategy, suggest(facts).epochs
+        ('freeze_then_unfreeze:augmentation=light', 30)
+    """
+    flips, about_flips = _flips(facts)
+    said = (
+        f"A linear model on the frozen network's features reaches {facts.metric} {facts.probe:.3f} on examples that it "
+        f"has not seen, on 8x8 pixels {facts.pixels:.3f}.",
+    )
+    few = facts.smallest is not None and facts.smallest < _FEW
+    if few or _is_solved(facts):
+        why = (
+            f"The smallest class has {facts.smallest} examples: too few to train more than the head, whose rate and "
+            "weight decay are chosen by cross-validation."
+            if few
+            else "That is all but every one of them: only the head is trained, and more would cost more for nothing."
+        )
+        epochs = _EPOCHS[1] if few else _epochs(facts)
+        minutes = _minutes(facts, 1.0)
+        return Suggestion("tuned_probe", epochs, _batch_size(facts), minutes, (*said, why))
+    strategy = f"freeze_then_unfreeze:augmentation={'light' if flips else 'light_no_flip'}"
+    epochs = _epochs(facts)
+    why = (
+        "There is more to gain: first the head is trained, a third of the epochs, and from there everything, which "
+        "costs less than to train everything from the beginning and spoils less of what the network knows."
+    )
+    minutes = _minutes(facts, 1.0 + _BACKWARD * epochs * 2 / 3)
+    return Suggestion(strategy, epochs, _batch_size(facts), minutes, (*said, why, about_flips))
+
+
+def choose(several: Sequence[Facts]) -> tuple[int, str]:
+    """Choose among networks and sizes of pictures: the fastest of those that the best is not better than by chance.
+
+    Args:
+        several: One for each, of the same examples.
+
+    Returns:
+        Its place, and why, as the end of a sentence.
+
+    Example:
+        >>> large = Facts(500, 100, "accuracy", 0.86, 0.4, 0.85, 0.016, 9.0)
+        >>> choose([large, replace(large, probe=0.85, milliseconds=3.0)])[0]
+        1
+    """
+    sign = -1 if "error" in several[0].metric else 1
+    best = max(range(len(several)), key=lambda place: sign * several[place].probe)
+    if len(several) == 1:
+        return best, "nothing else was given."
+    slack = several[best].error or 0.0
+    good = [place for place, one in enumerate(several) if sign * (several[best].probe - one.probe) <= slack]
+    fastest = min(good, key=lambda place: (several[place].milliseconds or math.inf, place != best))
+    if fastest == best:
+        return best, f"its features serve a linear model best, {several[best].metric} {several[best].probe:.3f}."
+    return fastest, (
+        f"its features serve a linear model as well as the best ({several[fastest].probe:.3f} against "
+        f"{several[best].probe:.3f}, standard error {slack:.3f}), and take {several[fastest].milliseconds:.1f} instead "
+        f"of {several[best].milliseconds or math.nan:.1f} milliseconds."
+    )
+
+
+def table(facts: Facts) -> Table:
+    """Show what was measured."""
+    shown: Sequence[tuple[str, object]] = (
+        ("training examples", facts.examples),
+        ("of the rarest class", facts.smallest),
+        (f"{facts.metric}, linear model on features", facts.probe),
+        (f"{facts.metric}, the same on mirrored pictures", facts.mirrored),
+        (f"{facts.metric}, linear model on 8x8 pixels", facts.pixels),
+        ("milliseconds per picture, frozen", facts.milliseconds),
+    )
+    rows = tuple((name, value) for name, value in shown if value is not None)
+    return Table("What the suggestion is based on", ("measured on the training split", "value"), rows, section=OTHER)
+
+
+def _is_solved(facts: Facts) -> bool:
+    """Whether the probe makes hardly a mistake; numbers are never right."""
+    return facts.error is not None and (1 - facts.probe) * facts.examples < _MISTAKES
+
+
+def _flips(facts: Facts) -> tuple[bool, str]:
+    """Whether mirrored pictures are the same thing, and how one sees that."""
+    loss = facts.mirrored - facts.probe if "error" in facts.metric else facts.probe - facts.mirrored
+    bound = max(_SPREAD * (facts.error or 0.02 * abs(facts.probe)), 0.02)
+    if loss > bound:
+        return False, f"Mirrored pictures are known less well ({facts.mirrored:.3f}), so none is mirrored in training."
+    return True, f"Mirrored pictures are known as well ({facts.mirrored:.3f}), so half are mirrored in training."
+
+
+def _epochs(facts: Facts) -> int:
+    return min(max(round(_SEEN / facts.examples), _EPOCHS[0]), _EPOCHS[1])
+
+
+def _batch_size(facts: Facts) -> int:
+    return 16 if facts.examples < 200 else 32 if facts.examples < 20_000 else 64
+
+
+def _minutes(facts: Facts, passes: float) -> float | None:
+    """Return what so many passes of constants over the examples take."""
+    return None if facts.milliseconds is None else passes * facts.examples * facts.milliseconds / 60_000
+
+
+def _mirrored(examples: Examples) -> Examples:
+    """Return the examples with left and right exchanged; of other content, so that no features are confused."""
+    load = examples.pictures.load
+    pictures = replace(examples.pictures, load=lambda index: tf.reverse(load(index), [-2]), digests=())
+    return replace(examples, pictures=pictures)
+
+
+def _thumbnails(examples: Examples) -> np.ndarray:
+    """Return each picture as 8x8 pixels in a row."""
+    found = [tf.image.resize(batch[0], (_SIDE, _SIDE), method="area") for batch in order.in_order(examples, 64)]
+    return np.concatenate([part.numpy().reshape(len(part), -1) for part in found])
+
+
+def network_below(model: keras.Model) -> keras.Model:
+    """Return the part of a builder's model that gives features to its head."""
+    return keras.Model(model.inputs, prefix.features(model))
