@@ -102,7 +102,7 @@ def _should_train(model: keras.Model, phase: Phase) -> set[str]:
     """Return the paths of the weights that a phase means, found from names and classes of layers, not from any flag."""
     groups = backbones.depth_groups(model)
     leaves = [leaf for layer in _below(model) for leaf in layer._flatten_layers()]
-    leaves = [leaf for leaf in leaves if not isinstance(leaf, keras.layers.Normalization)]  # constants of the pixels
+    constants = {w.path for leaf in leaves if isinstance(leaf, keras.layers.Normalization) for w in leaf.weights}
     if phase.selector.startswith("groups:"):
         named = phase.selector.removeprefix("groups:").split("+")
         layers = [name for group in groups if group.name in named for name in group.layers]
@@ -121,7 +121,7 @@ def _should_train(model: keras.Model, phase: Phase) -> set[str]:
             "attention": [w for w in model.weights if "squeeze_excite" in w.path or "_se_" in w.path],
         }[phase.selector]
     head = [w for w in model.weights if w.path.startswith("logits")]
-    return {w.path for w in (*chosen, *head) if "moving" not in w.path and "seed_generator" not in w.path}
+    return {w.path for w in (*chosen, *head) if "moving" not in w.path and "seed_generator" not in w.path} - constants
 
 
 def _adapted(model: keras.Model) -> set[str]:
