@@ -1,3 +1,5 @@
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -161,3 +163,15 @@ def test_the_share_of_the_work_counts_kernels_where_they_are_applied():
     assert prefix.cut(model).work_share == pytest.approx(6912 / (6912 + 256 + 20))
     model.get_layer("inside").trainable = False
     assert prefix.cut(model).work_share == pytest.approx(7168 / (7168 + 20))
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_functions_that_layers_trace_live_as_long_as_the_graph(chunk):
+    """Keras puts grouped convolutions into functions of their own, which TensorFlow forgets with the traced graph."""
+    inputs = keras.Input((8, 8, 4))
+    network = keras.Model(inputs, keras.layers.Conv2D(8, 3, groups=4)(inputs))
+    infer = prefix.as_constant_function(network, chunk)
+    keras.backend.clear_session()
+    gc.collect()
+    pictures = np.random.default_rng(0).uniform(0, 1, (4, 8, 8, 4)).astype(np.float32)
+    np.testing.assert_allclose(infer(tf.constant(pictures))[0], network(pictures), atol=1e-5)

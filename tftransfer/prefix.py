@@ -172,11 +172,12 @@ class Constants:
 
 @dataclass(frozen=True)
 class _Graph:
-    """A graph with the names of its one input and of its outputs."""
+    """A graph with the names of its one input and of its outputs, and the functions that it calls."""
 
     definition: GraphDef
     source: str
     ends: tuple[str, ...]
+    functions: tuple[Any, ...]
 
 
 def _graph_of_constants(network: keras.Model, signature: tf.TensorSpec) -> _Graph:
@@ -199,7 +200,8 @@ def _graph_of_constants(network: keras.Model, signature: tf.TensorSpec) -> _Grap
         node.name, node.op = placeholder.op.name, "Const"
         node.attr["dtype"].type = held.dtype.as_datatype_enum
         node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(held))
-    return _Graph(definition, traced.inputs[0].name, tuple(tensor.name for tensor in traced.outputs))
+    ends = tuple(tensor.name for tensor in traced.outputs)
+    return _Graph(definition, traced.inputs[0].name, ends, tuple(traced.graph._functions.values()))
 
 
 def _function_of(graph: _Graph, signature: tf.TensorSpec) -> Any:
@@ -211,7 +213,9 @@ def _function_of(graph: _Graph, signature: tf.TensorSpec) -> Any:
             graph.definition, input_map={graph.source: batch}, return_elements=graph.ends, name=""
         )
 
-    return infer.get_concrete_function()
+    made = infer.get_concrete_function()
+    made.calls = graph.functions  # which TensorFlow forgets with the last reference to them
+    return made
 
 
 def _optimised(graph: _Graph) -> _Graph:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import backbones, builders, feeding, inference, prefix, tasks, training
-from tftransfer.data import Data
+from tftransfer import backbones, builders, feeding, inference, optimizers, prefix, tasks, trainable, training
+from tftransfer.data import Data, order
 from tftransfer.strategies import Phase
 
 TASK = tasks.SingleLabel(("red", "green", "blue"))
@@ -43,16 +43,16 @@ def _cases(quick: list[tuple[str, str]]) -> list:
 @pytest.fixture(scope="module")
 def build(estimate_batch_norm):
     """Return a function that gives a network of one name, built once, with the weights that it was built with."""
-    held: dict[str, tuple[keras.Model, list[np.ndarray]]] = {}
+    held: dict[tuple[str, float], tuple[keras.Model, list[np.ndarray]]] = {}
 
-    def get(name: str) -> keras.Model:
-        if name not in held:
+    def get(name: str, dropout: float = 0.2) -> keras.Model:
+        if (name, dropout) not in held:
             held.clear()
             keras.utils.set_random_seed(0)
             size = max(backbones.backbone(name).smallest_size, 32)
-            model = estimate_batch_norm(builders.image_classifier(name, 3, image_size=size, weights=None))
-            held[name] = model, model.get_weights()
-        model, weights = held[name]
+            model = builders.image_classifier(name, 3, image_size=size, weights=None, dropout=dropout)
+            held[name, dropout] = estimate_batch_norm(model), model.get_weights()
+        model, weights = held[name, dropout]
         model.set_weights(weights)
         return model
 
@@ -112,6 +112,37 @@ def test_folded_features_and_one_step_are_those_of_the_network(build, data, monk
     for before, ours, theirs in zip(build(name).get_weights(), *stepped, strict=True):
         moved = np.linalg.norm(theirs.astype(np.float64) - before)
         assert np.linalg.norm(ours.astype(np.float64) - theirs) <= ROUNDING * max(np.linalg.norm(theirs), moved)
+
+
+@pytest.mark.parametrize(("name", "selector"), _cases(QUICK))
+def test_unfolded_features_train_to_the_bits_of_stock_fit(build, data, monkeypatch, name, selector):
+    """Kept or computed in every step: without folding nothing differs from `fit` on the whole network."""
+    monkeypatch.setattr(feeding, "_PAYS", 0.0)
+    monkeypatch.setattr(prefix, "as_constant_function", _with_variables)
+    model = build(name, dropout=0.0)
+    alike = {
+        "epochs": 1,
+        "learning_rate": 1e-5,
+        "optimizer": "sgd",
+        "schedule": "constant",
+        "warmup": 0.0,
+        "weight_decay": 0.0,
+    }
+    phase = dataclasses.replace(_phase(model, selector), **alike)
+    source = data(model.input_shape[1])
+    ended = []
+    for cache in ("auto", "off"):
+        model = build(name, dropout=0.0)
+        training.fine_tune(model, TASK, source, (phase,), batch_size=4, cache=cache)
+        ended.append(model.get_weights())
+    model = build(name, dropout=0.0)
+    trainable.set_trainable(model, phase.selector)
+    loss = TASK.loss(builders.outputs_are_logits(model), source.train.targets)
+    model.compile(optimizers.LayerwiseSGD(phase.learning_rate, weight_decay=0.0), loss, jit_compile=False)
+    model.fit(order.batches(source.train, 4, seed=0, phase=0, steps=3), shuffle=False, verbose=0)
+    for kept, computed, stock in zip(*ended, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(kept, computed)
+        np.testing.assert_array_equal(kept, stock)
 
 
 def _with_variables(frozen: keras.Model, chunk: int | None = None):
