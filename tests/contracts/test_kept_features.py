@@ -146,7 +146,8 @@ def test_unfolded_features_train_to_the_bits_of_stock_fit(build, data, monkeypat
 
 
 def _with_variables(frozen: keras.Model, chunk: int | None = None):
-    return lambda batch: tf.nest.flatten(frozen(tf.cast(batch, tf.float32), training=False))
+    """Run the frozen part as a graph, but with its variables."""
+    return tf.function(lambda batch: tf.nest.flatten(frozen(tf.cast(batch, tf.float32), training=False)))
 
 
 @pytest.mark.parametrize("name", ["MobileNet-0.25", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)])

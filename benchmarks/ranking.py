@@ -1,0 +1,113 @@
+"""Whether `tftransfer rank` puts networks in the order that fine-tuning them would, and what each costs.
+
+    python benchmarks/ranking.py --data digits FLOWERS CELLS --backbones MobileNetV2-0.35=FILE MobileNet-0.25=FILE \\
+        MobileNet-0.25=demo MobileNet-0.25=none MobileNetV2-0.35=none
+
+Every network is ranked on the training split, and then fine-tuned with the same strategy and budget; accuracies are
+those on the test split. A pair of networks counts if these differ by more than three points; it agrees if LogME says
+the same. Runs of `recipes/compare_strategies.py` that were stopped go on with the same --out. Writes
+results/ranking.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import write
+
+from tftransfer import cli
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "compare_strategies.py"
+NO_FLIPS = ("digits", "spoken_digit_pictures")
+DIFFERENT = 0.03
+
+
+def strategy(data: str) -> str:
+    """Return what every network is tuned by."""
+    return f"full:augmentation={'light_no_flip' if data in NO_FLIPS else 'light'}"
+
+
+def tuned(options: argparse.Namespace, data: Path, backbone: str, weights: str) -> dict[str, Any]:
+    """Fine-tune one network; returns its accuracy and seconds, means over the seeds."""
+    folder = options.out / f"{data.name}_{backbone}_{Path(weights).stem}"
+    command = [
+        sys.executable, str(RECIPE), "--data", "demo" if data.name == "digits" else str(data), "--backbone", backbone,
+        "--weights", weights, "--image-size", str(options.image_size), "--epochs", str(options.epochs),
+        "--seeds", options.seeds, "--strategy", strategy(data.name), "--out", str(folder), "--quiet",
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    trials = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["trials"]
+    return {name: float(np.mean([trial[name] for trial in trials])) for name in ("metric", "seconds")}
+
+
+def ranked(options: argparse.Namespace, data: Path, backbones: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Score all networks on one data set."""
+    import keras
+
+    from tftransfer import backbones as table
+    from tftransfer import data as source
+    from tftransfer import ranking
+
+    size = (options.image_size, options.image_size)
+    loaded, task = source.load("demo" if data.name == "digits" else data, image_size=size)
+    keras.utils.set_random_seed(0)
+    rows = []
+    for backbone, weights in backbones:
+        began = time.perf_counter()
+        network = table.build(backbone, size, None if weights == "none" else weights)
+        scores = ranking.score(network, backbone, task, loaded)
+        rows.append({"logme": scores.logme, "probe": scores.probe, "seconds": time.perf_counter() - began})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="digits, or folders with train and test")
+    parser.add_argument("--backbones", nargs="+", required=True, help="NAME=WEIGHTS, at least two")
+    parser.add_argument("--image-size", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=12, help="(default: %(default)s)")
+    parser.add_argument("--seeds", default="0", help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("saved_models/ranking"), help="(default: %(default)s)")
+    options = parser.parse_args()
+    backbones = [entry.partition("=")[::2] for entry in options.backbones]
+    cli.import_tensorflow()
+    found: dict[str, list[dict[str, Any]]] = {}
+    agree = {"logme": [0, 0], "probe": [0, 0]}
+    for data in options.data:
+        scores = ranked(options, data, backbones)
+        rows = [
+            {"backbone": backbone, "weights": Path(weights).name, "ranking": own} | tuned(options, data, *pair)
+            for pair in backbones
+            for (backbone, weights), own in [(pair, scores[backbones.index(pair)])]
+        ]
+        found[data.name] = rows
+        for first, second in itertools.combinations(rows, 2):
+            gap = first["metric"] - second["metric"]
+            if abs(gap) <= DIFFERENT:
+                continue
+            for score, counts in agree.items():
+                counts[0] += (first["ranking"][score] > second["ranking"][score]) == (gap > 0)
+                counts[1] += 1
+        print(data.name, json.dumps(rows), flush=True)
+    every = [row for rows in found.values() for row in rows]
+    cost = sum(row["ranking"]["seconds"] for row in every) / sum(row["seconds"] for row in every)
+    measured = {
+        "pairs_that_differ": agree["logme"][1],
+        "agree": {score: round(right / max(total, 1), 3) for score, (right, total) in agree.items()},
+        "cost_against_fine_tuning": round(cost, 3),
+        "networks": found,
+    }
+    print({name: value for name, value in measured.items() if name != "networks"})
+    write("ranking", measured, image_size=options.image_size, epochs=options.epochs, seeds=options.seeds)
+
+
+if __name__ == "__main__":
+    main()
