@@ -9,8 +9,8 @@ def _found(right_seen: int, right_unseen: int, count: int = 100, phases=()):
     task = tasks.SingleLabel(("a", "b"))
 
     def pair(right: int) -> tuple[np.ndarray, np.ndarray]:
-        given = np.eye(2)[np.zeros(count, int)]
-        return np.r_[np.zeros(right, np.int32), np.ones(count - right, np.int32)], given
+        targets = np.arange(count, dtype=np.int32) % 2
+        return targets, np.eye(2)[np.where(np.arange(count) < right, targets, 1 - targets)]
 
     return overfitting(task, pair(right_seen), pair(right_unseen), list(phases)).tables[0]
 
@@ -20,6 +20,24 @@ def test_a_large_gap_is_said_and_a_remedy_named():
     assert [row[2] for row in table.rows] == [1.0, 0.7]
     assert "by heart" in table.note
     assert "l2_sp" in table.note
+
+
+def test_a_model_that_gives_one_answer_to_all_is_told_so():
+    task = tasks.SingleLabel(("a", "b", "c"))
+    targets = np.array([0, 0, 1, 2], np.int32)
+    always_b = targets, np.tile([[0.2, 0.6, 0.2]], (4, 1))
+    right = targets, np.eye(3)[targets]
+    note = overfitting(task, always_b, always_b, []).tables[0].note
+    assert "no better than one answer for all, 0.5. A lower `--learning-rate`" in note
+    assert "one answer" not in overfitting(task, right, right, []).tables[0].note
+
+
+@pytest.mark.parametrize("task", [tasks.Regression(("size",)), tasks.MultiLabel(("a",))], ids=lambda task: task.kind)
+def test_numbers_and_several_labels_that_stay_the_same_are_told_so(task):
+    targets = np.array([[0.0], [1.0], [1.0], [1.0]])
+    same = targets, np.full((4, 1), 0.75)
+    assert "no better than one answer for all" in overfitting(task, same, same, []).tables[0].note
+    assert "one answer" not in overfitting(task, same, (targets, targets), []).tables[0].note
 
 
 def test_a_gap_within_chance_is_called_so():

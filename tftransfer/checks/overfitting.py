@@ -13,6 +13,7 @@ from tftransfer.report import CURVES, Findings, Table
 from tftransfer.tasks import Task
 
 CHANCE = 2.0  # standard errors
+_NOTHING_LEARNED = "A lower `--learning-rate` may help, or `--strategy freeze_then_unfreeze`, which fits the head first."
 SMALL = 0.01  # a gap of less than this does not matter, however certain it is
 
 
@@ -41,6 +42,7 @@ def overfitting(
         float(unseen.mean()),
         math.sqrt(seen.var() / len(seen) + unseen.var() / len(unseen)),
         SMALL * scale,
+        float(_scores(task, validation[0], _one_answer(training[0], validation[1])).mean()),
     )
     rows = (("training", len(seen), gap.seen), ("validation", len(unseen), gap.unseen))
     percent = () if what == "squared error" else (what,)
@@ -59,6 +61,7 @@ class Gap:
         seen, unseen: Mean of it on training and validation examples.
         error: Standard error of their difference.
         small: A difference up to this does not matter, however certain it is.
+        constant: Mean on validation examples of the one answer that fits training examples best. Defaults to None.
     """
 
     what: str
@@ -66,6 +69,7 @@ class Gap:
     unseen: float
     error: float
     small: float = SMALL
+    constant: float | None = None
 
     def sentence(self, phases: Sequence[dict[str, Any]]) -> str:
         """Say what the gap means, and which strategy may reduce it.
@@ -74,8 +78,11 @@ class Gap:
             >>> Gap("accuracy", 1.0, 0.98, 0.02).sentence([]).partition(": ")[2]
             'no more apart than chance (standard error 0.02).'
         """
-        worse = self.unseen - self.seen if self.what == "squared error" else self.seen - self.unseen
+        sign = -1 if self.what == "squared error" else 1
+        worse = sign * (self.seen - self.unseen)
         said = f"{self.what.capitalize()} is {self.seen:.3g} on training and {self.unseen:.3g} on validation examples: "
+        if self.constant is not None and sign * (self.unseen - self.constant) <= 0:
+            return f"{said}no better than one answer for all, {self.constant:.3g}. {_NOTHING_LEARNED}"
         if abs(worse) <= CHANCE * self.error:
             return f"{said}no more apart than chance (standard error {self.error:.2g})."
         if worse < 0:
@@ -105,6 +112,12 @@ def remedy(phases: Sequence[dict[str, Any]]) -> str:
     else:
         strategy = f"l2_sp:augmentation={better}"
     return f"`--strategy {strategy}` may reduce it; so would more examples."
+
+
+def _one_answer(targets: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Return what would be given if each example had the mean of the targets for an answer."""
+    shares = np.bincount(targets, minlength=like.shape[1]) / len(targets) if targets.ndim == 1 else targets.mean(axis=0)
+    return np.broadcast_to(shares, like.shape)
 
 
 def _scores(task: Task, targets: np.ndarray, given: np.ndarray) -> np.ndarray:
