@@ -50,7 +50,7 @@ def main() -> None:
     parts = [getattr(data.load(options.data, image_size=size)[0], name) for name in ("train", "validation")]
     targets = np.concatenate([part.targets for part in parts])
     plain = np.concatenate([inference.pooled_features(network, part).values[0] for part in parts])
-    views = [inference.pooled_features(network, part, augmentation="light", views=2).values for part in parts]
+    views = [inference.pooled_features(network, part, augmentation="light_no_flip", views=2).values for part in parts]
     averaged = np.concatenate([plain[None], np.concatenate(views, axis=1)]).mean(axis=0)
     rival = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     result = {}

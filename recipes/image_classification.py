@@ -76,6 +76,7 @@ def main() -> int:
         seed=options.seed,
         batch_size=options.batch_size,
         max_steps=max_steps,
+        cache_dir=options.cache_dir,
         decided=run.decisions.get("trains", ""),
     )
     tft.runs.begin(run, data, devices, chosen)

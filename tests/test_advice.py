@@ -1,8 +1,10 @@
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
 
-from tftransfer import advice, training
+from tftransfer import advice, surgery, training
 from tftransfer.errors import InputError
 from tftransfer.strategies import Phase
 
@@ -29,7 +31,7 @@ def test_relative_gradient_norms_are_those_by_hand(small_network, small_task, sm
 
     model = small_network()
     probe = Phase("probe", "head", 1, 1e-12, warmup=0)  # leaves the head as it is
-    norms = advice.relative_gradient_norms(model, small_task, small_data, probe, batch_size=24)
+    norms = surgery.probe_and_measure(model, small_task, small_data, probe, batch_size=24).norms
     pictures = np.stack([small_data.train.pictures.load(i) for i in range(24)]).astype(np.float32)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     kernel = model.get_layer("conv_2").kernel
@@ -39,9 +41,29 @@ def test_relative_gradient_norms_are_those_by_hand(small_network, small_task, sm
     assert norms["conv_2"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_test_split_is_not_looked_at(small_network, small_task, small_data):
-    import dataclasses
+def test_short_trials_decide_between_sets_of_groups(small_network, small_task, small_data):
+    model = small_network()
+    before = model.get_weights()
+    found = advice.surgical(model, small_task, small_data, search=2, epochs=4, batch_size=8, seed=1)
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    measured = surgery.probe_and_measure(
+        model,
+        small_task,
+        small_data,
+        found.strategy[0],
+        trial=dataclasses.replace(found.strategy[1], epochs=2, augmentation="none"),
+        batch_size=8,
+        seed=1,
+    )
+    losses = [one.loss for one in measured.tried]
+    assert losses == sorted(losses)
+    assert len({one.groups for one in measured.tried}) == len(losses) > 1
+    assert found.strategy[1].selector == "groups:" + "+".join(measured.tried[0].groups)
+    assert f"Of {len(losses)} sets of groups, tried for 2 epochs" in found.reasons[-1]
 
+
+def test_the_test_split_is_not_looked_at(small_network, small_task, small_data):
     def never(index):
         raise AssertionError("the test split was read")
 
@@ -55,6 +77,7 @@ def test_the_test_split_is_not_looked_at(small_network, small_task, small_data):
     [
         ("surgicl", "Did you mean 'surgical'"),
         ("surgical:share=0", r"in \(0, 1\]"),
+        ("surgical:search=-1", "a whole number from 0"),
         ("surgical:sahre=1", "Did you mean 'share'"),
         ("surgical:seed=1", "has the options"),
     ],
@@ -81,6 +104,18 @@ def test_a_tuned_probe_is_the_best_head_of_those_that_were_tried(small_network, 
     assert (phase.selector, phase.epochs) == ("head", 3)
     again = advice.Choice("tuned_probe", epochs=3)(model, small_task, small_data, decided=found.decision)
     assert again.strategy == found.strategy
+
+
+@pytest.mark.parametrize("name", ["tuned_probe", "auto"])
+def test_training_finds_the_features_that_advice_was_based_on(small_network, small_task, small_data, tmp_path, name):
+    pictures = small_data.train.pictures
+    known = dataclasses.replace(pictures, digests=tuple(f"{number:064x}" for number in range(len(pictures))))
+    data = dataclasses.replace(small_data, train=dataclasses.replace(small_data.train, pictures=known))
+    run = {"batch_size": 32, "cache_dir": tmp_path / "kept"}
+    model = small_network()
+    strategy = advice.Choice(name, epochs=9)(model, small_task, data, **run).strategy
+    history = training.fine_tune(model, small_task, data, strategy[:1], **run)
+    assert history.phases[0].store.endswith(" 0 computed")
 
 
 def test_a_rate_that_is_given_is_kept(small_network, small_task, small_data):

@@ -219,6 +219,19 @@ def test_what_lies_there_needs_no_more_room(small_network, data, tmp_path):
     assert (again.computed, notes) == (0, [])
 
 
+def test_a_network_has_one_digest_however_it_was_cut_out(small_network):
+    model = small_network()
+    body = prefix.body(model)
+    trainable.set_trainable(body, "all")
+    before = features.digest_of(body)
+    trainable.set_trainable(model, "head")
+    frozen, body = prefix.cut(model).frozen, prefix.body(model)
+    assert before == features.digest_of(frozen) == features.digest_of(body)
+    layer = next(layer for layer in body.layers if layer.weights)
+    layer.set_weights([1.5 * weight for weight in layer.get_weights()])
+    assert before != features.digest_of(frozen) == features.digest_of(body)
+
+
 def test_damaged_files_are_computed_again(small_network, data, tmp_path):
     shelf = Shelf(tmp_path)
     below = prefix.Constants(_frozen(small_network))

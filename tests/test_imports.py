@@ -28,7 +28,7 @@ LAYERS = (
     {"trainee", "checkpoints", "planning"},
     {"inference", "feeding"},
     {"training"},
-    {"checks", "ranking", "head_search", "suggestion"},
+    {"checks", "ranking", "head_search", "suggestion", "surgery"},
     {"advice", "rate_test"},
     {"serving"},
     {"bundles"},

@@ -1,11 +1,12 @@
 import dataclasses
 import json
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import backbones, choices, cli, inference, ranking, tasks
+from tftransfer import backbones, builders, choices, cli, inference, ranking, strategies, tasks, training
 from tftransfer.shelf import Shelf
 
 
@@ -61,6 +62,21 @@ def test_kept_features_are_found_and_change_nothing(network, small_data, small_t
     assert first.milliseconds > 0
     assert second.milliseconds is None
     assert (first.logme, first.probe, first.n_leep) == (second.logme, second.probe, second.n_leep)
+
+
+@pytest.mark.parametrize("name", ["MobileNet-0.25", "ConvNeXtTiny", "EfficientNetB0"])
+def test_training_finds_the_features_that_ranking_kept(small_data, small_task, tmp_path, name):
+    pictures = dataclasses.replace(small_data.train.pictures, digests=tuple(f"{n:064x}" for n in range(24)))
+    data = dataclasses.replace(small_data, train=dataclasses.replace(small_data.train, pictures=pictures))
+    keras.utils.set_random_seed(0)
+    network = backbones.build(name, (32, 32), None)
+    ranking.score(network, name, small_task, data, shelf=Shelf(tmp_path))
+    model = builders.image_classifier(name, 3, image_size=32, weights=None)
+    for own, ranked in zip(model.layers, network.layers, strict=False):
+        own.set_weights(ranked.get_weights())
+    phases = strategies.linear_probe(epochs=3)
+    history = training.fine_tune(model, small_task, data, phases, cache_dir=tmp_path)
+    assert history.phases[0].store.endswith(" 0 computed")
 
 
 def test_networks_are_listed_by_name_and_weights():

@@ -9,7 +9,7 @@ import tensorflow as tf
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
-from tftransfer import advice, cli, strategies, suggestion, transferability
+from tftransfer import advice, cli, prefix, strategies, suggestion, transferability
 from tftransfer.errors import InputError
 
 FACTS = suggestion.Facts(500, 100, "accuracy", 0.85, 0.4, 0.86, 0.016, 3.0)
@@ -77,7 +77,7 @@ def test_the_probe_on_other_features_is_by_models_that_have_not_seen_the_example
 
 
 def test_facts_are_measured_on_the_training_split(small_network, small_task, small_data):
-    network = suggestion.network_below(small_network())
+    network = prefix.body(small_network())
     facts = suggestion.measure(network, small_task, small_data.train)
     assert (facts.examples, facts.smallest, facts.metric) == (24, 8, "accuracy")
     assert facts.pixels == 1  # colours
@@ -95,7 +95,7 @@ def test_other_tasks_are_measured_too(small_network, small_data, kind):
     task = tasks.MultiLabel(("a", "b")) if kind == "multi_label" else tasks.Regression(("size", "weight"))
     targets = np.stack([np.arange(24) % 2, np.arange(24) % 3 == 0], axis=1).astype(np.float32)
     examples = dataclasses.replace(small_data.train, targets=targets)
-    facts = suggestion.measure(suggestion.network_below(small_network(2)), task, examples)
+    facts = suggestion.measure(prefix.body(small_network(2)), task, examples)
     assert facts.smallest is None
     assert suggestion.suggest(facts).strategy.startswith("freeze_then_unfreeze")
 

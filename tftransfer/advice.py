@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import keras
-import numpy as np
-import tensorflow as tf
 
-from tftransfer import builders, head_search, inference, prefix, strategies, suggestion, trainable, training
-from tftransfer.data import Data, order
+from tftransfer import head_search, inference, prefix, strategies, suggestion, surgery
+from tftransfer.data import Data
 from tftransfer.errors import check
 from tftransfer.report import OTHER, Table
-from tftransfer.strategies import Phase, Strategy
+from tftransfer.shelf import shelf_at
+from tftransfer.strategies import Strategy
 from tftransfer.tasks import Task
 
 _DECIDED = "This was decided when the run began."
-_EXAMPLES = 512  # that gradients are measured on, at the most
+PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,13 @@ class Choice:
         seed: int = 0,
         batch_size: int = 32,
         max_steps: int | None = None,
+        cache_dir: PathLike | None = None,
         decided: str = "",
     ) -> Advice:
         """Settle the strategy.
 
         Args:
-            model, task, data, seed, batch_size, max_steps: As for `surgical` and the like.
+            model, task, data, seed, batch_size, max_steps, cache_dir: As for `fine_tune`.
             decided: The decision of an earlier call, to be kept. Defaults to none.
         """
         if not self.asks_the_data:
@@ -98,7 +98,7 @@ class Choice:
         options, common = self._options()
         if decided:
             return self.settled(decided)
-        run = {"seed": seed, "batch_size": batch_size, "max_steps": max_steps}
+        run = {"seed": seed, "batch_size": batch_size, "max_steps": max_steps, "cache_dir": cache_dir}
         advised = self._asking.ask(model, task, data, **options, **run)
         return replace(advised, strategy=self._patient(strategies.with_common(advised.strategy, common)))
 
@@ -144,6 +144,7 @@ def surgical(
     task: Task,
     data: Data,
     share: float = 0.8,
+    search: int = 0,
     augmentation: str = "strong",
     epochs: int | None = None,
     learning_rate: float | None = None,
@@ -151,22 +152,24 @@ def surgical(
     seed: int = 0,
     batch_size: int = 32,
     max_steps: int | None = None,
+    cache_dir: PathLike | None = None,
 ) -> Advice:
     """Choose what trains by relative gradient norm per depth group, after a probe.
 
     A group whose gradient is large against its weights does not fit the new task yet; it trains, the others stay. The
-    smallest set of groups is taken that holds a given share of the sum.
+    smallest set of groups is taken that holds a given share of the sum; with `search`, the best of several in a trial.
 
     Args:
         model: From a builder; its weights and `trainable` flags are the same afterwards.
         task: What the outputs mean.
-        data: Training examples decide, validation examples stop the probe; the test split is not looked at.
+        data: Training examples decide, validation examples stop the probe and judge the trials; the test split is not
+            looked at.
         share: Of the sum of relative gradient norms that the chosen groups hold, in (0, 1]. Defaults to 0.8.
+        search: For how many epochs the sets of several shares are tried, without augmentation and so on features that
+            are stored; 0 takes `share` alone. Defaults to 0.
         augmentation: Of the second phase. Defaults to `"strong"`.
         epochs, learning_rate: As for `strategies.discriminative`, whose second phase trains the chosen groups.
-        seed: Of the probe. Defaults to 0.
-        batch_size: Examples per step. Defaults to 32.
-        max_steps: Of the probe, to try things out. Defaults to None: no bound.
+        seed, batch_size, max_steps, cache_dir: Of the probe and the trials, as for `fine_tune`.
 
     Returns:
         A probe followed by a phase that trains the chosen groups, the reasons, and the table.
@@ -174,28 +177,49 @@ def surgical(
     Source: Lee et al. 2023, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", arXiv:2210.11466
     (Auto-RGN).
     """
-    planned = _surgical("", share, augmentation, epochs, learning_rate)
-    norms = relative_gradient_norms(
-        model, task, data, planned.strategy[0], seed=seed, batch_size=batch_size, max_steps=max_steps
+    probe, tune = _surgical("", share, search, augmentation, epochs, learning_rate).strategy
+    trial = replace(tune, epochs=search, augmentation="none") if search else None
+    found = surgery.probe_and_measure(
+        model,
+        task,
+        data,
+        probe,
+        trial=trial,
+        share=share,
+        seed=seed,
+        batch_size=batch_size,
+        max_steps=max_steps,
+        cache_dir=cache_dir,
     )
-    chosen = _largest(norms, share)
+    norms = found.norms
+    chosen = found.tried[0].groups if found.tried else surgery.largest(norms, share)
     largest = max(norms, key=lambda name: norms[name])
+    held = sum(norms[name] for name in chosen) / (sum(norms.values()) or 1.0)
     reasons = (
         f"After a probe the gradient is largest, against its weights, in {largest} ({norms[largest]:.3g}).",
-        f"{len(chosen)} of {len(norms)} depth groups hold {share:.0%} of the sum, so they train and the rest stays: "
+        f"{len(chosen)} of {len(norms)} depth groups hold {held:.0%} of the sum, so they train and the rest stays: "
         f"{', '.join(chosen)}.",
+        *_about_trials(found.tried, search),
     )
     rows = tuple((name, norm, "trains" if name in chosen else "stays") for name, norm in norms.items())
     table = Table(
         "Relative gradient norms after the probe", ("group", "gradient / weights", "so it"), rows, section=OTHER
     )
-    decided = _surgical(f"groups:{'+'.join(chosen)}", share, augmentation, epochs, learning_rate)
+    decided = _surgical(f"groups:{'+'.join(chosen)}", share, search, augmentation, epochs, learning_rate)
     return replace(decided, reasons=reasons, table=table)
+
+
+def _about_trials(tried: Sequence[surgery.Tried], epochs: int) -> tuple[str, ...]:
+    if not tried:
+        return ()
+    losses = ", ".join(f"{len(one.groups)} groups {one.loss:.3g}" for one in tried)
+    return (f"Of {len(tried)} sets of groups, tried for {epochs} epochs, it loses least on validation: {losses}.",)
 
 
 def _surgical(
     decided: str,
     share: float = 0.8,
+    search: int = 0,
     augmentation: str = "strong",
     epochs: int | None = None,
     learning_rate: float | None = None,
@@ -203,72 +227,10 @@ def _surgical(
     """Return the strategy for groups that are decided; all of them before."""
     selector = decided or "all"
     check(0 < share <= 1, "share", "in (0, 1]", share)
+    check(isinstance(search, int) and search >= 0, "search", "a whole number from 0", search)
     probe, tune = strategies.discriminative(augmentation=augmentation, epochs=epochs, learning_rate=learning_rate)
     tuned = replace(tune, name="surgical", selector=selector)
     return Advice((probe, tuned), (_DECIDED,), decision=selector)
-
-
-def relative_gradient_norms(
-    model: keras.Model,
-    task: Task,
-    data: Data,
-    probe: Phase,
-    *,
-    seed: int = 0,
-    batch_size: int = 32,
-    max_steps: int | None = None,
-) -> dict[str, float]:
-    """Return, for each depth group below the head, the norm of the gradient over that of the weights.
-
-    Args:
-        model: Its weights and `trainable` flags are the same afterwards.
-        task, data: The training split is measured, 512 examples of it at the most.
-        probe: The phase that fits the head first.
-        seed, batch_size, max_steps: Of the probe.
-    """
-    norms = {}
-    with trainable.as_it_was(model):
-        training.fine_tune(model, task, data, (probe,), seed=seed, batch_size=batch_size, max_steps=max_steps)
-        trainable.set_trainable(model, "all")
-        gradients = _gradients(model, task, data, batch_size, seed)
-        for group in trainable.all_groups(model)[:-1]:
-            variables = [v for name in group.layers for v in model.get_layer(name).weights if v.path in gradients]
-            weights = math.sqrt(sum(float(np.square(v.numpy(), dtype=np.float64).sum()) for v in variables))
-            gradient = math.sqrt(sum(float(np.square(gradients[v.path], dtype=np.float64).sum()) for v in variables))
-            norms[group.name] = gradient / weights if weights else 0.0
-    return norms
-
-
-def _gradients(model: keras.Model, task: Task, data: Data, batch_size: int, seed: int) -> dict[str, np.ndarray]:
-    """Return the mean gradient of the loss in inference mode: of kernels and the like, not of offsets."""
-    variables = [v for v in model.trainable_variables if len(v.shape) > 1]
-    loss = task.loss(builders.outputs_are_logits(model), data.train.targets)
-
-    @tf.function
-    def gradient(pictures: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            value = loss(targets, model(pictures, training=False), sample_weight=weights)
-        return [tf.convert_to_tensor(part) for part in tape.gradient(value, [v.value for v in variables])]
-
-    steps = min(order.steps_per_epoch(len(data.train), batch_size), max(_EXAMPLES // batch_size, 1))
-    sums = [np.zeros(v.shape, np.float32) for v in variables]
-    batches = order.batches(data.train, batch_size, seed=seed, phase=0, steps=steps)
-    traced = gradient.get_concrete_function(*batches.element_spec)
-    for batch in batches:
-        for total, part in zip(sums, traced(*batch), strict=True):
-            total += part.numpy() / steps
-    return {v.path: total for v, total in zip(variables, sums, strict=True)}
-
-
-def _largest(norms: dict[str, float], share: float) -> list[str]:
-    """Return the fewest names that hold a share of the sum, in the order of the network."""
-    total, held, chosen = sum(norms.values()), 0.0, set()
-    for name in sorted(norms, key=lambda name: -norms[name]):
-        chosen.add(name)
-        held += norms[name]
-        if held >= share * total:
-            break
-    return [name for name in norms if name in chosen]
 
 
 def tuned_probe(
@@ -282,6 +244,7 @@ def tuned_probe(
     seed: int = 0,
     batch_size: int = 32,
     max_steps: int | None = None,
+    cache_dir: PathLike | None = None,
 ) -> Advice:
     """Train the head alone, at the rate and weight decay that generalise best by cross-validation on its features.
 
@@ -296,7 +259,8 @@ def tuned_probe(
         learning_rate: Peak rate; only the weight decay is then chosen. Defaults to None: chosen too.
         seed: Of folds and heads. Defaults to 0.
         batch_size: Examples per step. Defaults to 32.
-        max_steps: Not more of them in the search, to try things out. Defaults to None: no bound.
+        max_steps: One epoch in the search, to try things out. Defaults to None: all of them.
+        cache_dir: Where features are kept, as for `fine_tune`. Defaults to None.
 
     Returns:
         A probe, the reasons, and the table of what was tried.
@@ -305,7 +269,7 @@ def tuned_probe(
     their penalty so.
     """
     (phase,) = _tuned_probe("", augmentation, epochs, learning_rate).strategy
-    features = inference.pooled_features(keras.Model(model.inputs, prefix.features(model)), data.train)
+    features = inference.pooled_features(prefix.body(model), data.train, shelf=shelf_at(cache_dir))
     dropout = [layer.rate for layer in model.layers if layer.name == "head_dropout"]
     tried = head_search.search(
         features.values[0],
@@ -349,6 +313,7 @@ def auto(
     seed: int = 0,
     batch_size: int = 32,
     max_steps: int | None = None,
+    cache_dir: PathLike | None = None,
 ) -> Advice:
     """Let the data choose: the head alone where that is enough or all there is to learn from, else probe and tune.
 
@@ -361,7 +326,7 @@ def auto(
         data: Training examples decide; no other split is looked at.
         epochs: Total passes. Defaults to what the number of examples suggests.
         learning_rate: As for the strategy that is chosen.
-        seed, batch_size, max_steps: As for `tuned_probe`.
+        seed, batch_size, max_steps, cache_dir: As for `tuned_probe`.
 
     Returns:
         The strategy that `suggestion.suggest` names, settled, the reasons, and the table of what was measured.
@@ -369,10 +334,10 @@ def auto(
     Source: Kornblith et al. 2019, arXiv:1805.08974 (what a probe says); Kumar et al. 2022, arXiv:2202.10054 (probe
     first).
     """
-    facts = suggestion.measure(suggestion.network_below(model), task, data.train, seed=seed)
+    facts = suggestion.measure(prefix.body(model), task, data.train, seed=seed, shelf=shelf_at(cache_dir))
     found = suggestion.suggest(facts)
     choice = Choice(found.strategy, epochs or found.epochs, learning_rate)
-    settled = choice(model, task, data, seed=seed, batch_size=batch_size, max_steps=max_steps)
+    settled = choice(model, task, data, seed=seed, batch_size=batch_size, max_steps=max_steps, cache_dir=cache_dir)
     minutes = () if found.minutes is None else (f"Training is expected to take {found.minutes:.1f} minutes.",)
     reasons = (f"Chosen: {found.strategy}, {choice.epochs} epochs.", *found.reasons, *minutes, *settled.reasons)
     decision = f"{choice.epochs} {found.strategy} {settled.decision}"

@@ -148,7 +148,7 @@ def run_trial(
     keras.utils.set_random_seed(seed)
     model = build()
     began = time.monotonic()
-    chosen = choice(model, task, data, seed=seed, batch_size=batch_size, max_steps=max_steps)
+    chosen = choice(model, task, data, seed=seed, batch_size=batch_size, max_steps=max_steps, cache_dir=cache_dir)
     if train_on_validation:
         data = dataclasses.replace(data, train=data.train.joined(data.validation))
     history = training.fine_tune(

@@ -78,13 +78,15 @@ class Kept:
 def digest_of(frozen: keras.Model, chunk: int = BATCH) -> str:
     """Return the SHA-256 over a network's layers and weights, how it is run, and the versions that run it.
 
-    Names are replaced by their order: Keras numbers layers anew in each session.
+    Names are replaced by their order, as Keras numbers layers anew in each session; what trains makes no difference.
     """
     described = json.loads(frozen.to_json())
+    for ends in ("input_layers", "output_layers"):  # a single tensor may be in a list of one or not
+        described["config"][ends] = keras.tree.flatten(described["config"][ends])
     names = {name: f"#{number}" for number, name in enumerate(dict.fromkeys(_names_in(described)))}
     text = json.dumps(_renamed(described, names), sort_keys=True)
     digest = hashlib.sha256(f"{tf.__version__} {keras.__version__} {chunk} {text}".encode())
-    for variable in frozen.variables:
+    for variable in frozen.weights:  # and not the states of random layers, which are off
         digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
     return digest.hexdigest()
 
@@ -102,7 +104,7 @@ def _names_in(described: Any) -> Iterator[str]:
 
 def _renamed(described: Any, names: Mapping[str, str]) -> Any:
     if isinstance(described, dict):
-        return {key: _renamed(value, names) for key, value in described.items()}
+        return {key: _renamed(value, names) for key, value in described.items() if key != "trainable"}
     if isinstance(described, list):
         return [_renamed(value, names) for value in described]
     return names.get(described, described) if isinstance(described, str) else described

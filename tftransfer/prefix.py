@@ -114,6 +114,15 @@ def features(model: keras.Model, part: keras.Model | None = None) -> keras.Keras
     return tensor
 
 
+def body(model: keras.Model) -> keras.Model:
+    """Return the part of a model that gives features to its head; it shares the layers.
+
+    Args:
+        model: From a builder, or the user's own; then the head is its last layer with weights.
+    """
+    return keras.Model(model.inputs, features(model))
+
+
 def as_constant_function(network: keras.Model, chunk: int | None = None) -> Callable[[tf.Tensor], list[tf.Tensor]]:
     """Turn a network in inference mode into a graph of constants, in which BatchNorm folds into convolutions.
 

@@ -106,11 +106,11 @@ def check_data(
         model: From a builder, not tuned yet.
         task: What its outputs mean.
         data: All splits for copies, else training alone.
-        seed: Of folds. Defaults to 0.
+        seed: Of folds and views. Defaults to 0.
         cache_dir: Where features are kept. Defaults to None.
     """
     findings = {
-        "labels": lambda: labels.labels(task, data.train, _features(model, data, cache_dir), seed=seed),
+        "labels": lambda: labels.labels(task, data.train, _features(model, data, seed, cache_dir), seed=seed),
         "duplicates": lambda: duplicates.duplicates(data, duplicates.copies(data)),
     }
     found = Findings()
@@ -119,9 +119,14 @@ def check_data(
     return found
 
 
-def _features(model: keras.Model, data: Data, cache_dir: Path | None) -> np.ndarray:
-    network = keras.Model(model.inputs, prefix.features(model))
-    return inference.pooled_features(network, data.train, shelf=shelf_at(cache_dir)).values
+def _features(model: keras.Model, data: Data, seed: int, cache_dir: Path | None) -> np.ndarray:
+    """Compute features of the training pictures as they are and of two views, whose mean is a little surer."""
+    network, shelf = prefix.body(model), shelf_at(cache_dir)
+    plain = inference.pooled_features(network, data.train, shelf=shelf)
+    views = inference.pooled_features(
+        network, data.train, augmentation="light_no_flip", views=2, seed=seed, shelf=shelf
+    )
+    return np.concatenate([plain.values, views.values])
 
 
 def without_duplicates(data: Data) -> tuple[Data, Findings]:

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tftransfer import inference, prefix, transferability
+from tftransfer import inference, transferability
 from tftransfer.data import Examples, order
 from tftransfer.report import OTHER, Table
 from tftransfer.shelf import Shelf
@@ -79,7 +79,7 @@ def measure(
     """Look at a training split with a frozen network.
 
     Args:
-        network: Headless, or a builder's model below its head.
+        network: Headless, such as `prefix.body` of a builder's model.
         task: What the targets mean.
         examples: The training split.
         seed: Of folds. Defaults to 0.
@@ -222,8 +222,3 @@ def _thumbnails(examples: Examples) -> np.ndarray:
     """Return each picture as 8x8 pixels in a row."""
     found = [tf.image.resize(batch[0], (_SIDE, _SIDE), method="area") for batch in order.in_order(examples, 64)]
     return np.concatenate([part.numpy().reshape(len(part), -1) for part in found])
-
-
-def network_below(model: keras.Model) -> keras.Model:
-    """Return the part of a builder's model that gives features to its head."""
-    return keras.Model(model.inputs, prefix.features(model))

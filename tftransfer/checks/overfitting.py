@@ -13,7 +13,9 @@ from tftransfer.report import CURVES, Findings, Table
 from tftransfer.tasks import Task
 
 CHANCE = 2.0  # standard errors
-_NOTHING_LEARNED = "A lower `--learning-rate` may help, or `--strategy freeze_then_unfreeze`, which fits the head first."
+_NOTHING_LEARNED = (
+    "A lower `--learning-rate` may help, or `--strategy freeze_then_unfreeze`, which fits the head first."
+)
 SMALL = 0.01  # a gap of less than this does not matter, however certain it is
 
 
