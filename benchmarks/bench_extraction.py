@@ -41,12 +41,12 @@ def main() -> None:
     cli.import_tensorflow()
     import tensorflow as tf
 
-    from tftransfer import backbones, data, features, prefix
+    from tftransfer import backbones, constants, data, features
     from tftransfer.data.augment import Augmentation
 
     side = (options.image_size, options.image_size)
     network = backbones.build(options.backbone, side, None)
-    below = prefix.Constants(network, BATCH)
+    below = constants.Constants(network, BATCH)
     room = features.Room(sys.maxsize)
 
     def keep(examples: data.Examples) -> None:

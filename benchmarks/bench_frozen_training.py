@@ -5,7 +5,8 @@
 From decoding the pictures in FOLDER/CLASS/*.jpg (500 generated ones, and random weights, unless they are given) to the
 trained MobileNetV2, validation included, after `import tensorflow`. The guide augments, and computes the backbone in
 every epoch. Ours is measured without augmentation (`ours`), once more with what an earlier run kept in files (`warm`),
-and with two augmented views of each picture in turn (`views`). Writes results/frozen_training_WIDTH_SIDE.json.
+and with two augmented views of each picture in turn (`views`). PyTorch's tutorial is a second rival where torch and
+torchvision are installed. Writes results/frozen_training_WIDTH_SIDE.json.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import pairs
 import sides
+import torch_guide
 
 
 def probe(options: argparse.Namespace, **changes: Any) -> Any:
@@ -31,6 +33,7 @@ def probe(options: argparse.Namespace, **changes: Any) -> Any:
 
 SIDES = {
     "keras": lambda options: sides.keras_side(options, opened=None),
+    **({"torch": sides.torch_side} if torch_guide.INSTALLED else {}),
     "ours": lambda options: sides.our_side(options, probe(options)),
     "warm": lambda options: sides.our_side(options, probe(options), options.scratch / "kept"),
     "views": lambda options: sides.our_side(options, probe(options, augmentation="light", views=2)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import guide
 import pictures
+import torch_guide
 from record import record
 
 RATE = 1e-3
@@ -43,6 +44,13 @@ def keras_side(options: argparse.Namespace, *, opened: str | None, cached: bool 
     return {"seconds": time.perf_counter() - began, "accuracy": accuracy}
 
 
+def torch_side(options: argparse.Namespace) -> dict[str, float]:
+    """Train the head by PyTorch's tutorial."""
+    began = time.perf_counter()
+    accuracy = torch_guide.train(options.data, options.size, options.width, options.epochs)
+    return {"seconds": time.perf_counter() - began, "accuracy": accuracy}
+
+
 def our_side(
     options: argparse.Namespace, strategy: Callable[[Any], Any], cache_dir: Path | None = None, cache: str = "auto"
 ) -> dict[str, float]:
@@ -68,13 +76,15 @@ def our_side(
 
 
 def record_all(name: str, options: argparse.Namespace, found: list[dict[str, dict[str, float]]]) -> None:
-    """Write one result for each of our sides against each rival (a side whose name begins with `keras`)."""
+    """Write one result for each of our sides against each rival: those that begin with `keras`, and `torch`."""
     setting = {"width": options.width, "size": options.size, "epochs": options.epochs, "data": options.data.name}
-    rivals = [side for side in found[0] if side.startswith("keras")]
+    rivals = [side for side in found[0] if side.startswith(("keras", "torch"))]
+    only = sum(side.startswith("keras") for side in rivals) == 1
     for rival in rivals:
         for side in found[0]:
             if side not in rivals:
                 both = [(one[rival]["seconds"], one[side]["seconds"]) for one in found]
                 accuracies = {key: [round(one[key]["accuracy"], 3) for one in found] for key in (rival, side)}
-                label = f"{name}_{options.width:g}_{side}" + ("" if len(rivals) == 1 else f"_against_{rival}")
-                record(label, both, rival=rival, **setting, validation_accuracies=accuracies)
+                label = f"{name}_{options.width:g}_{side}" + ("" if only and rival == "keras" else f"_against_{rival}")
+                versions = torch_guide.versions() if rival == "torch" else {}
+                record(label, both, rival=rival, **setting, validation_accuracies=accuracies, **versions)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import bundles, cli, prefix, strategies
+from tftransfer import bundles, cli, constants, strategies
 from tftransfer.report import Report
 
 
@@ -45,13 +45,13 @@ def test_strategies_are_listed_with_options_and_sources(capsys):
 
 def test_predict_takes_pictures_in_batches_and_answers_in_order(run, tmp_path, capsys, monkeypatch):
     sizes = []
-    freeze = prefix.as_constant_function
+    freeze = constants.as_constant_function
 
     def watched(network):
         infer = freeze(network)
         return lambda batch: sizes.append(len(batch)) or infer(batch)
 
-    monkeypatch.setattr(prefix, "as_constant_function", watched)
+    monkeypatch.setattr(constants, "as_constant_function", watched)
     files = _pictures(tmp_path, 70)
     assert cli.main(["predict", str(run), *map(str, files), "--csv"]) == 0
     assert sizes == [32, 32, 6]

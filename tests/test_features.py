@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from tftransfer import features, prefix, trainable, training
+from tftransfer import constants, features, feeding, planning, prefix, trainable, training
 from tftransfer.data.augment import named
 from tftransfer.errors import InputError
 from tftransfer.features import Room
@@ -131,6 +131,59 @@ def test_a_run_that_was_stopped_while_it_computed_goes_on(small_network, small_t
         np.testing.assert_array_equal(one, two)
 
 
+GRADUAL = tuple(
+    Phase(selector, selector, 4, 0.01, augmentation="light", views=2) for selector in ("head", "last:1", "from:conv_2")
+)
+
+
+def _stage_calls(monkeypatch) -> list[tuple[str, int]]:
+    """Note how many examples go through each graph of constants, by the name of its last layer."""
+    calls, plain = [], constants.Constants.after
+
+    def after(self, inputs):
+        calls.append((self._network.layers[-1].name, int(inputs[0].shape[0] or 0)))
+        return plain(self, inputs)
+
+    monkeypatch.setattr(constants.Constants, "after", after)
+    return calls
+
+
+@pytest.mark.parametrize("place", ["memory", "files"])
+def test_the_lowest_cut_that_a_later_phase_needs_is_computed_once(
+    small_network, small_task, data, tmp_path, monkeypatch, place
+):
+    monkeypatch.setattr(feeding, "_PAYS", 0.0)
+    if place == "files":
+        monkeypatch.setattr(features, "MEMORY_SHARE", 0.0)
+    start, ended = small_network().get_weights(), []
+    for cache in ("auto", "off"):
+        model = small_network()
+        model.set_weights(start)
+        calls = _stage_calls(monkeypatch)
+        history = training.fine_tune(
+            model, small_task, data, GRADUAL, batch_size=8, cache=cache, cache_dir=tmp_path / "kept"
+        )
+        ended.append(model.get_weights())
+        if cache == "auto":
+            lowest = next(name for name, _ in calls)
+            once = 2 * len(data.train) + len(data.validation)
+            assert sum(count for name, count in calls if name == lowest) == once
+            assert [phase.store.endswith("0 computed") for phase in history.phases] == [False, False, True]
+            assert all(phase.store.startswith("kept") for phase in history.phases)
+    for kept, computed in zip(*ended, strict=True):
+        np.testing.assert_array_equal(kept, computed)
+
+
+def test_nothing_is_shared_beyond_a_phase_that_trains_all(small_network):
+    model = small_network()
+    every = Phase("all", "all", 1, 0.01)
+    phases, variables = planning.still_frozen(model, (GRADUAL[0], every, GRADUAL[2]))
+    assert (phases, variables) == ((), [])
+    phases, variables = planning.still_frozen(model, GRADUAL)
+    assert phases == GRADUAL[1:]
+    assert {variable.path.split("/")[0] for variable in variables} >= {"conv_2", "conv_3"}
+
+
 def test_half_precision_is_the_same_kept_or_not(small_network, small_task, data):
     start, ended = small_network().get_weights(), []
     for cache, dtype in (("auto", "float16"), ("off", "float16"), ("auto", "float32")):
@@ -148,7 +201,7 @@ def test_half_precision_is_the_same_kept_or_not(small_network, small_task, data)
 
 def test_half_precision_takes_half_the_room(small_network, data):
     frozen, room = _frozen(small_network), Room(2**30)
-    both = (prefix.Constants(frozen), prefix.Constants(frozen, narrow=True))
+    both = (constants.Constants(frozen), constants.Constants(frozen, narrow=True))
     single, half = (features.keep(b, data.train, named("none"), views=1, seed=0, room=room).size for b in both)
     assert single == 2 * half
 
@@ -168,7 +221,7 @@ def _frozen(small_network, selector="last:1"):
 @pytest.mark.parametrize("memory", [2**30, 0], ids=["memory", "files"])
 def test_features_are_those_of_the_network(small_network, data, tmp_path, memory):
     frozen = _frozen(small_network)
-    below = prefix.Constants(frozen)
+    below = constants.Constants(frozen)
     room = Room(memory, Shelf(tmp_path))
     kept = features.keep(below, data.train, named("none"), views=1, seed=0, room=room, key="key")
     assert kept.in_memory == bool(memory)
@@ -181,7 +234,7 @@ def test_features_are_those_of_the_network(small_network, data, tmp_path, memory
 
 
 def test_without_room_nothing_is_kept(small_network, data):
-    below = prefix.Constants(_frozen(small_network))
+    below = constants.Constants(_frozen(small_network))
     assert features.keep(below, data.train, named("none"), views=1, seed=0, room=Room(10)) is None
     assert features.keep(below, data.train, named("none"), views=1, seed=0, room=Room(2**20)) is not None
 
@@ -191,7 +244,7 @@ def test_another_weight_picture_view_or_seed_is_computed_anew(small_network, dat
     frozen = _frozen(small_network)
 
     def computed(examples=data.train, policy="light", views=2, seed=0):
-        below, key = prefix.Constants(frozen), features.digest_of(frozen)
+        below, key = constants.Constants(frozen), features.digest_of(frozen)
         return features.keep(below, examples, named(policy), views=views, seed=seed, room=room, key=key).computed
 
     assert computed() == 48
@@ -208,7 +261,7 @@ def test_another_weight_picture_view_or_seed_is_computed_anew(small_network, dat
 
 
 def test_what_lies_there_needs_no_more_room(small_network, data, tmp_path):
-    below = prefix.Constants(_frozen(small_network))
+    below = constants.Constants(_frozen(small_network))
 
     def keep(limit):
         room = Room(2**30, Shelf(tmp_path, limit))
@@ -234,7 +287,7 @@ def test_a_network_has_one_digest_however_it_was_cut_out(small_network):
 
 def test_damaged_files_are_computed_again(small_network, data, tmp_path):
     shelf = Shelf(tmp_path)
-    below = prefix.Constants(_frozen(small_network))
+    below = constants.Constants(_frozen(small_network))
 
     def keep(memory):
         return features.keep(below, data.train, named("none"), views=1, seed=0, room=Room(memory, shelf), key="key")

@@ -24,7 +24,7 @@ LAYERS = (
     {"builders", "trainable"},
     {"adapters", "penalties", "console"},
     {"strategies"},
-    {"prefix", "distribution", "callbacks", "mixing", "schedules", "history"},
+    {"prefix", "constants", "distribution", "callbacks", "mixing", "schedules", "history"},
     {"trainee", "checkpoints", "planning"},
     {"inference", "feeding"},
     {"training"},

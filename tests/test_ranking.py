@@ -64,7 +64,7 @@ def test_kept_features_are_found_and_change_nothing(network, small_data, small_t
     assert (first.logme, first.probe, first.n_leep) == (second.logme, second.probe, second.n_leep)
 
 
-@pytest.mark.parametrize("name", ["MobileNet-0.25", "ConvNeXtTiny", "EfficientNetB0"])
+@pytest.mark.parametrize("name", ["MobileNet-0.25", "EfficientNetB0"])
 def test_training_finds_the_features_that_ranking_kept(small_data, small_task, tmp_path, name):
     pictures = dataclasses.replace(small_data.train.pictures, digests=tuple(f"{n:064x}" for n in range(24)))
     data = dataclasses.replace(small_data, train=dataclasses.replace(small_data.train, pictures=pictures))

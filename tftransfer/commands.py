@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from tftransfer import bundles, choices, distribution, inference, prefix, ranking, serving, suggestion, weights
+from tftransfer import bundles, choices, constants, distribution, inference, ranking, serving, suggestion, weights
 from tftransfer.advice import asking
 from tftransfer.backbones import backbone, build, names
 from tftransfer.builders import outputs_are_logits
@@ -167,7 +167,7 @@ def predict(options: argparse.Namespace) -> int:
 
 def _outputs(bundle: bundles.Bundle, files: Sequence[Path]) -> tf.Tensor:
     """Return the network's outputs for picture files; only one batch of pictures is in memory at a time."""
-    infer = prefix.as_constant_function(bundle.model)
+    infer = constants.as_constant_function(bundle.model)
     batches = [files[begin : begin + _BATCH_SIZE] for begin in range(0, len(files), _BATCH_SIZE)]
     pictures = (np.stack([_read_picture(file, bundle.image_size) for file in batch]) for batch in batches)
     return tf.concat([infer(tf.constant(batch))[0] for batch in pictures], axis=0)

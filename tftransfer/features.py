@@ -27,12 +27,16 @@ BATCH = 32  # of examples that are computed at once
 
 
 class Below(Protocol):
-    """A frozen part: `prefix.Constants`."""
+    """A frozen part: `constants.Constants`."""
 
     outputs: tuple[tf.TensorSpec, ...]
 
     def __call__(self, batch: tf.Tensor) -> list[tf.Tensor]:
-        """Compute the outputs for a batch."""
+        """Compute the outputs for a batch of pictures."""
+        ...
+
+    def after(self, inputs: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Compute the outputs from what the parts below it gave."""
         ...
 
 
@@ -111,7 +115,15 @@ def _renamed(described: Any, names: Mapping[str, str]) -> Any:
 
 
 def keep(
-    below: Below, examples: Examples, augmentation: Augmentation, *, views: int, seed: int, room: Room, key: str = ""
+    below: Below,
+    examples: Examples,
+    augmentation: Augmentation,
+    *,
+    views: int,
+    seed: int,
+    room: Room,
+    key: str = "",
+    lower: Kept | None = None,
 ) -> Kept | None:
     """Compute what a frozen part gives for every view of every example, or find it in files.
 
@@ -123,13 +135,14 @@ def keep(
         seed: Of the augmentation.
         room: Where they may lie.
         key: Digest of the frozen part; needed for files.
+        lower: What the parts below it gave for the same views, if that is kept. Defaults to None.
 
     Returns:
         None if there is no room.
     """
     rows = tuple(_Row(tuple(output.shape), output.dtype) for output in below.outputs)
     shelf = room.shelf if examples.pictures.digests and key else None
-    work = _Work(below, examples, augmentation, views, seed, rows, shelf, key)
+    work = _Work(below, examples, augmentation, views, seed, rows, shelf, key, lower)
     on_shelf = shelf is not None and shelf.make_room(key, work.absent(shelf))
     if work.size <= room.memory:
         return (work if on_shelf else dataclasses.replace(work, shelf=None)).in_memory()
@@ -160,6 +173,7 @@ class _Work:
     rows: tuple[_Row, ...]
     shelf: Shelf | None
     key: str
+    lower: Kept | None
 
     @property
     def places(self) -> int:
@@ -237,8 +251,20 @@ class _Work:
         count = len(self.examples)
         for view in range(self.views):
             own = np.array([place - view * count for place in places if place // count == view], np.int64)
-            for chosen, inputs in self._pictures(own, view):
-                yield chosen + view * count, [tensor.numpy() for tensor in self.below(inputs)]
+            for chosen, tensors in self._from_below(own, view) if self.lower else self._from_pictures(own, view):
+                yield chosen + view * count, [tensor.numpy() for tensor in tensors]
+
+    def _from_below(self, numbers: np.ndarray, view: int) -> Iterator[tuple[np.ndarray, list[tf.Tensor]]]:
+        """Compute some examples of one view from what is kept of the parts below."""
+        assert self.lower is not None
+        for start in range(0, len(numbers), BATCH):
+            chosen = numbers[start : start + BATCH]
+            yield chosen, self.below.after(self.lower.read(tf.constant(chosen), tf.constant(view, tf.int64)))
+
+    def _from_pictures(self, numbers: np.ndarray, view: int) -> Iterator[tuple[np.ndarray, list[tf.Tensor]]]:
+        """Compute some examples of one view from their pictures."""
+        for chosen, inputs in self._pictures(numbers, view):
+            yield chosen, self.below(inputs)
 
     def _pictures(self, numbers: np.ndarray, view: int) -> Iterator[tuple[np.ndarray, tf.Tensor]]:
         """Read one view of some examples, batch by batch; where they must be decoded, a batch ahead."""

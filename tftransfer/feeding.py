@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
 
 from tftransfer import features
+from tftransfer.constants import Constants
 from tftransfer.data import Data, Examples, order
 from tftransfer.data.augment import named
 from tftransfer.features import Kept
 from tftransfer.inference import even_batch
-from tftransfer.prefix import Constants, Cut
+from tftransfer.prefix import Cut
 from tftransfer.shelf import Shelf
 from tftransfer.strategies import Phase
 from tftransfer.trainee import Below, unpacked
@@ -72,8 +73,21 @@ class Feed:
     waited: Callable[[], float]
 
 
+Shared = dict[tuple[str, str, str, int], Kept]
+"""What is kept for several phases: by digest of the frozen part, split, augmentation and number of views."""
+
+
 def feed(
-    data: Data, phase: Phase, steps: Steps, parts: Cut, below: Constants | None, *, cache: str, shelf: Shelf | None
+    data: Data,
+    phase: Phase,
+    steps: Steps,
+    parts: Cut,
+    below: Constants | None,
+    *,
+    cache: str,
+    shelf: Shelf | None,
+    later: Sequence[Phase] = (),
+    shared: Shared | None = None,
 ) -> Feed:
     """Prepare a phase's batches; where it pays and there is room, what is frozen is computed now and kept.
 
@@ -85,12 +99,16 @@ def feed(
         below: The frozen one as a function, if there is one.
         cache: One of `CACHES`.
         shelf: Where it is kept beyond the run.
+        later: Phases to come that leave the lowest stage of `below` frozen too: what that gives for views that both
+            need is kept as well, so that the rest is computed from it. Defaults to none.
+        shared: What is kept so for several phases; it is added to. Defaults to nothing.
     """
     began, noted = time.monotonic(), len(shelf.notes) if shelf else 0
-    training, summary = _kept_training(data, phase, steps, parts, below, cache, shelf)
-    validation = _keep(data.validation, "none", 1, steps, parts, below, shelf) if cache == "auto" else None
+    keeper = _Keeper(steps, parts, below, shelf, (phase, *later), {} if shared is None else shared)
+    training, summary = _kept_training(data, phase, keeper, cache)
+    validation = keeper.keep("validation", data.validation, "none", 1) if cache == "auto" else None
     if below and not (training and validation):
-        _ = below.made  # here, and not while a step is traced
+        below.make()
     batches, waited = _clocked(
         order.batches(
             data.train,
@@ -130,34 +148,71 @@ def _clocked(batches: tf.data.Dataset) -> tuple[tf.data.Dataset, Callable[[], fl
     return tf.data.Dataset.zip(clock, batches, clock).map(plain(note)), lambda: float(waited)
 
 
-def _kept_training(
-    data: Data, phase: Phase, steps: Steps, parts: Cut, below: Constants | None, cache: str, shelf: Shelf | None
-) -> tuple[Kept | None, str]:
+def _kept_training(data: Data, phase: Phase, keeper: _Keeper, cache: str) -> tuple[Kept | None, str]:
     """Return what is kept of the training split, and what there is to say about it."""
-    if below is None:
+    if keeper.below is None:
         return None, "nothing is frozen"
     if cache == "off":
         return None, "computed in every epoch: switched off"
-    if named(phase.augmentation) != named("none") and not phase.views:
+    if not _repeats(phase):
         return None, "computed in every epoch: each has new views of the examples"
-    kept = _keep(data.train, phase.augmentation, max(phase.views, 1), steps, parts, below, shelf)
+    kept = keeper.keep("train", data.train, phase.augmentation, max(phase.views, 1))
     return kept, str(kept or "computed in every epoch: it would not pay, or there is no room")
 
 
-def _keep(
-    examples: Examples,
-    augmentation: str,
-    views: int,
-    steps: Steps,
-    parts: Cut,
-    below: Constants | None,
-    shelf: Shelf | None,
-) -> Kept | None:
-    if below is None or steps.epochs / views * parts.work_share <= _PAYS:
-        return None
-    key = features.digest_of(parts.frozen, steps.chunk) if shelf else ""
-    room = features.room(shelf)
-    return features.keep(below, examples, named(augmentation), views=views, seed=steps.seed, room=room, key=key)
+def _repeats(phase: Phase) -> bool:
+    """Whether a phase sees the same views of its examples again."""
+    return named(phase.augmentation) == named("none") or phase.views > 0
+
+
+@dataclass(frozen=True)
+class _Keeper:
+    """Keeps what is frozen in a phase, and what is frozen below that in later ones too."""
+
+    steps: Steps
+    parts: Cut
+    below: Constants | None
+    shelf: Shelf | None
+    phases: Sequence[Phase]
+    shared: Shared
+
+    def keep(self, split: str, examples: Examples, augmentation: str, views: int) -> Kept | None:
+        """Return what is kept of one split, computed now unless it is at hand; None if it does not pay or fit."""
+        below = self.below
+        if below is None or self.steps.epochs / views * self.parts.work_share <= _PAYS:
+            return None
+        if not (below.lower or self.shared):
+            return self._computed(below, examples, augmentation, views)
+        name = (split, augmentation, views)
+        if (below.digest, *name) in self.shared:
+            return replace(self.shared[below.digest, *name], computed=0)
+        lower = None
+        if below.lower and self._uses(*name) > 1:
+            lower = self.shared.get((below.lower.digest, *name))
+            lower = lower or self._computed(below.lower, examples, augmentation, views)
+            if lower:
+                self.shared[below.lower.digest, *name] = lower
+        return self._computed(below, examples, augmentation, views, lower)
+
+    def _uses(self, split: str, augmentation: str, views: int) -> int:
+        """Count the phases that see these views of a split."""
+        if split == "validation":
+            return len(self.phases)
+        return sum((one.augmentation, max(one.views, 1)) == (augmentation, views) for one in self.phases)
+
+    def _computed(
+        self, below: Constants, examples: Examples, augmentation: str, views: int, lower: Kept | None = None
+    ) -> Kept | None:
+        return features.keep(
+            below,
+            examples,
+            named(augmentation),
+            views=views,
+            seed=self.steps.seed,
+            room=features.room(self.shelf),
+            key=below.digest if self.shelf else "",
+            lower=lower,
+        )
 
 
 def _read(kept: Kept | None) -> order.Read | None:

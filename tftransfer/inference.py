@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tftransfer import builders, features, prefix
+from tftransfer import builders, constants, features
 from tftransfer.data import Examples, order
 from tftransfer.data.augment import named
 from tftransfer.shelf import Shelf
@@ -29,7 +29,7 @@ def predict(model: keras.Model, task: Task, examples: Examples, batch_size: int 
     Returns:
         `(n, outputs)` float32.
     """
-    infer = prefix.as_constant_function(model)
+    infer = constants.as_constant_function(model)
     from_logits = builders.outputs_are_logits(model)
     batches = order.in_order(examples, batch_size)
     return np.concatenate([task.probabilities(infer(batch[0])[0], from_logits).numpy() for batch in batches])
@@ -72,7 +72,7 @@ def pooled_features(
     output = network.outputs[0]
     if len(output.shape) == 4:
         network = keras.Model(network.inputs, keras.layers.GlobalAveragePooling2D()(output))
-    below = prefix.Constants(network, features.BATCH)
+    below = constants.Constants(network, features.BATCH)
     key = features.digest_of(network) if shelf else ""
     everything, began = features.Room(sys.maxsize, shelf), time.monotonic()
     kept = features.keep(below, examples, named(augmentation), views=views, seed=seed, room=everything, key=key)

@@ -15,7 +15,7 @@ from tftransfer.tasks import Task
 
 
 def plan(
-    model: keras.Model, phase: Phase, attached: Attached | None = None
+    model: keras.Model, phase: Phase, attached: Attached | None = None, later: Sequence[keras.Variable] = ()
 ) -> tuple[tuple[trainable.AuditRow, ...], prefix.Cut]:
     """Set what a phase trains, and say what that is: the audit table, and the two parts of the network.
 
@@ -24,6 +24,7 @@ def plan(
         phase: What is about to run.
         attached: The phase's adapter, if it is beside the model already. Defaults to None: one is made for the
             question and thrown away.
+        later: Variables that train in phases to come, see `still_frozen`. Defaults to none.
 
     Raises:
         InputError: If the network does not have what the phase asks for.
@@ -37,9 +38,27 @@ def plan(
         layer_decay=phase.layer_decay,
         added=attached.sizes() if attached else {},
     )
-    parts = prefix.cut(model, attached.kernels if attached else ())
+    parts = prefix.cut(model, attached.kernels if attached else (), later)
     _check_fits(model, phase, parts.trained)
     return rows, parts
+
+
+def still_frozen(model: keras.Model, strategy: Strategy) -> tuple[tuple[Phase, ...], list[keras.Variable]]:
+    """Return the phases that follow the first and leave something frozen that it does, and what trains in them.
+
+    An adapter changes kernels that are below what trains, and a phase that trains everything leaves nothing: no phase
+    from there on counts. What trains is set as one of the phases has it.
+    """
+    phases, variables = [], []
+    for phase in strategy[1:]:
+        if strategy[0].adapter or phase.adapter:
+            break
+        trainable.set_trainable(model, phase.selector, train_batch_norm=phase.train_batch_norm)
+        if not prefix.leaves_something_frozen(model):
+            break
+        phases.append(phase)
+        variables += model.trainable_variables
+    return tuple(phases), variables
 
 
 def check_strategy(model: keras.Model, strategy: Strategy, task: Task, adapter: Adapter | None = None) -> None:

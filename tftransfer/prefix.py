@@ -1,20 +1,13 @@
-"""The frozen prefix: cut a network below the lowest layer that trains, and run what is below as constants."""
+"""The frozen prefix: cut a network below the lowest layer that trains."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
-import tensorflow as tf
-from tensorflow.core.framework.graph_pb2 import GraphDef
-from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
-from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
-from tensorflow.python.grappler.tf_optimizer import OptimizeGraph
 
 from tftransfer.depth import nodes_in_order
 from tftransfer.errors import InputError
@@ -39,10 +32,13 @@ class Cut:
         frozen: From the network's input to the tensors that cross the cut; None if everything trains.
         trained: From those tensors to the network's output. It shares layers with the whole network, so the whole
             network is trained when this part is.
+        stages: The frozen part again, in one piece, or in two where a later phase trains more: the first is what that
+            phase leaves frozen too. Defaults to none.
     """
 
     frozen: keras.Model | None
     trained: keras.Model
+    stages: tuple[keras.Model, ...] = ()
 
     @property
     def frozen_share(self) -> float:
@@ -61,7 +57,7 @@ class Cut:
         return below / max(below + _work(self.trained), 1)
 
 
-def cut(model: keras.Model, adapted: Sequence[keras.Variable] = ()) -> Cut:
+def cut(model: keras.Model, adapted: Sequence[keras.Variable] = (), later: Sequence[keras.Variable] = ()) -> Cut:
     """Cut a functional network at the lowest point below which nothing trains.
 
     Dropout that only the trained part follows (such as the head's) belongs to the trained part and stays active;
@@ -70,6 +66,7 @@ def cut(model: keras.Model, adapted: Sequence[keras.Variable] = ()) -> Cut:
     Args:
         model: A functional model whose `trainable` flags are set.
         adapted: Frozen variables that something else changes, such as kernels under LoRA. Defaults to none.
+        later: Variables that train in phases to come. Defaults to none.
 
     Returns:
         The two parts. The cut is a list of tensors: some networks (NASNet) cross it with several.
@@ -84,7 +81,9 @@ def cut(model: keras.Model, adapted: Sequence[keras.Variable] = ()) -> Cut:
         >>> [layer.name for layer in cut(model).trained.layers][1:]
         ['head_dropout', 'logits']
     """
-    above = _operations_above(model, {id(variable) for variable in adapted})
+    changed = {id(variable) for variable in adapted}
+    model = _inlined(model, changed)
+    above = _operations_above(model, changed)
     if not above:
         names = ", ".join(group.name for group in all_groups(model))
         raise InputError(
@@ -95,7 +94,18 @@ def cut(model: keras.Model, adapted: Sequence[keras.Variable] = ()) -> Cut:
     frozen = _network(model.inputs, crossing) if crossing else None
     if frozen is None or not any(_could_train(layer) for layer in frozen.layers):
         return Cut(None, _network(model.inputs, model.outputs))  # below the cut is nothing but preprocessing
-    return Cut(frozen, _network(crossing, model.outputs))
+    lower = _crossing_tensors(model, _operations_above(model, changed | {id(variable) for variable in later}))
+    below = _network(model.inputs, lower) if lower else None
+    apart = below and list(map(id, lower)) != list(map(id, crossing)) and any(map(_could_train, below.layers))
+    stages = (below, _network(lower, crossing)) if apart else (frozen,)
+    return Cut(frozen, _network(crossing, model.outputs), stages)
+
+
+def leaves_something_frozen(model: keras.Model) -> bool:
+    """Whether some operation of a network comes before all that train."""
+    model = _inlined(model, set())
+    above = _operations_above(model, set())
+    return any(_could_train(layer) for layer in model.layers if id(layer) not in above)
 
 
 def features(model: keras.Model, part: keras.Model | None = None) -> keras.KerasTensor:
@@ -123,164 +133,37 @@ def body(model: keras.Model) -> keras.Model:
     return keras.Model(model.inputs, features(model))
 
 
-def as_constant_function(network: keras.Model, chunk: int | None = None) -> Callable[[tf.Tensor], list[tf.Tensor]]:
-    """Turn a network in inference mode into a graph of constants, in which BatchNorm folds into convolutions.
+def _inlined(model: keras.Model, adapted: set[int]) -> keras.Model:
+    """Return a network in which the layers of nested models that train in part stand among all others."""
+    if not any(_trains_in_part(node.operation, adapted) for node in nodes_in_order(model)):
+        return model
 
-    Args:
-        network: A functional model with one input.
-        chunk: Run so many examples at a time, whatever the batch, and optimise the graph once for every use. The last
-            bits of a sum depend on how it is shared out over threads, and so on the batch size, and on what Grappler
-            makes of the graph around it; with a chunk each example's outputs are the same bits in whatever batch and
-            graph they are computed. Defaults to None: each batch as it is.
+    def inside(operation: keras.Operation) -> Any:
+        if not _trains_in_part(operation, adapted):
+            return operation
+        inner = _graph_of(operation)
 
-    Returns:
-        A function from a batch of inputs (any numeric type) to the list of outputs. It is about one and a half times
-        as fast as the same network with variables, because Grappler can fold constants only.
-    """
-    source = network.inputs[0]
-    signature = tf.TensorSpec((chunk, *source.shape[1:]), source.dtype)
-    graph = _graph_of_constants(network, signature)
-    if chunk is not None and not tf.config.list_physical_devices("GPU"):
-        graph = _optimised(graph)
-    infer = _function_of(graph, signature)
+        def run(inputs: Any, **_: Any) -> Any:  # of `training`, `fit` makes what it wants whatever a call says
+            outputs = inner._run_through_graph(keras.tree.flatten(inputs), operation_fn=inside)
+            return outputs[0] if isinstance(outputs, (list, tuple)) and len(outputs) == 1 else outputs
 
-    def run(batch: tf.Tensor) -> list[tf.Tensor]:
-        return list(infer(tf.cast(batch, signature.dtype)))
+        return run
 
-    outputs = [tf.TensorSpec(output.shape, output.dtype) for output in infer.outputs]
-    return run if chunk is None else _in_chunks(run, chunk, outputs)
+    return _network(model.inputs, keras.tree.flatten(model._run_through_graph(model.inputs, operation_fn=inside)))
 
 
-class Constants:
-    """What `as_constant_function` gives, made when it is first called: a run that finds all it needs never makes it.
-
-    Args:
-        network, chunk: As there; the network's weights must not change before the first call.
-        narrow: Whether float32 outputs are rounded to float16, which takes half the room. Defaults to False.
-
-    Attributes:
-        outputs: Shape and type of each output for one example.
-    """
-
-    def __init__(self, network: keras.Model, chunk: int | None = None, narrow: bool = False) -> None:
-        self._network, self._chunk = network, chunk
-        types = ("float16" if narrow and output.dtype == "float32" else output.dtype for output in network.outputs)
-        self.outputs = tuple(
-            tf.TensorSpec(output.shape[1:], kind) for output, kind in zip(network.outputs, types, strict=True)
-        )
-
-    def __call__(self, batch: tf.Tensor) -> list[tf.Tensor]:
-        return [tf.cast(tensor, spec.dtype) for tensor, spec in zip(self.made(batch), self.outputs, strict=True)]
-
-    @cached_property
-    def made(self) -> Callable[[tf.Tensor], list[tf.Tensor]]:
-        """The function itself."""
-        with tf.init_scope():
-            return as_constant_function(self._network, self._chunk)
+def _trains_in_part(operation: keras.Operation, adapted: set[int]) -> bool:
+    """Whether an operation is a network of its own, of which one part trains and one is frozen."""
+    if not hasattr(_graph_of(operation), "_nodes_by_depth"):
+        return False
+    could = [variable for layer in operation._flatten_layers() for variable in layer._trainable_variables]
+    trains = [variable.trainable or id(variable) in adapted for variable in could]
+    return any(trains) and not all(trains)
 
 
-@dataclass(frozen=True)
-class _Graph:
-    """A graph with the names of its one input and of its outputs, and the functions that it calls."""
-
-    definition: GraphDef
-    source: str
-    ends: tuple[str, ...]
-    functions: tuple[Any, ...]
-
-
-def _graph_of_constants(network: keras.Model, signature: tf.TensorSpec) -> _Graph:
-    """Trace a network in inference mode with the numbers of its variables in their place."""
-    values = [(variable, variable.numpy()) for variable in network.variables]
-
-    @tf.function(input_signature=[signature], autograph=False)
-    def infer(batch: tf.Tensor) -> list[tf.Tensor]:
-        constants = [(variable, tf.constant(value)) for variable, value in values]
-        with keras.StatelessScope(state_mapping=constants):
-            outputs = network(batch, training=False)
-        return [tf.identity(output) for output in tf.nest.flatten(outputs)]
-
-    traced = infer.get_concrete_function()
-    definition = traced.graph.as_graph_def()
-    nodes = {node.name: node for node in definition.node}
-    for held, placeholder in traced.graph.captures:  # tensors that layers hold beside their variables
-        node = nodes[placeholder.op.name]
-        node.Clear()
-        node.name, node.op = placeholder.op.name, "Const"
-        node.attr["dtype"].type = held.dtype.as_datatype_enum
-        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(held))
-    ends = tuple(tensor.name for tensor in traced.outputs)
-    return _Graph(definition, traced.inputs[0].name, ends, tuple(traced.graph._functions.values()))
-
-
-def _function_of(graph: _Graph, signature: tf.TensorSpec) -> Any:
-    """Return a graph as a concrete function."""
-
-    @tf.function(input_signature=[signature], autograph=False)
-    def infer(batch: tf.Tensor) -> list[tf.Tensor]:
-        return tf.graph_util.import_graph_def(
-            graph.definition, input_map={graph.source: batch}, return_elements=graph.ends, name=""
-        )
-
-    made = infer.get_concrete_function()
-    made.calls = graph.functions  # which TensorFlow forgets with the last reference to them
-    return made
-
-
-def _optimised(graph: _Graph) -> _Graph:
-    """Let Grappler fold and fuse a graph of constants once, for the processor.
-
-    Left to itself it does so anew wherever the function is used, and in `tf.data` without fusing anything, which there
-    is half as fast.
-    """
-    described = MetaGraphDef(graph_def=graph.definition)
-    for node in described.graph_def.node:
-        node.device = "/job:localhost/replica:0/task:0/device:CPU:0"  # fusing is for known devices
-    described.collection_def["train_op"].node_list.value.extend([graph.source, *graph.ends])
-    configuration = config_pb2.ConfigProto()
-    configuration.graph_options.rewrite_options.remapping = rewriter_config_pb2.RewriterConfig.AGGRESSIVE
-    return replace(graph, definition=_with_scaled_filters(OptimizeGraph(configuration, described)))
-
-
-def _with_scaled_filters(graph: GraphDef) -> GraphDef:
-    """Take BatchNorm's factors into the filters of depthwise convolutions, which Grappler does for full ones only."""
-    nodes = {node.name: node for node in graph.node}
-    uses = Counter(name for node in graph.node for name in node.input)
-    for node in graph.node:
-        if node.op != "Mul" or len(node.input) != 2:
-            continue
-        pair = sorted(node.input, key=lambda name: nodes[name].op if name in nodes else "")
-        factor, convolution = (nodes.get(name) for name in pair)  # "Const" comes before "Depthwise..."
-        if not (factor and convolution and factor.op == "Const" and convolution.op == "DepthwiseConv2dNative"):
-            continue
-        filters = nodes[convolution.input[1]]
-        if filters.op != "Const" or uses[filters.name] > 1 or uses[convolution.name] > 1:
-            continue
-        kernel, scale = (tf.make_ndarray(part.attr["value"].tensor) for part in (filters, factor))
-        if scale.size != kernel.shape[2] * kernel.shape[3] or convolution.attr["data_format"].s != b"NHWC":
-            continue
-        filters.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(kernel * scale.reshape(kernel.shape[2:])))
-        node.ClearField("input")
-        node.input.append(convolution.name)
-        node.op = "Identity"
-    return graph
-
-
-def _in_chunks(
-    infer: Callable[[tf.Tensor], list[tf.Tensor]], size: int, outputs: list[tf.TensorSpec]
-) -> Callable[[tf.Tensor], list[tf.Tensor]]:
-    """Run batches of any size as batches of one size, the last one filled up with zeros."""
-
-    def run(batch: tf.Tensor) -> list[tf.Tensor]:
-        if batch.shape[0] == size:
-            return infer(batch)
-        count, sides = tf.shape(batch)[0], batch.shape[1:]
-        filled = tf.pad(batch, [[0, -count % size], *[[0, 0]] * len(sides)])
-        chunks = tf.reshape(filled, (-1, size, *sides))
-        found = tf.map_fn(infer, chunks, fn_output_signature=outputs, parallel_iterations=1)
-        return [tf.reshape(tensor, (-1, *tensor.shape[2:]))[:count] for tensor in found]
-
-    return run
+def _graph_of(operation: keras.Operation) -> Any:
+    """Return what has an operation's graph, if it has one: a Sequential keeps it inside."""
+    return getattr(operation, "_functional", operation)
 
 
 def _operations_above(model: keras.Model, adapted: set[int]) -> set[int]:
@@ -317,7 +200,7 @@ def _work(network: keras.Model) -> int:
     total = 0
     for node in nodes_in_order(network):
         operation = node.operation
-        inner = getattr(operation, "_functional", operation)  # a Sequential has its graph inside
+        inner = _graph_of(operation)
         if hasattr(inner, "_nodes_by_depth"):
             total += _work(inner)
         elif isinstance(operation, keras.Layer):

@@ -14,7 +14,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tftransfer import builders, checkpoints, distribution, feeding, mixing, penalties, prefix, schedules, trainable
+from tftransfer import (
+    builders,
+    checkpoints,
+    constants,
+    distribution,
+    feeding,
+    mixing,
+    penalties,
+    prefix,
+    schedules,
+    trainable,
+)
 from tftransfer.adapters import Adapter, Attached, Reached, adapter_of, base_digest
 from tftransfer.averages import Ema, WiseFt
 from tftransfer.callbacks import KeepBest, LearningRateLog, Progress, callback_list
@@ -25,7 +36,7 @@ from tftransfer.history import History, PhaseRecord
 from tftransfer.metrics import LossError
 from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD, Moment, renamed
 from tftransfer.penalties import Source
-from tftransfer.planning import below_the_head, check_call, check_strategy, functional, plan
+from tftransfer.planning import below_the_head, check_call, check_strategy, functional, plan, still_frozen
 from tftransfer.shelf import Shelf, shelf_at
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
@@ -167,6 +178,7 @@ class _Run:
     cache: str
     shelf: Shelf | None
     narrow: bool
+    shared: feeding.Shared = field(default_factory=dict)
 
     def steps(self, phase: Phase) -> tuple[int, int]:
         """Return `(steps per epoch, epochs)` of a phase."""
@@ -250,14 +262,19 @@ def _finish_adapter(run: _Run, carried: _Carried, history: History) -> Adapter |
 def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, carried: _Carried) -> _Carried:
     """Train one phase, add it to the history, and return what the next one may go on with."""
     began, phase = time.monotonic(), strategy[number]
-    audit, parts = plan(run.model, phase, carried.attached)
+    later, variables = still_frozen(run.model, strategy[number:])
+    audit, parts = plan(run.model, phase, carried.attached, variables)
     if not run.quiet:
         print_table(literal_console(), audit_table(f"What trains: {phase.name}", audit, _penalty_basis(run, phase)))
     _seed_generators(run, number)
     steps = run.feed_steps(number, phase)
-    below = prefix.Constants(parts.frozen, steps.chunk, run.narrow) if parts.frozen else None
+    below = None
+    for stage in parts.stages:
+        below = constants.Constants(stage, steps.chunk, run.narrow, below)
     trainee = _compiled(run, phase, number, parts.trained, below, carried, steps.per_epoch * steps.epochs)
-    feed = feeding.feed(run.data, phase, steps, parts, below, cache=run.cache, shelf=run.shelf)
+    feed = feeding.feed(
+        run.data, phase, steps, parts, below, cache=run.cache, shelf=run.shelf, later=later, shared=run.shared
+    )
     trainee.add_below(training=feed.below_training, validation=feed.below_validation)
     if parts.frozen and not run.quiet:
         literal_console().print(f"What is frozen: {feed.summary}", soft_wrap=True)
@@ -338,7 +355,7 @@ def _compiled(
     phase: Phase,
     number: int,
     part: keras.Model,
-    below: prefix.Constants | None,
+    below: constants.Constants | None,
     carried: _Carried,
     steps: int,
 ) -> keras.Model:
@@ -368,7 +385,7 @@ def _extras(
     phase: Phase,
     number: int,
     part: keras.Model,
-    below: prefix.Constants | None,
+    below: constants.Constants | None,
     attached: Attached | None,
 ) -> Extras:
     """Prepare what the phase adds to the step."""
@@ -382,7 +399,7 @@ def _extras(
     )
 
 
-def _subject(run: _Run, part: keras.Model, below: prefix.Constants | None) -> tuple[penalties.Subject, keras.Model]:
+def _subject(run: _Run, part: keras.Model, below: constants.Constants | None) -> tuple[penalties.Subject, keras.Model]:
     """Return what a penalty is prepared for, and the network that gives outputs and features at once."""
     features = prefix.features(run.model, part)
     subject = penalties.Subject(
@@ -396,7 +413,7 @@ def _subject(run: _Run, part: keras.Model, below: prefix.Constants | None) -> tu
     return subject, keras.Model(part.inputs, [*part.outputs, features])
 
 
-def _to_inputs(below: prefix.Constants | None) -> Callable[[tf.Tensor], Any]:
+def _to_inputs(below: constants.Constants | None) -> Callable[[tf.Tensor], Any]:
     """Return the function from pictures to what the trained part takes."""
 
     def to_inputs(pictures: tf.Tensor) -> Any:

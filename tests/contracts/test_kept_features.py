@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import backbones, builders, feeding, inference, optimizers, prefix, tasks, trainable, training
+from tftransfer import backbones, builders, constants, feeding, inference, optimizers, tasks, trainable, training
 from tftransfer.data import Data, order
 from tftransfer.strategies import Phase
 
@@ -32,7 +32,7 @@ FAMILIES = (
     "EfficientNetB0",
     "EfficientNetV2B0",
 )
-QUICK = [("MobileNet-0.25", selector) for selector in SELECTORS] + [(name, "last:1") for name in FAMILIES[:2]]
+QUICK = [("MobileNet-0.25", selector) for selector in SELECTORS] + [("MobileNetV2-0.35", "last:1")]
 
 
 def _cases(quick: list[tuple[str, str]]) -> list:
@@ -106,7 +106,7 @@ def test_folded_features_and_one_step_are_those_of_the_network(build, data, monk
     for folded in (True, False):
         model = build(name)
         if not folded:
-            monkeypatch.setattr(prefix, "as_constant_function", _with_variables)
+            monkeypatch.setattr(constants, "as_constant_function", _with_variables)
         training.fine_tune(model, TASK, source, (phase,), batch_size=10, max_steps=1)
         stepped.append(model.get_weights())
     for before, ours, theirs in zip(build(name).get_weights(), *stepped, strict=True):
@@ -118,7 +118,7 @@ def test_folded_features_and_one_step_are_those_of_the_network(build, data, monk
 def test_unfolded_features_train_to_the_bits_of_stock_fit(build, data, monkeypatch, name, selector):
     """Kept or computed in every step: without folding nothing differs from `fit` on the whole network."""
     monkeypatch.setattr(feeding, "_PAYS", 0.0)
-    monkeypatch.setattr(prefix, "as_constant_function", _with_variables)
+    monkeypatch.setattr(constants, "as_constant_function", _with_variables)
     model = build(name, dropout=0.0)
     alike = {
         "epochs": 1,

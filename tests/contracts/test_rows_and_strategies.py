@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import advice, backbones, builders, prefix, serving, strategies, tasks, trainable, training
+from tftransfer import advice, backbones, builders, constants, serving, strategies, tasks, trainable, training
 from tftransfer.averages import WiseFt
 from tftransfer.data import Data, Examples, Pictures
 from tftransfer.errors import InputError
@@ -178,7 +178,7 @@ def pace(built, key, monkeypatch):
     row = built[0]
     traced = row == DEMO and key in TRACED
     if row not in QUICK[:2]:
-        monkeypatch.setattr(prefix, "as_constant_function", _with_variables)
+        monkeypatch.setattr(constants, "as_constant_function", _with_variables)
     tf.config.run_functions_eagerly(not traced)
     yield
     tf.config.run_functions_eagerly(False)

@@ -1,10 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tftransfer.data.augment import NAMED, Augmentation, augment
+from tftransfer.data.augment import NAMED, Augmentation, augment, geometry
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (12, 17, 3), np.uint8)
 
@@ -73,6 +75,23 @@ def test_a_rotation_turns_about_the_middle():
     turned = augment(cross, Augmentation("turn", rotation=15.0), [3, 0]).numpy()[..., 0]
     assert turned[10, 10] > 200
     assert turned.sum() == pytest.approx(cross[..., 0].sum(), rel=0.1)
+
+
+@pytest.mark.parametrize("name", NAMED)
+@given(seed=st.tuples(st.integers(0, 2**31), st.integers(0, 2**31)))
+@settings(max_examples=15, deadline=None)
+def test_the_geometry_says_where_each_pixel_comes_from(name, seed):
+    height, width = 24, 36
+    rows, columns = np.mgrid[:height, :width].astype(np.float32)
+    picture = np.stack([columns, rows, np.ones_like(rows)], axis=2)  # each pixel holds its place
+    still = dataclasses.replace(NAMED[name], brightness=0, contrast=0, saturation=0, cutout=0)
+    seen = augment(tf.constant(picture), still, seed).numpy()
+    a = geometry(name, seed, (height, width)).numpy()
+    x, y = (a[i] * columns + a[i + 1] * rows + a[i + 2] for i in (0, 3))
+    inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    assert inside.mean() > 0.2
+    np.testing.assert_allclose(seen[inside][:, 0], x[inside], atol=2e-3)
+    np.testing.assert_allclose(seen[inside][:, 1], y[inside], atol=2e-3)
 
 
 def test_cutout_hides_its_share():

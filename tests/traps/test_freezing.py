@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import backbones, prefix, strategies, trainable, training
+from tftransfer import backbones, constants, prefix, strategies, trainable, training
 from tftransfer.errors import InputError
 from tftransfer.strategies import Phase
 
@@ -324,7 +324,7 @@ def test_the_networks_own_stochastic_depth_is_active_above_the_cut_of_ours_alone
         return
     assert len(_drops(parts.frozen)) == 9 - active
     pictures = tf.constant(_data()[0])
-    below = prefix.as_constant_function(parts.frozen)(pictures)
+    below = constants.as_constant_function(parts.frozen)(pictures)
     for tensor, calm in zip(below, _listed(parts.frozen(pictures)), strict=True):
         assert np.linalg.norm(tensor - calm) <= 1e-2 * np.linalg.norm(calm)
     above = below if len(below) > 1 else below[0]

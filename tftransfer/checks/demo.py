@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tftransfer import backbones, prefix, weights
+from tftransfer import backbones, constants, weights
 from tftransfer.checks.probe import ProbeRow, compare_probe
 from tftransfer.data import Data, Examples, order
 from tftransfer.report import Findings, Number, Table
@@ -109,7 +109,7 @@ def _features(examples: Examples, embedded: keras.Model, random: keras.Model) ->
 
 
 def _pooled(network: keras.Model, examples: Examples) -> np.ndarray:
-    infer = prefix.as_constant_function(network)
+    infer = constants.as_constant_function(network)
     features = [infer(batch[0])[0].numpy().mean(axis=(1, 2)) for batch in order.in_order(examples, 64)]
     return np.concatenate(features)
 

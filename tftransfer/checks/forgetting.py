@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from tftransfer import prefix
+from tftransfer import constants, prefix
 from tftransfer.checks.intervals import proportion
 from tftransfer.checks.probe import fitted
 from tftransfer.data import Data, Examples, glyphs, load, order
@@ -113,7 +113,7 @@ def _with_interval(accuracy: float, targets: np.ndarray) -> Number:
 
 
 def _features(model: keras.Model, examples: Examples) -> np.ndarray:
-    infer = prefix.as_constant_function(keras.Model(model.inputs, prefix.features(model)))
+    infer = constants.as_constant_function(prefix.body(model))
     return np.concatenate([infer(batch[0])[0].numpy() for batch in order.in_order(examples, 64)]).astype(np.float32)
 
 

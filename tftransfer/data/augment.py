@@ -114,9 +114,8 @@ def augment(picture: tf.Tensor, strength: str | Augmentation, seed: tf.Tensor) -
         >>> augment(tf.fill((2, 2, 3), tf.constant(9, tf.uint8)), "none", [0, 0])[0, 0].numpy().tolist()
         [9.0, 9.0, 9.0]
     """
-    policy = named(strength)
+    policy, draws = named(strength), _draws(seed)
     changed = tf.cast(picture, tf.float32)
-    draws = tf.random.stateless_uniform((11,), seed, -1.0, 1.0)
     if policy.turns:
         changed = _turn(changed, policy, draws)
     elif policy.crops:
@@ -126,6 +125,36 @@ def augment(picture: tf.Tensor, strength: str | Augmentation, seed: tf.Tensor) -
     if policy.cutout:
         changed = _cut_out(changed, policy.cutout, draws[8:10])
     return changed
+
+
+def geometry(strength: str | Augmentation, seed: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
+    """Return where `augment` takes each pixel from, so that boxes and masks can follow a picture.
+
+    Args:
+        strength, seed: As for `augment`.
+        image_size: `(height, width)` of the picture.
+
+    Returns:
+        `(8,)` float32, a projective transform as `ImageProjectiveTransformV3` takes it: the pixel at column x and row y
+        shows what was at `(a0 x + a1 y + a2, a3 x + a4 y + a5)`. Beyond its edges the picture is mirrored.
+
+    Example:
+        >>> geometry("none", [0, 0], (4, 6)).numpy().tolist()
+        [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    """
+    policy, draws = named(strength), _draws(seed)
+    if policy.turns:
+        return _turned(policy, draws, image_size)
+    if not policy.crops:
+        return tf.constant([1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    top, left, bottom, right = tf.unstack(_box(policy, draws))
+    height, width = image_size
+    return tf.stack([right - left, 0.0, left * (width - 1), 0.0, bottom - top, top * (height - 1), 0.0, 0.0])
+
+
+def _draws(seed: tf.Tensor) -> tf.Tensor:
+    """Return the random numbers that decide all about one picture, in [-1, 1)."""
+    return tf.random.stateless_uniform((11,), seed, -1.0, 1.0)
 
 
 def _scales(policy: Augmentation, draws: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -140,34 +169,42 @@ def _scales(policy: Augmentation, draws: tf.Tensor) -> tuple[tf.Tensor, tf.Tenso
 
 def _crop(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tensor:
     """Cut out a part that lies anywhere inside the picture and stretch it, bilinear."""
+    return tf.image.crop_and_resize(picture[None], _box(policy, draws)[None], [0], picture.shape[:2])[0]
+
+
+def _box(policy: Augmentation, draws: tf.Tensor) -> tf.Tensor:
+    """Return `(top, left, bottom, right)` of the part that is cut out, in [0, 1]; mirrored, left is above right."""
     width, height = _scales(policy, draws)
     x, y = 0.5 + draws[3] * (1 - tf.abs(width)) / 2, 0.5 + draws[4] * (1 - height) / 2
     box = tf.stack([y - height / 2, x - width / 2, y + height / 2, x + width / 2])
-    box = tf.clip_by_value(box, 0.0, 1.0)  # rounding may leave the picture, where all is black
-    return tf.image.crop_and_resize(picture[None], box[None], [0], picture.shape[:2])[0]
+    return tf.clip_by_value(box, 0.0, 1.0)  # rounding may leave the picture, where all is black
 
 
 def _turn(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tensor:
-    """Crop, mirror, turn and shift in one projective transform, from places of the result."""
-    scale_x, scale_y = _scales(policy, draws)
-    # A crop lies anywhere inside the picture, a shrunk picture anywhere inside the view; a shift may leave either.
-    free_x, free_y = tf.abs(1 - tf.abs(scale_x)) / 2 + policy.shift, tf.abs(1 - scale_y) / 2 + policy.shift
-    height, width = picture.shape[0], picture.shape[1]
-    middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
-    to_x, to_y = middle_x + draws[3] * free_x * width, middle_y + draws[4] * free_y * height
-    angle = draws[5] * math.radians(policy.rotation)
-    a, b = scale_x * tf.cos(angle), -scale_y * tf.sin(angle)
-    c, d = scale_x * tf.sin(angle), scale_y * tf.cos(angle)
-    matrix = [a, b, to_x - a * middle_x - b * middle_y, c, d, to_y - c * middle_x - d * middle_y, 0.0, 0.0]
+    """Crop, mirror, turn and shift in one projective transform."""
     moved = tf.raw_ops.ImageProjectiveTransformV3(
         images=picture[None],
-        transforms=tf.stack(matrix)[None],
-        output_shape=(height, width),
+        transforms=_turned(policy, draws, picture.shape[:2])[None],
+        output_shape=picture.shape[:2],
         fill_value=0.0,
         interpolation="BILINEAR",
         fill_mode="REFLECT",
     )[0]
     return tf.clip_by_value(moved, 0.0, 255.0)
+
+
+def _turned(policy: Augmentation, draws: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
+    """Return the projective transform of `_turn`, from places of the result."""
+    scale_x, scale_y = _scales(policy, draws)
+    # A crop lies anywhere inside the picture, a shrunk picture anywhere inside the view; a shift may leave either.
+    free_x, free_y = tf.abs(1 - tf.abs(scale_x)) / 2 + policy.shift, tf.abs(1 - scale_y) / 2 + policy.shift
+    height, width = image_size
+    middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
+    to_x, to_y = middle_x + draws[3] * free_x * width, middle_y + draws[4] * free_y * height
+    angle = draws[5] * math.radians(policy.rotation)
+    a, b = scale_x * tf.cos(angle), -scale_y * tf.sin(angle)
+    c, d = scale_x * tf.sin(angle), scale_y * tf.cos(angle)
+    return tf.stack([a, b, to_x - a * middle_x - b * middle_y, c, d, to_y - c * middle_x - d * middle_y, 0.0, 0.0])
 
 
 def _recolour(picture: tf.Tensor, policy: Augmentation, draws: tf.Tensor) -> tf.Tensor:

@@ -1,0 +1,113 @@
+import gc
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tftransfer import constants
+
+
+def _pictures(count: int = 4, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(1).uniform(0, 255, (count, size, size, 3)).astype(np.float32)
+
+
+def test_constants_give_the_networks_features(small_network):
+    model = small_network()
+    pictures = _pictures(5)
+    ours = constants.as_constant_function(model)(tf.constant(pictures))[0].numpy()
+    theirs = model(pictures, training=False).numpy()
+    assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
+
+
+def test_a_wrong_network_is_told_apart(small_network):
+    """The tolerance above can fail: another BatchNorm statistic is seen."""
+    model = small_network()
+    pictures = _pictures(5)
+    ours = constants.as_constant_function(model)(tf.constant(pictures))[0].numpy()
+    norm = model.get_layer("norm_3")
+    norm.moving_mean.assign(norm.moving_mean + 0.01)
+    theirs = model(pictures, training=False).numpy()
+    assert np.linalg.norm(ours - theirs) > 1e-5 * np.linalg.norm(theirs)
+
+
+def test_constants_do_not_follow_later_training(small_network):
+    model = small_network()
+    pictures = tf.constant(_pictures())
+    infer = constants.as_constant_function(model)
+    before = infer(pictures)[0].numpy()
+    model.get_layer("logits").kernel.assign(model.get_layer("logits").kernel * 2)
+    np.testing.assert_array_equal(infer(pictures)[0], before)
+
+
+def _depthwise_network() -> keras.Model:
+    """Depthwise convolutions as BatchNorm follows them: directly, with several channels each, and used twice."""
+    pictures = keras.Input((16, 16, 3))
+    x = keras.layers.Conv2D(6, 3, use_bias=False)(pictures)
+    for multiplier in (1, 2):
+        x = keras.layers.DepthwiseConv2D(3, depth_multiplier=multiplier, use_bias=False)(x)
+        x = keras.layers.ReLU(6.0)(keras.layers.BatchNormalization()(x))
+    twice = keras.layers.DepthwiseConv2D(3, padding="same", use_bias=False)(x)
+    x = keras.layers.Concatenate()([twice, keras.layers.BatchNormalization()(twice)])
+    network = keras.Model(pictures, keras.layers.GlobalAveragePooling2D()(x))
+    generator = np.random.default_rng(0)
+    for variable in network.variables:
+        variable.assign(generator.uniform(0.2, 2.0, variable.shape))
+    return network
+
+
+def test_batchnorm_folds_into_depthwise_filters():
+    network = _depthwise_network()
+    (expected,) = tf.nest.flatten(network(_pictures(5, 16), training=False))
+    (actual,) = constants.as_constant_function(network, 4)(tf.constant(_pictures(5, 16)))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def test_folding_leaves_no_factor_behind_a_depthwise_convolution_that_is_used_once():
+    network = _depthwise_network()
+    graph = constants._optimised(constants._graph_of_constants(network, [tf.TensorSpec((4, 16, 16, 3))])).definition
+    operations = {node.name: node.op for node in graph.node}
+    scaled = [node for node in graph.node if node.op == "Mul" and _depthwise_input(node, operations)]
+    assert len(scaled) <= 1, scaled
+    assert sum("Depthwise" in operation for operation in operations.values()) == 3
+
+
+def _depthwise_input(node, operations: dict[str, str]) -> bool:
+    return any(operations.get(name) == "DepthwiseConv2dNative" for name in node.input)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_functions_that_layers_trace_live_as_long_as_the_graph(chunk):
+    """Keras puts grouped convolutions into functions of their own, which TensorFlow forgets with the traced graph."""
+    inputs = keras.Input((8, 8, 4))
+    network = keras.Model(inputs, keras.layers.Conv2D(8, 3, groups=4)(inputs))
+    infer = constants.as_constant_function(network, chunk)
+    keras.backend.clear_session()
+    gc.collect()
+    pictures = np.random.default_rng(0).uniform(0, 1, (4, 8, 8, 4)).astype(np.float32)
+    np.testing.assert_allclose(infer(tf.constant(pictures))[0], network(pictures), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_a_network_with_several_inputs_and_outputs_runs_in_chunks(count):
+    wide, flags = keras.Input((5, 2)), keras.Input((5,), dtype="bool")
+    masked = keras.layers.Lambda(lambda both: keras.ops.where(both[1][..., None], both[0], 0.0))([wide, flags])
+    network = keras.Model([wide, flags], [flags, keras.layers.Dense(3)(masked)])
+    generator = np.random.default_rng(0)
+    inputs = [generator.normal(size=(count, 5, 2)).astype(np.float32), generator.random((count, 5)) < 0.5]
+    found = constants.as_constant_function(network, 4)(*map(tf.constant, inputs))
+    np.testing.assert_array_equal(found[0], inputs[1])
+    np.testing.assert_allclose(found[1], network(inputs)[1], atol=1e-6)
+
+
+def test_a_network_in_two_stages_gives_what_it_gives_in_one(small_network):
+    model = small_network()
+    lower = keras.Model(model.inputs[0], model.get_layer("relu_1").output)
+    upper = keras.Model(model.get_layer("relu_1").output, model.outputs[0])
+    below = constants.Constants(lower, 4)
+    staged = constants.Constants(upper, 4, lower=below)
+    pictures = tf.constant(_pictures(5))
+    np.testing.assert_allclose(staged(pictures)[0], model(pictures, training=False), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(staged(pictures)[0], staged.after(below(pictures))[0])
+    assert staged.digest.startswith(below.digest)
+    assert staged.digest != constants.Constants(model, 4).digest

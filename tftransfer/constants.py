@@ -1,0 +1,199 @@
+"""Frozen networks as graphs of constants: BatchNorm folds into convolutions, and each example gives the same bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.core.framework.graph_pb2 import GraphDef
+from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
+from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
+from tensorflow.python.grappler.tf_optimizer import OptimizeGraph
+
+from tftransfer import features
+
+Run = Callable[..., list[tf.Tensor]]
+
+
+def as_constant_function(network: keras.Model, chunk: int | None = None) -> Run:
+    """Turn a network in inference mode into a graph of constants, in which BatchNorm folds into convolutions.
+
+    Args:
+        network: A functional model.
+        chunk: Run so many examples at a time, whatever the batch, and optimise the graph once for every use. The last
+            bits of a sum depend on how it is shared out over threads, and so on the batch size, and on what Grappler
+            makes of the graph around it; with a chunk each example's outputs are the same bits in whatever batch and
+            graph they are computed. Defaults to None: each batch as it is.
+
+    Returns:
+        A function from a batch of inputs (any numeric type; one argument for each input) to the list of outputs. It is
+        about one and a half times as fast as the same network with variables, because Grappler can fold constants only.
+    """
+    signature = [tf.TensorSpec((chunk, *source.shape[1:]), source.dtype) for source in network.inputs]
+    graph = _graph_of_constants(network, signature)
+    if chunk is not None and not tf.config.list_physical_devices("GPU"):
+        graph = _optimised(graph)
+    infer = _function_of(graph, signature)
+
+    def run(*batch: tf.Tensor) -> list[tf.Tensor]:
+        return list(infer(*(tf.cast(part, spec.dtype) for part, spec in zip(batch, signature, strict=True))))
+
+    outputs = [tf.TensorSpec(output.shape, output.dtype) for output in infer.outputs]
+    return run if chunk is None else _in_chunks(run, chunk, outputs)
+
+
+class Constants:
+    """What `as_constant_function` gives, made when it is first called: a run that finds all it needs never makes it.
+
+    Args:
+        network, chunk: As there; the network's weights must not change before the first call.
+        narrow: Whether float32 outputs are rounded to float16, which takes half the room. Defaults to False.
+        lower: What gives the network its inputs. Defaults to None: they are pictures.
+
+    Attributes:
+        outputs: Shape and type of each output for one example.
+    """
+
+    def __init__(
+        self, network: keras.Model, chunk: int | None = None, narrow: bool = False, lower: Constants | None = None
+    ) -> None:
+        self._network, self._chunk, self.lower = network, chunk, lower
+        types = ("float16" if narrow and output.dtype == "float32" else output.dtype for output in network.outputs)
+        self.outputs = tuple(
+            tf.TensorSpec(output.shape[1:], kind) for output, kind in zip(network.outputs, types, strict=True)
+        )
+
+    def __call__(self, batch: tf.Tensor) -> list[tf.Tensor]:
+        """Compute the outputs for a batch of pictures."""
+        return self.after([batch] if self.lower is None else self.lower(batch))
+
+    def after(self, inputs: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Compute the outputs from what `lower` gave."""
+        return [tf.cast(tensor, spec.dtype) for tensor, spec in zip(self._made(*inputs), self.outputs, strict=True)]
+
+    def make(self) -> None:
+        """Make the functions now, and not while something else is traced."""
+        _ = self._made
+        if self.lower:
+            self.lower.make()
+
+    @cached_property
+    def _made(self) -> Run:
+        with tf.init_scope():
+            return as_constant_function(self._network, self._chunk)
+
+    @cached_property
+    def digest(self) -> str:
+        """Which outputs these are: `features.digest_of`, with that of `lower`."""
+        own = features.digest_of(self._network, self._chunk or features.BATCH)
+        return f"{self.lower.digest}-{own}" if self.lower else own
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A graph with the names of its inputs and outputs, and the functions that it calls."""
+
+    definition: GraphDef
+    sources: tuple[str, ...]
+    ends: tuple[str, ...]
+    functions: tuple[Any, ...]
+
+
+def _graph_of_constants(network: keras.Model, signature: list[tf.TensorSpec]) -> _Graph:
+    """Trace a network in inference mode with the numbers of its variables in their place."""
+    values = [(variable, variable.numpy()) for variable in network.variables]
+
+    @tf.function(input_signature=signature, autograph=False)
+    def infer(*batch: tf.Tensor) -> list[tf.Tensor]:
+        constants = [(variable, tf.constant(value)) for variable, value in values]
+        with keras.StatelessScope(state_mapping=constants):
+            outputs = network(batch[0] if len(batch) == 1 else list(batch), training=False)
+        return [tf.identity(output) for output in tf.nest.flatten(outputs)]
+
+    traced = infer.get_concrete_function()
+    definition = traced.graph.as_graph_def()
+    nodes = {node.name: node for node in definition.node}
+    for held, placeholder in traced.graph.captures:  # tensors that layers hold beside their variables
+        node = nodes[placeholder.op.name]
+        node.Clear()
+        node.name, node.op = placeholder.op.name, "Const"
+        node.attr["dtype"].type = held.dtype.as_datatype_enum
+        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(held))
+    ends = tuple(tensor.name for tensor in traced.outputs)
+    sources = tuple(tensor.name for tensor in traced.inputs[: len(signature)])
+    return _Graph(definition, sources, ends, tuple(traced.graph._functions.values()))
+
+
+def _function_of(graph: _Graph, signature: list[tf.TensorSpec]) -> Any:
+    """Return a graph as a concrete function."""
+
+    @tf.function(input_signature=signature, autograph=False)
+    def infer(*batch: tf.Tensor) -> list[tf.Tensor]:
+        inputs = dict(zip(graph.sources, batch, strict=True))
+        return tf.graph_util.import_graph_def(graph.definition, input_map=inputs, return_elements=graph.ends, name="")
+
+    made = infer.get_concrete_function()
+    made.calls = graph.functions  # which TensorFlow forgets with the last reference to them
+    return made
+
+
+def _optimised(graph: _Graph) -> _Graph:
+    """Let Grappler fold and fuse a graph of constants once, for the processor.
+
+    Left to itself it does so anew wherever the function is used, and in `tf.data` without fusing anything, which there
+    is half as fast.
+    """
+    described = MetaGraphDef(graph_def=graph.definition)
+    for node in described.graph_def.node:
+        node.device = "/job:localhost/replica:0/task:0/device:CPU:0"  # fusing is for known devices
+    described.collection_def["train_op"].node_list.value.extend([*graph.sources, *graph.ends])
+    configuration = config_pb2.ConfigProto()
+    configuration.graph_options.rewrite_options.remapping = rewriter_config_pb2.RewriterConfig.AGGRESSIVE
+    return replace(graph, definition=_with_scaled_filters(OptimizeGraph(configuration, described)))
+
+
+def _with_scaled_filters(graph: GraphDef) -> GraphDef:
+    """Take BatchNorm's factors into the filters of depthwise convolutions, which Grappler does for full ones only."""
+    nodes = {node.name: node for node in graph.node}
+    uses = Counter(name for node in graph.node for name in node.input)
+    for node in graph.node:
+        if node.op != "Mul" or len(node.input) != 2:
+            continue
+        pair = sorted(node.input, key=lambda name: nodes[name].op if name in nodes else "")
+        factor, convolution = (nodes.get(name) for name in pair)  # "Const" comes before "Depthwise..."
+        if not (factor and convolution and factor.op == "Const" and convolution.op == "DepthwiseConv2dNative"):
+            continue
+        filters = nodes[convolution.input[1]]
+        if filters.op != "Const" or uses[filters.name] > 1 or uses[convolution.name] > 1:
+            continue
+        kernel, scale = (tf.make_ndarray(part.attr["value"].tensor) for part in (filters, factor))
+        if scale.size != kernel.shape[2] * kernel.shape[3] or convolution.attr["data_format"].s != b"NHWC":
+            continue
+        filters.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(kernel * scale.reshape(kernel.shape[2:])))
+        node.ClearField("input")
+        node.input.append(convolution.name)
+        node.op = "Identity"
+    return graph
+
+
+def _in_chunks(infer: Run, size: int, outputs: list[tf.TensorSpec]) -> Run:
+    """Run batches of any size as batches of one size, the last one filled up with zeros."""
+
+    def chunks(part: tf.Tensor, spare: tf.Tensor) -> tf.Tensor:
+        sides = part.shape[1:]
+        return tf.reshape(tf.pad(part, [[0, spare], *[[0, 0]] * len(sides)]), (-1, size, *sides))
+
+    def run(*batch: tf.Tensor) -> list[tf.Tensor]:
+        if batch[0].shape[0] == size:
+            return infer(*batch)
+        count = tf.shape(batch[0])[0]
+        parts = tuple(chunks(part, -count % size) for part in batch)
+        found = tf.map_fn(lambda part: infer(*part), parts, fn_output_signature=outputs, parallel_iterations=1)
+        return [tf.reshape(tensor, (-1, *tensor.shape[2:]))[:count] for tensor in found]
+
+    return run
