@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import keras
@@ -17,22 +18,30 @@ from tftransfer.shelf import Shelf
 from tftransfer.tasks import Task
 
 
-def predict(model: keras.Model, task: Task, examples: Examples, batch_size: int = 32) -> np.ndarray:
-    """Return the task's probabilities (or numbers) for examples, in order, through the graph of constants.
+def predictor(model: keras.Model, task: Task, batch_size: int = 32) -> Callable[[Examples], np.ndarray]:
+    """Return the function from examples to the task's probabilities (or numbers), through one graph of constants.
 
     Args:
         model: A trained model.
         task: What its outputs mean.
-        examples: Pictures with random access.
         batch_size: Pictures per batch. Defaults to 32.
 
     Returns:
-        `(n, outputs)` float32.
+        From pictures with random access to `(n, outputs)` float32, in their order.
     """
     infer = constants.as_constant_function(model)
     from_logits = builders.outputs_are_logits(model)
-    batches = order.in_order(examples, batch_size)
-    return np.concatenate([task.probabilities(infer(batch[0])[0], from_logits).numpy() for batch in batches])
+
+    def predict(examples: Examples) -> np.ndarray:
+        batches = order.in_order(examples, batch_size)
+        return np.concatenate([task.probabilities(infer(batch[0])[0], from_logits).numpy() for batch in batches])
+
+    return predict
+
+
+def predict(model: keras.Model, task: Task, examples: Examples, batch_size: int = 32) -> np.ndarray:
+    """Return the task's probabilities (or numbers) for examples: `predictor`, used once."""
+    return predictor(model, task, batch_size)(examples)
 
 
 @dataclass(frozen=True)

@@ -283,9 +283,10 @@ def samples(data: Data, count: int = 8) -> list[bytes]:
 
 
 def _measure(model: keras.Model, task: Task, data: Data, history: History) -> Findings:
-    probabilities = inference.predict(model, task, data.test)
+    predict = inference.predictor(model, task)
+    probabilities = predict(data.test)
     phases = [record.to_json() for record in history.phases]
-    seen, unseen = ((part.targets, inference.predict(model, task, part)) for part in (data.train, data.validation))
+    seen, unseen = ((part.targets, predict(part)) for part in (data.train, data.validation))
     return (
         performance.performance(task, data.test, probabilities, train_targets=data.train.targets)
         + Findings(pictures=(charts.learning_curves(history, phases),))

@@ -79,7 +79,7 @@ def write_savedmodel(tmp_path):
 def decoder():
     """From encoded pictures to pixels at the small network's size, traced once: that takes seconds."""
     encoded = tf.TensorSpec((None,), tf.string)
-    return tf.function(lambda texts: tf.cast(export.decode_batch(texts, SIZE), tf.float32), input_signature=[encoded])
+    return tf.function(lambda texts: tf.cast(export.batch_decoder(SIZE)(texts), tf.float32), input_signature=[encoded])
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_wrong_label_order_fails(model, verify, tmp_path):
 @pytest.mark.usefixtures("without_c_library")
 def test_wrong_order_of_labels_that_no_picture_shows_fails(model, task, pictures, tmp_path):
     """The samples alone cannot see it: here they are one picture, of a class that keeps its place."""
-    place = int(model.predict(export.decode_batch(tf.constant(pictures[:1]), SIZE), verbose=0)[0].argmax())
+    place = int(model.predict(export.batch_decoder(SIZE)(tf.constant(pictures[:1])), verbose=0)[0].argmax())
     others = [label for label in task.labels if label != task.labels[place]][::-1]
     labels = tuple(task.labels[place] if number == place else others.pop(0) for number in range(3))
     serving.export_savedmodel(model, tasks.SingleLabel(labels), tmp_path / "1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ def export_savedmodel(
         return {name: values[:batch] for name, values in answer(filled).items()}
 
     def serving_default(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        return tensor(tf.cast(decode_batch(image_bytes, (height, width)), tf.float32))
+        return tensor(tf.cast(batch_decoder((height, width))(image_bytes), tf.float32))
 
     pictures = tf.TensorSpec((None, height, width, 3), tf.float32, name="image")
     encoded = tf.TensorSpec((None,), tf.string, name="image_bytes")
@@ -82,23 +83,27 @@ def answers_of(
     return tf.function(answer, input_signature=[tf.TensorSpec(shape, tf.float32)], autograph=False)
 
 
-def decode_batch(image_bytes: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
-    """Decode a batch of encoded pictures as training does.
+@functools.lru_cache(maxsize=8)
+def batch_decoder(image_size: tuple[int, int]) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Return the graph function that decodes a batch of encoded pictures as training does; it is traced once.
 
     Args:
-        image_bytes: `(batch,)` string; the batch may be empty.
         image_size: `(height, width)` in pixels.
 
     Returns:
-        `(batch, height, width, 3)` uint8.
+        From `(batch,)` string, which may be empty, to `(batch, height, width, 3)` uint8.
     """
-    # Without a fixed signature `map_fn` cannot know the shape of an empty batch.
-    return tf.map_fn(
-        lambda contents: decode_picture(contents, image_size),
-        image_bytes,
-        fn_output_signature=tf.TensorSpec((*image_size, 3), tf.uint8),
-        parallel_iterations=_PARALLEL_PICTURES,
-    )
+
+    def decode(image_bytes: tf.Tensor) -> tf.Tensor:
+        # Without a fixed signature `map_fn` cannot know the shape of an empty batch.
+        return tf.map_fn(
+            lambda contents: decode_picture(contents, image_size),
+            image_bytes,
+            fn_output_signature=tf.TensorSpec((*image_size, 3), tf.uint8),
+            parallel_iterations=_PARALLEL_PICTURES,
+        )
+
+    return tf.function(decode, input_signature=[tf.TensorSpec((None,), tf.string)], autograph=False)
 
 
 def image_size(model: keras.Model) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from tftransfer.serving import capi
 from tftransfer.serving.comparison import Answers
-from tftransfer.serving.export import answers_of, decode_batch, quiet
+from tftransfer.serving.export import answers_of, batch_decoder, quiet
 from tftransfer.serving.structure import Signature
 from tftransfer.tasks import Task
 
@@ -48,8 +48,7 @@ def as_texts(values: Sequence[bytes]) -> np.ndarray:
 
 def decode(samples: Sequence[bytes], size: tuple[int, int]) -> np.ndarray:
     """Return `(n, height, width, 3)` float32 pixels, decoded as in training."""
-    decoder = tf.function(lambda encoded: decode_batch(encoded, size), autograph=False)
-    return decoder(tf.constant(as_texts(samples), tf.string)).numpy().astype(np.float32)
+    return batch_decoder(size)(tf.constant(as_texts(samples), tf.string)).numpy().astype(np.float32)
 
 
 def keras_answers(
