@@ -4,8 +4,8 @@
 
 A setting is a data set and a number of its training examples (0 for all, the others stratified). All strategies get
 the same epochs and seeds. What the advice loses is measured against the strategy that is best on the *other* seeds, so
-that no one is compared with the luckiest. Seconds are of the clock and of the processor; what was measured before is
-taken from --out. Writes results/advice.json.
+that no one is compared with the luckiest. Seconds are of the clock and of the processor. Settings that are in
+results/advice.json already are not measured again: remove them there to do so.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import write
-from wide_comparison import NO_FLIPS, plain, strategies
+from record import RESULTS, write
+from wide_comparison import plain, strategies
 
 from tftransfer import cli
 
@@ -90,29 +90,24 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=96, help="(default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=12, help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--out", type=Path, default=Path("saved_models/advice.json"), help="(default: %(default)s)")
     options = parser.parse_args()
     cli.import_tensorflow()
-    trials = json.loads(options.out.read_text()) if options.out.exists() else {}
-    for setting, (data, task) in settings(options).items():
-        own = trials.setdefault(setting, {})
-        flips = setting.split(",")[0] not in NO_FLIPS
-        for seed in options.seeds:
-            for text in (*strategies("" if flips else NO_FLIPS[0]), AUTO):
-                if f"{text} {seed}" not in own:
-                    own[f"{text} {seed}"] = trial(options, text, seed, data, task)
-                    options.out.parent.mkdir(parents=True, exist_ok=True)
-                    options.out.write_text(json.dumps(trials, indent=1))
-        print(setting, judged(own, options.seeds), flush=True)
-    found = {setting: judged(own, options.seeds) for setting, own in trials.items()}
-    measured = {
-        "lost_on_average": round(float(np.mean([one["lost"] for one in found.values()])), 4),
-        "dearest": {kind: max(one["cost"][kind] for one in found.values()) for kind in ("seconds", "processor")},
-        "settings": found,
-    }
-    print(measured["lost_on_average"], measured["dearest"])
+    file = RESULTS / "advice.json"
+    found = json.loads(file.read_text(encoding="utf-8"))["settings"] if file.exists() else {}
     about = {"backbone": options.backbone, "image_size": options.image_size, "epochs": options.epochs}
-    write("advice", measured, **about, seeds=options.seeds)
+    for setting, (data, task) in settings(options).items():
+        if setting in found:
+            continue
+        texts = (*strategies(setting.split(",")[0]), AUTO)
+        own = {f"{text} {seed}": trial(options, text, seed, data, task) for seed in options.seeds for text in texts}
+        found[setting] = {**judged(own, options.seeds), "trials": own}
+        measured = {
+            "lost_on_average": round(float(np.mean([one["lost"] for one in found.values()])), 4),
+            "dearest": {kind: max(one["cost"][kind] for one in found.values()) for kind in ("seconds", "processor")},
+            "settings": found,
+        }
+        write("advice", measured, **about, seeds=options.seeds)
+        print(setting, {**found[setting], "trials": len(own)}, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python benchmarks/wide_comparison.py --data digits FLOWERS CELLS --backbones MobileNetV2-0.35=FILE MobileNet=FILE
 
 Runs `recipes/compare_strategies.py` once for each data set and backbone, with the same budget and three seeds, and puts
-the accuracies side by side. A run that was stopped goes on with the same --out. `digits` are the embedded ones, at 64
-pixels and without flips. Writes results/wide_comparison.json, .md and .png.
+the accuracies side by side. A run that was stopped goes on with the same --out, and what is finished is taken from
+results/wide_comparison/: remove it to measure again. `digits` are the embedded ones, at 64 pixels and without flips.
+Writes results/wide_comparison.md and .png, and the trials of each data set and backbone.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ def strategies(data: str) -> list[str]:
 
 
 def run(options: argparse.Namespace, data: Path, backbone: str, weights: str) -> dict[str, Any]:
-    """Compare all strategies on one data set with one backbone."""
+    """Compare all strategies on one data set with one backbone, unless that has been done."""
+    name = f"wide_comparison/{data.name}_{backbone}"
+    file = RESULTS / f"{name}.json"
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
     folder = options.out / f"{data.name}_{backbone}"
     side = 64 if data.name == "digits" else options.image_size
     command = [
@@ -45,7 +50,10 @@ def run(options: argparse.Namespace, data: Path, backbone: str, weights: str) ->
         "--strategy", ",".join(strategies(data.name)), "--out", str(folder), "--quiet",
     ]  # fmt: skip
     subprocess.run(command, check=True)
-    return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    setting = {"image_size": side, "epochs": options.epochs, "seeds": options.seeds}
+    write(name, {"trials": found["trials"], "about": found["about"]}, **setting)
+    return found
 
 
 def plain(strategy: str) -> str:
@@ -111,10 +119,6 @@ def main() -> None:
     cli.import_tensorflow()
     RESULTS.joinpath("wide_comparison.md").write_text(markdown(cells), encoding="utf-8")
     RESULTS.joinpath("wide_comparison.png").write_bytes(draw(cells))
-    setting = {"image_size": options.image_size, "epochs": options.epochs, "seeds": options.seeds}
-    trials = {cell: found["trials"] for cell, found in cells.items()}
-    abouts = {cell: found["about"] for cell, found in cells.items()}
-    write("wide_comparison", {"trials": trials, "about": abouts}, **setting)
     print(markdown(cells))
 
 

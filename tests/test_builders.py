@@ -101,7 +101,8 @@ assert "tftransfer" not in sys.modules
 
 
 @pytest.mark.parametrize(
-    "name", ["MobileNet-0.25", pytest.param("EfficientNetB0", marks=pytest.mark.slow), "ResNet50V2"]
+    "name",
+    ["MobileNet-0.25", *(pytest.param(name, marks=pytest.mark.slow) for name in ("EfficientNetB0", "ResNet50V2"))],
 )
 def test_a_process_without_tftransfer_loads_the_model(name, pictures, tmp_path):
     model = builders.image_classifier(name, 3, **SMALL)

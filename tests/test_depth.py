@@ -24,7 +24,14 @@ def _shape(groups):
     return [(group.name, len(group.layers)) for group in groups]
 
 
-@pytest.mark.parametrize("name", ["InceptionV3", "Xception", "ConvNeXtTiny", "MobileNetV2-0.35"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MobileNetV2-0.35",
+        "ConvNeXtTiny",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("InceptionV3", "Xception")),
+    ],
+)
 def test_groups_are_found_again_after_a_load_in_another_session(name, tmp_path):
     model = _with_head(backbones.build(name, (_side(name),) * 2))
     model.save(tmp_path / "model.keras")

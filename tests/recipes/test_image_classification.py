@@ -73,7 +73,9 @@ def test_further_checks_are_in_the_report(finished):
     assert bool(looked["metrics"]["listed"]) == any(table["title"] == "Labels to look at" for table in report["tables"])
 
 
-def test_copies_in_other_splits_are_removed_on_request(recipe, tmp_path, capsys):
+@pytest.fixture
+def with_copies(tmp_path):
+    """A folder with three splits of random pictures, two of which are in training and test."""
     generator = np.random.default_rng(5)
     pictures = [generator.integers(0, 256, (40, 48, 3), np.uint8) for _ in range(20)]
     for split, own in (("train", pictures[:12]), ("test", [*pictures[:2], *pictures[12:16]]), ("val", pictures[16:])):
@@ -81,9 +83,20 @@ def test_copies_in_other_splits_are_removed_on_request(recipe, tmp_path, capsys)
             (tmp_path / split / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
             file = tmp_path / split / "ab"[number % 2] / f"{number}.png"
             file.write_bytes(tf.io.encode_png(picture).numpy())
-    small = ["--data", tmp_path, "--backbone", "MobileNet-0.25", "--weights", "none", "--image-size", "32", "--smoke"]
+    return ["--data", tmp_path, "--backbone", "MobileNet-0.25", "--weights", "none", "--image-size", "32", "--smoke"]
+
+
+@pytest.mark.parametrize(("options", "training"), [([], 12), (["--remove-duplicates"], 10)])
+def test_copies_in_other_splits_are_removed_on_request(recipe, with_copies, tmp_path, capsys, options, training):
     out = tmp_path / "run"
-    assert recipe(*small, "--strategy", "linear_probe", "--remove-duplicates", "--out", out, "--quiet") == 0
+    assert recipe(*with_copies, "--strategy", "linear_probe", *options, "--dry-run", "--out", out) == 0
+    assert f"{training} training, 4 validation, 6 test" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_what_was_removed_is_in_the_report(recipe, with_copies, tmp_path):
+    out = tmp_path / "run"
+    assert recipe(*with_copies, "--strategy", "linear_probe", "--remove-duplicates", "--out", out, "--quiet") == 0
     report = json.loads((out / "report.json").read_text())
     assert [report["data"][split] for split in ("train", "validation", "test")] == [10, 4, 6]
     (found,) = (check for check in report["checks"] if check["name"] == "duplicates")
