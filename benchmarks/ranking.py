@@ -31,8 +31,8 @@ DIFFERENT = 0.03
 
 
 def strategy(data: str) -> str:
-    """Return what every network is tuned by."""
-    return f"full:augmentation={'light_no_flip' if data in NO_FLIPS else 'light'}"
+    """Return what every network is tuned by: the recipes' default."""
+    return f"freeze_then_unfreeze:augmentation={'light_no_flip' if data in NO_FLIPS else 'light'}"
 
 
 def tuned(options: argparse.Namespace, data: Path, backbone: str, weights: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def full(
         layer_decay: Factor on the rate per depth group below the head, in (0, 1]. Defaults to 1.
         augmentation, schedule, optimizer: See `Phase`. Augmentation defaults to `"light"`, the others as there.
         epochs: Total passes over the training split. Defaults to 20.
-        learning_rate: Peak rate. Defaults to 1e-3.
+        learning_rate: Peak rate. Defaults to 3e-4: at three times as much small networks can lose all they know.
 
     Source: Girshick et al. 2014, "Rich Feature Hierarchies", arXiv:1311.2524; Kornblith et al. 2019, arXiv:1805.08974.
 
@@ -60,7 +60,7 @@ def full(
         >>> [phase.selector for phase in full()]
         ['all']
     """
-    phase = Phase("full", "all", 20, 1e-3, layer_decay, schedule, augmentation=augmentation, optimizer=optimizer)
+    phase = Phase("full", "all", 20, 3e-4, layer_decay, schedule, augmentation=augmentation, optimizer=optimizer)
     return scaled((phase,), epochs, learning_rate)
 
 
