@@ -199,6 +199,31 @@ def test_half_precision_is_the_same_kept_or_not(small_network, small_task, data)
     assert any(differs)
 
 
+@pytest.mark.skipif(not constants.has_bfloat16(), reason="needs a processor with AVX512-BF16 or AMX")
+def test_bfloat16_is_the_same_kept_or_not_and_its_error_is_said(small_network, small_task, data):
+    model = small_network()
+    start, ended, said = model.get_weights(), [], []
+    for cache, kind in (("auto", "bfloat16"), ("off", "bfloat16"), ("auto", "float32")):
+        model.set_weights(start)
+        history = training.fine_tune(
+            model, small_task, data, (PHASES["top"],), batch_size=7, cache=cache, frozen_dtype=kind
+        )
+        ended.append(model.get_weights())
+        said.append(history.phases[0].store)
+    for kept, computed in zip(*ended[:2], strict=True):
+        np.testing.assert_array_equal(kept, computed)
+    assert any(not np.array_equal(narrow, exact) for narrow, exact in zip(ended[0], ended[2], strict=True))
+    error = float(said[0].split("differs from float32 by ")[1].split("%")[0])
+    assert 0 < error < 5
+    assert "bfloat16" not in said[2]
+
+
+def test_bfloat16_is_refused_where_the_processor_has_none(small_network, small_task, data, monkeypatch):
+    monkeypatch.setattr(constants, "has_bfloat16", lambda: False)
+    with pytest.raises(InputError, match="AVX512-BF16"):
+        training.fine_tune(small_network(), small_task, data, (PHASES["head"],), frozen_dtype="bfloat16")
+
+
 def test_half_precision_takes_half_the_room(small_network, data):
     frozen, room = _frozen(small_network), Room(2**30)
     both = (constants.Constants(frozen), constants.Constants(frozen, narrow=True))
@@ -206,7 +231,10 @@ def test_half_precision_takes_half_the_room(small_network, data):
     assert single == 2 * half
 
 
-@pytest.mark.parametrize(("argument", "value"), [("cache", "on"), ("cache_dtype", "float64"), ("cache_dir", __file__)])
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("cache", "on"), ("cache_dtype", "float64"), ("frozen_dtype", "int8"), ("cache_dir", __file__)],
+)
 def test_bad_options_are_refused(small_network, small_task, data, argument, value):
     with pytest.raises(InputError, match=f"`{argument}`"):
         training.fine_tune(small_network(), small_task, data, (PHASES["head"],), **{argument: value})

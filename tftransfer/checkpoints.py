@@ -40,7 +40,7 @@ class Call:
         source: Digest of the old task, empty without one.
         adapter: Digest of the adapter it went on from, empty without one.
         base: Digest of the network below its head before the first step.
-        cache_dtype: What the frozen part's outputs are rounded to.
+        cache_dtype: What the frozen part's outputs are rounded to, and computed in.
     """
 
     strategy: Strategy

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -17,10 +18,21 @@ from tensorflow.python.grappler.tf_optimizer import OptimizeGraph
 
 from tftransfer import features
 
+_ON = rewriter_config_pb2.RewriterConfig.ON
+_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")  # of processors that multiply such numbers
 Run = Callable[..., list[tf.Tensor]]
 
 
-def as_constant_function(network: keras.Model, chunk: int | None = None) -> Run:
+def has_bfloat16() -> bool:
+    """Whether this machine's processor multiplies bfloat16 numbers, and no GPU takes its place."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return any(flag in flags for flag in _BFLOAT16_FLAGS) and not tf.config.list_physical_devices("GPU")
+
+
+def as_constant_function(network: keras.Model, chunk: int | None = None, *, bfloat16: bool = False) -> Run:
     """Turn a network in inference mode into a graph of constants, in which BatchNorm folds into convolutions.
 
     Args:
@@ -29,6 +41,7 @@ def as_constant_function(network: keras.Model, chunk: int | None = None) -> Run:
             bits of a sum depend on how it is shared out over threads, and so on the batch size, and on what Grappler
             makes of the graph around it; with a chunk each example's outputs are the same bits in whatever batch and
             graph they are computed. Defaults to None: each batch as it is.
+        bfloat16: Whether to multiply in bfloat16, which `has_bfloat16` and a chunk must allow. Defaults to False.
 
     Returns:
         A function from a batch of inputs (any numeric type; one argument for each input) to the list of outputs. It is
@@ -38,6 +51,7 @@ def as_constant_function(network: keras.Model, chunk: int | None = None) -> Run:
     graph = _graph_of_constants(network, signature)
     if chunk is not None and not tf.config.list_physical_devices("GPU"):
         graph = _optimised(graph)
+        graph = _in_bfloat16(graph) if bfloat16 else graph
     infer = _function_of(graph, signature)
 
     def run(*batch: tf.Tensor) -> list[tf.Tensor]:
@@ -54,15 +68,21 @@ class Constants:
         network, chunk: As there; the network's weights must not change before the first call.
         narrow: Whether float32 outputs are rounded to float16, which takes half the room. Defaults to False.
         lower: What gives the network its inputs. Defaults to None: they are pictures.
+        bfloat16: As for `as_constant_function`. Defaults to False.
 
     Attributes:
         outputs: Shape and type of each output for one example.
     """
 
     def __init__(
-        self, network: keras.Model, chunk: int | None = None, narrow: bool = False, lower: Constants | None = None
+        self,
+        network: keras.Model,
+        chunk: int | None = None,
+        narrow: bool = False,
+        lower: Constants | None = None,
+        bfloat16: bool = False,
     ) -> None:
-        self._network, self._chunk, self.lower = network, chunk, lower
+        self._network, self._chunk, self.lower, self.bfloat16 = network, chunk, lower, bfloat16
         types = ("float16" if narrow and output.dtype == "float32" else output.dtype for output in network.outputs)
         self.outputs = tuple(
             tf.TensorSpec(output.shape[1:], kind) for output, kind in zip(network.outputs, types, strict=True)
@@ -85,12 +105,21 @@ class Constants:
     @cached_property
     def _made(self) -> Run:
         with tf.init_scope():
-            return as_constant_function(self._network, self._chunk)
+            if not self.bfloat16:
+                return as_constant_function(self._network, self._chunk)
+            return as_constant_function(self._network, self._chunk, bfloat16=True)
+
+    def bfloat16_error(self, pictures: tf.Tensor) -> float:
+        """Return how far the outputs for some pictures are from those in float32, relative in norm."""
+        lower = self.lower and Constants(self.lower._network, self._chunk)
+        exact = Constants(self._network, self._chunk, lower=lower)(pictures)
+        pairs = [(tf.cast(a, tf.float32), tf.cast(b, tf.float32)) for a, b in zip(self(pictures), exact, strict=True)]
+        return float(tf.norm([tf.norm(a - b) for a, b in pairs]) / tf.norm([tf.norm(b) for _, b in pairs]))
 
     @cached_property
     def digest(self) -> str:
         """Which outputs these are: `features.digest_of`, with that of `lower`."""
-        own = features.digest_of(self._network, self._chunk or features.BATCH)
+        own = features.digest_of(self._network, self._chunk or features.BATCH) + "-bfloat16" * self.bfloat16
         return f"{self.lower.digest}-{own}" if self.lower else own
 
 
@@ -148,13 +177,24 @@ def _optimised(graph: _Graph) -> _Graph:
     Left to itself it does so anew wherever the function is used, and in `tf.data` without fusing anything, which there
     is half as fast.
     """
+    return replace(graph, definition=_with_scaled_filters(_rewritten(graph)))
+
+
+def _in_bfloat16(graph: _Graph) -> _Graph:
+    """Let Grappler put casts around what oneDNN multiplies in bfloat16; the outputs stay float32."""
+    return replace(graph, definition=_rewritten(graph, auto_mixed_precision_onednn_bfloat16=_ON))
+
+
+def _rewritten(graph: _Graph, **rewrites: int) -> GraphDef:
     described = MetaGraphDef(graph_def=graph.definition)
     for node in described.graph_def.node:
         node.device = "/job:localhost/replica:0/task:0/device:CPU:0"  # fusing is for known devices
     described.collection_def["train_op"].node_list.value.extend([*graph.sources, *graph.ends])
     configuration = config_pb2.ConfigProto()
     configuration.graph_options.rewrite_options.remapping = rewriter_config_pb2.RewriterConfig.AGGRESSIVE
-    return replace(graph, definition=_with_scaled_filters(OptimizeGraph(configuration, described)))
+    for name, value in rewrites.items():
+        setattr(configuration.graph_options.rewrite_options, name, value)
+    return OptimizeGraph(configuration, described)
 
 
 def _with_scaled_filters(graph: GraphDef) -> GraphDef:

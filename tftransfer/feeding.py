@@ -109,6 +109,8 @@ def feed(
     validation = keeper.keep("validation", data.validation, "none", 1) if cache == "auto" else None
     if below and not (training and validation):
         below.make()
+    if below and below.bfloat16:
+        summary += f"; {_about_bfloat16(below, data.train)}"
     batches, waited = _clocked(
         order.batches(
             data.train,
@@ -158,6 +160,12 @@ def _kept_training(data: Data, phase: Phase, keeper: _Keeper, cache: str) -> tup
         return None, "computed in every epoch: each has new views of the examples"
     kept = keeper.keep("train", data.train, phase.augmentation, max(phase.views, 1))
     return kept, str(kept or "computed in every epoch: it would not pay, or there is no room")
+
+
+def _about_bfloat16(below: Constants, examples: Examples) -> str:
+    pictures = next(iter(order.in_order(examples, features.BATCH)))[0]
+    error = below.bfloat16_error(pictures)
+    return f"in bfloat16, which differs from float32 by {error:.1%} in norm on the first {len(pictures)} pictures"
 
 
 def _repeats(phase: Phase) -> bool:

@@ -60,6 +60,7 @@ def fine_tune(
     cache: str = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     cache_dtype: str = "float32",
+    frozen_dtype: str = "float32",
     quiet: bool = True,
 ) -> History:
     """Train a model in place, phase by phase.
@@ -94,6 +95,8 @@ def fine_tune(
         cache_dir: A folder where it is kept for later runs too, and where it does not fit into memory. Defaults to
             None: memory alone.
         cache_dtype: `"float16"` rounds it, kept or not, which takes half the room. Defaults to `"float32"`.
+        frozen_dtype: `"bfloat16"` computes it so, on processors that can: ResNet50 nearly twice as fast, small networks
+            hardly. Its error is measured and said in the report. Defaults to `"float32"`.
         quiet: Whether to print nothing. Defaults to True.
 
     Returns:
@@ -116,6 +119,11 @@ def fine_tune(
     check_strategy(model, strategy, task, adapter)
     check(cache in feeding.CACHES, "cache", f"one of {', '.join(feeding.CACHES)}", cache)
     check(cache_dtype in ("float32", "float16"), "cache_dtype", "float32 or float16", cache_dtype)
+    check(frozen_dtype in ("float32", "bfloat16"), "frozen_dtype", "float32 or bfloat16", frozen_dtype)
+    can = frozen_dtype == "float32" or constants.has_bfloat16()
+    check(
+        can, "frozen_dtype", "float32 here: bfloat16 needs a processor with AVX512-BF16 or AMX, and no GPU", "bfloat16"
+    )
     folder, shelf = Path(output) if output else None, shelf_at(cache_dir)
     run = _Run(
         model,
@@ -132,9 +140,11 @@ def fine_tune(
         cache,
         shelf,
         narrow=cache_dtype == "float16",
+        bfloat16=frozen_dtype == "bfloat16",
     )
     base = base_digest(model) if folder else ""
-    call = checkpoints.call_of(strategy, seed, batch_size, max_steps, data, task, source, adapter, base, cache_dtype)
+    dtypes = cache_dtype if frozen_dtype == "float32" else f"{cache_dtype} of {frozen_dtype}"
+    call = checkpoints.call_of(strategy, seed, batch_size, max_steps, data, task, source, adapter, base, dtypes)
     kept = checkpoints.latest(folder, call) if folder and resume else None
     carried, history = _begin(run) if kept is None else _go_on(run, strategy, kept)
     for number in range(len(history.phases), len(strategy)):
@@ -178,6 +188,7 @@ class _Run:
     cache: str
     shelf: Shelf | None
     narrow: bool
+    bfloat16: bool
     shared: feeding.Shared = field(default_factory=dict)
 
     def steps(self, phase: Phase) -> tuple[int, int]:
@@ -270,7 +281,7 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
     steps = run.feed_steps(number, phase)
     below = None
     for stage in parts.stages:
-        below = constants.Constants(stage, steps.chunk, run.narrow, below)
+        below = constants.Constants(stage, steps.chunk, run.narrow, below, run.bfloat16)
     trainee = _compiled(run, phase, number, parts.trained, below, carried, steps.per_epoch * steps.epochs)
     feed = feeding.feed(
         run.data, phase, steps, parts, below, cache=run.cache, shelf=run.shelf, later=later, shared=run.shared
