@@ -5,7 +5,8 @@
 A setting is a data set and a number of its training examples (0 for all, the others stratified). All strategies get
 the same epochs and seeds. What the advice loses is measured against the strategy that is best on the *other* seeds, so
 that no one is compared with the luckiest. Seconds are of the clock and of the processor. Settings that are in
-results/advice.json already are not measured again: remove them there to do so.
+results/advice.json already are not measured again, nor are strategies other than `full` whose same trials are in
+results/wide_comparison/: remove them there to do so. `digits` are the embedded ones, at 64 pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from record import RESULTS, write
-from wide_comparison import plain, strategies
+from wide_comparison import plain, side_of, strategies
 
 from tftransfer import cli
 
@@ -27,14 +28,15 @@ AUTO = "auto"
 
 
 def settings(options: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
-    """Return data and task of each setting."""
+    """Return data and task of each setting, a data set's name and its number of training examples."""
     from sklearn.model_selection import train_test_split
 
     from tftransfer import data as source
 
-    size, found = (options.image_size, options.image_size), {}
+    found = {}
     for path in options.data:
-        every, task = source.load("demo" if path.name == "digits" else path, image_size=size)
+        side = side_of(path.name, options.image_size)
+        every, task = source.load("demo" if path.name == "digits" else path, image_size=(side, side))
         for count in options.sizes:
             targets = every.train.targets
             if count and count >= len(targets) - len(task.labels):
@@ -53,13 +55,31 @@ def trial(options: argparse.Namespace, text: str, seed: int, data: Any, task: An
     done = comparison.run_trial(
         advice.Choice(text, options.epochs),
         lambda: builders.image_classifier(
-            options.backbone, task.num_outputs, image_size=options.image_size, weights=options.weights
+            options.backbone, task.num_outputs, image_size=data.train.pictures.image_size, weights=options.weights
         ),
         task,
         data,
         seed=seed,
     )
     return {"metric": done.metric or 0.0, "seconds": done.seconds, "processor": time.process_time() - began}
+
+
+def known(options: argparse.Namespace, setting: str, data: Any) -> dict[str, dict[str, float]]:
+    """Return the trials of a setting that the wide comparison has made with the same network, budget and seeds."""
+    name, _, count = setting.partition(", ")
+    file = RESULTS / "wide_comparison" / f"{name}_{options.backbone}.json"
+    if not file.exists():
+        return {}
+    made = json.loads(file.read_text(encoding="utf-8"))
+    asked = {
+        "image_size": list(data.train.pictures.image_size),
+        "weights": Path(options.weights).name,
+        "train": int(count),
+    }
+    same = made["about"].items() >= asked.items() and made["setting"]["epochs"] == options.epochs
+    trials = made["trials"] if same else []
+    found = {f"{trial['strategy']} {trial['seed']}": {"metric": trial["metric"]} for trial in trials}
+    return {key: own for key, own in found.items() if plain(key) != "full"}
 
 
 def judged(found: dict[str, dict[str, dict[str, float]]], seeds: list[int]) -> dict[str, Any]:
@@ -99,7 +119,13 @@ def main() -> None:
         if setting in found:
             continue
         texts = (*strategies(setting.split(",")[0]), AUTO)
-        own = {f"{text} {seed}": trial(options, text, seed, data, task) for seed in options.seeds for text in texts}
+        there = known(options, setting, data)
+        own = {
+            key: there.get(key) or trial(options, text, seed, data, task)
+            for seed in options.seeds
+            for text in texts
+            for key in (f"{text} {seed}",)
+        }
         found[setting] = {**judged(own, options.seeds), "trials": own}
         measured = {
             "lost_on_average": round(float(np.mean([one["lost"] for one in found.values()])), 4),

@@ -36,6 +36,11 @@ def strategies(data: str) -> list[str]:
     ]
 
 
+def side_of(data: str, image_size: int) -> int:
+    """Return the size of pictures: the embedded digits are small."""
+    return 64 if data == "digits" else image_size
+
+
 def run(options: argparse.Namespace, data: Path, backbone: str, weights: str) -> dict[str, Any]:
     """Compare all strategies on one data set with one backbone, unless that has been done."""
     name = f"wide_comparison/{data.name}_{backbone}"
@@ -43,7 +48,7 @@ def run(options: argparse.Namespace, data: Path, backbone: str, weights: str) ->
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
     folder = options.out / f"{data.name}_{backbone}"
-    side = 64 if data.name == "digits" else options.image_size
+    side = side_of(data.name, options.image_size)
     command = [
         sys.executable, str(RECIPE), "--data", "demo" if data.name == "digits" else str(data), "--backbone", backbone,
         "--weights", weights, "--image-size", str(side), "--epochs", str(options.epochs), "--seeds", options.seeds,

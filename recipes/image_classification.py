@@ -68,33 +68,27 @@ def main() -> int:
     if options.dry_run:
         return tft.runs.show_plan(run, model, data, choice, devices)
 
-    max_steps = 2 if options.smoke else None
-    chosen = choice(
-        model,
-        task,
-        data,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        max_steps=max_steps,
-        cache_dir=options.cache_dir,
-        decided=run.decisions.get("trains", ""),
-    )
-    tft.runs.begin(run, data, devices, chosen)
-    found += tft.runs.check_data(options.checks, model, task, data, seed=options.seed, cache_dir=options.cache_dir)
-    history = tft.fine_tune(
-        model,
-        task,
-        data,
-        chosen.strategy,
-        output=run.folder,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        max_steps=max_steps,
-        source=source,
-        cache=options.cache,
-        cache_dir=options.cache_dir,
-        quiet=options.quiet,
-    )
+    with tft.runs.features_folder(options, choice) as cache_dir:
+        common = {
+            "seed": options.seed,
+            "batch_size": options.batch_size,
+            "max_steps": 2 if options.smoke else None,
+            "cache_dir": cache_dir,
+        }
+        chosen = choice(model, task, data, **common, decided=run.decisions.get("trains", ""))
+        tft.runs.begin(run, data, devices, chosen)
+        found += tft.runs.check_data(options.checks, model, task, data, seed=options.seed, cache_dir=cache_dir)
+        history = tft.fine_tune(
+            model,
+            task,
+            data,
+            chosen.strategy,
+            **common,
+            output=run.folder,
+            source=source,
+            cache=options.cache,
+            quiet=options.quiet,
+        )
     return tft.runs.finish(run, model, task, data, history, network, devices, chosen, source, found)
 
 

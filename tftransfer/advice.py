@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -13,12 +12,11 @@ from tftransfer import head_search, inference, prefix, strategies, suggestion, s
 from tftransfer.data import Data
 from tftransfer.errors import check
 from tftransfer.report import OTHER, Table
-from tftransfer.shelf import shelf_at
+from tftransfer.shelf import PathLike, shelf_at
 from tftransfer.strategies import Strategy
 from tftransfer.tasks import Task
 
 _DECIDED = "This was decided when the run began."
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)

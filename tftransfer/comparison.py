@@ -23,6 +23,7 @@ from tftransfer.data import Data
 from tftransfer.errors import InputError, check
 from tftransfer.penalties import Source
 from tftransfer.report import RESULT, Number, Picture, Table
+from tftransfer.shelf import folder_or_temporary
 from tftransfer.tasks import Task
 
 JSON, MARKDOWN, PICTURE = "comparison.json", "comparison.md", "comparison.png"
@@ -148,21 +149,12 @@ def run_trial(
     keras.utils.set_random_seed(seed)
     model = build()
     began = time.monotonic()
-    chosen = choice(model, task, data, seed=seed, batch_size=batch_size, max_steps=max_steps, cache_dir=cache_dir)
-    if train_on_validation:
-        data = dataclasses.replace(data, train=data.train.joined(data.validation))
-    history = training.fine_tune(
-        model,
-        task,
-        data,
-        chosen.strategy,
-        seed=seed,
-        batch_size=batch_size,
-        max_steps=max_steps,
-        source=source,
-        cache=cache,
-        cache_dir=cache_dir,
-    )
+    with folder_or_temporary(cache_dir, needed=choice.asks_the_data and cache != "off") as folder:
+        run: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "max_steps": max_steps, "cache_dir": folder}
+        chosen = choice(model, task, data, **run)
+        if train_on_validation:
+            data = dataclasses.replace(data, train=data.train.joined(data.validation))
+        history = training.fine_tune(model, task, data, chosen.strategy, **run, source=source, cache=cache)
     seconds = time.monotonic() - began
     given = inference.predict(model, task, data.test)
     metrics = performance.performance(task, data.test, given, train_targets=data.train.targets).metrics

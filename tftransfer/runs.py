@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tftransfer.errors import check
 from tftransfer.history import History
 from tftransfer.penalties import Source
 from tftransfer.report import Findings, Report
-from tftransfer.shelf import shelf_at
+from tftransfer.shelf import PathLike, folder_or_temporary, shelf_at
 from tftransfer.tasks import Task
 
 ADAPTER = "adapter.safetensors"
@@ -97,7 +98,7 @@ def check_names(text: str, task: Task) -> tuple[str, ...]:
 
 
 def check_data(
-    text: str, model: keras.Model, task: Task, data: Data, *, seed: int = 0, cache_dir: Path | None = None
+    text: str, model: keras.Model, task: Task, data: Data, *, seed: int = 0, cache_dir: PathLike | None = None
 ) -> Findings:
     """Look at the data, also with the features of a pretrained network, before it learns anything of them.
 
@@ -119,7 +120,13 @@ def check_data(
     return found
 
 
-def _features(model: keras.Model, data: Data, seed: int, cache_dir: Path | None) -> np.ndarray:
+def features_folder(options: argparse.Namespace, choice: advice.Choice) -> AbstractContextManager[PathLike | None]:
+    """Give `--cache-dir`, or one for this run where what is measured before training is of use in it."""
+    measured = choice.asks_the_data or "labels" in options.checks
+    return folder_or_temporary(options.cache_dir, needed=measured and options.cache != "off")
+
+
+def _features(model: keras.Model, data: Data, seed: int, cache_dir: PathLike | None) -> np.ndarray:
     """Compute features of the training pictures as they are and of two views, whose mean is a little surer."""
     network, shelf = prefix.body(model), shelf_at(cache_dir)
     plain = inference.pooled_features(network, data.train, shelf=shelf)

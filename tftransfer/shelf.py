@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ _MAGIC = b"tftransfer item\n"
 _HEADER = len(_MAGIC) + 24  # length and CRC-32 of what follows, in digits
 _USERS = ".in_use"  # holds an empty file KEY.PROCESS for each key that a process reads
 _SPARE = 2**28  # bytes that stay free on the disk
+PathLike = str | os.PathLike[str]
 
 
 @dataclass
@@ -150,7 +152,7 @@ def payload_of(path: tf.Tensor) -> tf.Tensor:
     return tf.strings.substr(tf.io.read_file(path), _HEADER, -1)
 
 
-def shelf_at(folder: str | os.PathLike[str] | None, limit: int = LIMIT) -> Shelf | None:
+def shelf_at(folder: PathLike | None, limit: int = LIMIT) -> Shelf | None:
     """Return the shelf in a folder, None for none.
 
     Raises:
@@ -162,6 +164,23 @@ def shelf_at(folder: str | os.PathLike[str] | None, limit: int = LIMIT) -> Shelf
     if path.exists() and not path.is_dir():
         raise InputError(f"`cache_dir` must be a folder. Received: {path}, which is a file")
     return Shelf(path, limit)
+
+
+@contextlib.contextmanager
+def folder_or_temporary(folder: PathLike | None, *, needed: bool) -> Iterator[PathLike | None]:
+    """Give a folder, and where there is none but one is needed, a temporary one that is removed at the end.
+
+    Example:
+        >>> with folder_or_temporary(None, needed=True) as folder:
+        ...     found = Path(folder).is_dir()
+        >>> found, Path(folder).exists()
+        (True, False)
+    """
+    if folder is not None or not needed:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="tftransfer", ignore_cleanup_errors=True) as temporary:
+        yield temporary
 
 
 def _header(payload: bytes) -> bytes:

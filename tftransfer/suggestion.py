@@ -24,7 +24,7 @@ _FEW = 8  # examples of the smallest class below which only a head is trained
 _MISTAKES = 3  # of the probe, below which there is nothing left to gain
 _SIDE = 8  # pixels of the thumbnails that stand for no network at all
 _SEEN = 60_000  # examples, over all epochs, that are enough
-_EPOCHS = (10, 30)
+_EPOCHS = (10, 27)  # of which a third for the head: so that no more than the 20 of `full` train everything
 _BACKWARD = 5.0  # how many times longer a training step takes than the graph of constants, by benchmarks
 _SPREAD = 2.0  # standard errors that are more than chance
 
@@ -112,7 +112,7 @@ def suggest(facts: Facts) -> Suggestion:
     Example:
         >>> facts = Facts(500, 100, "accuracy", 0.85, 0.4, 0.85, 0.016, 3.0)
         >>> suggest(facts).strategy, suggest(facts).epochs
-        ('freeze_then_unfreeze:augmentation=light', 30)
+        ('freeze_then_unfreeze:augmentation=light', 27)
     """
     flips, about_flips = _flips(facts)
     said = (
