@@ -1,11 +1,17 @@
 import dataclasses
 import errno
 import itertools
+import json
 import os
+import signal
+import subprocess
+import sys
+import textwrap
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tftransfer import constants, features, feeding, planning, prefix, trainable, training
 from tftransfer.data.augment import named
@@ -111,6 +117,115 @@ def test_a_run_goes_on_when_the_disk_is_full(small_network, small_task, data, tm
         np.testing.assert_array_equal(one, two)
     assert "No space left" in said
     assert said.startswith("kept in memory" if place == "memory" else "computed in every epoch")
+
+
+def test_a_cache_folder_that_cannot_be_written_is_gone_without(small_network, small_task, data, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    expected, _ = _tuned(small_network, small_task, data, None)
+    found, said = _tuned(small_network, small_task, data, tmp_path / "file" / "cache")
+    for one, two in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert said.startswith("kept in memory")
+    assert "cannot be written" in said
+
+
+_KEEPS = """
+    import json, os, signal, sys
+    from pathlib import Path
+    import numpy as np
+    import keras
+    from tftransfer import constants, features
+    from tftransfer.data import Examples
+    from tftransfer.data.augment import named
+    from tftransfer.data.examples import Pictures
+    from tftransfer.shelf import Shelf
+    import tensorflow as tf
+    folder, dies_after = Path(sys.argv[1]), int(sys.argv[2])
+    pictures = tf.constant(np.random.default_rng(0).integers(0, 256, (200, 8, 8, 3)).astype(np.uint8))
+    digests = tuple(f"{number:064x}" for number in range(200))
+    found = Pictures(digests, lambda index: tf.gather(pictures, index), (8, 8), digests, at_once=True)
+    examples = Examples(found, np.zeros(200, np.int64), np.ones(200, np.float32))
+    inputs = keras.Input((8, 8, 3))
+    outputs = keras.layers.Conv2D(4, 3, kernel_initializer=keras.initializers.GlorotUniform(0))(inputs)
+    put = Shelf.put
+    def dying(*given):
+        if dies_after == dying.count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dying.count += 1
+        return put(*given)
+    dying.count = 0
+    Shelf.put = dying
+    below = constants.Constants(keras.Model(inputs, outputs), 32)
+    room = features.Room(0 if sys.argv[3] == "files" else 10**9, Shelf(folder))
+    kept = features.keep(below, examples, named("none"), views=1, seed=0, room=room, key=below.digest)
+    (values,) = kept.read(tf.range(200, dtype=tf.int64), tf.constant(0, tf.int64))
+    print(json.dumps([kept.computed, room.shelf.notes, values.numpy().astype(float).sum(axis=(1, 2, 3)).tolist()]))
+"""
+
+
+def _keeping(folder, dies_after, place):
+    command = [sys.executable, "-c", textwrap.dedent(_KEEPS), str(folder), str(dies_after), place]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_store_and_one_that_is_killed_leaves_whole_items(tmp_path):
+    killed = _keeping(tmp_path, 70, "memory")
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    both = [_keeping(tmp_path, -1, place) for place in ("memory", "files")]
+    answers = [json.loads(one.communicate()[0].splitlines()[-1]) for one in both]
+    after = json.loads(_keeping(tmp_path, -1, "files").communicate()[0].splitlines()[-1])
+    assert all(one[0] <= 130 and not one[1] for one in answers)
+    assert after[0] == 0
+    assert answers[0][2] == answers[1][2] == after[2]
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 200
+
+
+def _of_any_size(small_network):
+    """Return the small network for pictures of any size."""
+    one = small_network()
+    inputs = keras.Input((None, None, 3), name="image")
+    return keras.Model(inputs, one._run_through_graph([inputs], operation_fn=lambda operation: operation))
+
+
+@pytest.mark.parametrize("selector", ["head", "last:1"])
+def test_pictures_of_another_size_are_others(small_network, small_task, small_data, data, tmp_path, selector):
+    """A network that takes any size gives pooled features of one size for all of them."""
+    small = {}
+    for name in ("train", "validation", "test"):
+        examples = getattr(data, name)
+        load = examples.pictures.load
+        halved = dataclasses.replace(
+            examples.pictures, load=lambda index, load=load: load(index)[..., ::2, ::2, :], image_size=(16, 16)
+        )
+        small[name] = dataclasses.replace(examples, pictures=halved)
+    phase = (Phase("one", selector, 3, 0.01),)
+    for given in (data, dataclasses.replace(data, **small)):
+        model = _of_any_size(small_network)
+        start = model.get_weights()
+        said = training.fine_tune(model, small_task, given, phase, batch_size=7, cache_dir=tmp_path).phases[0].store
+        assert "24 computed" in said
+        ended = model.get_weights()
+        model.set_weights(start)
+        training.fine_tune(model, small_task, given, phase, batch_size=7, cache="off")
+        for one, two in zip(ended, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("place", ["memory", "files"])
+def test_tensors_of_several_types_come_back(data, tmp_path, place):
+    """A mask crosses a cut beside what it masks."""
+    inputs = keras.Input((32, 32, 3))
+    pooled = keras.layers.GlobalAveragePooling2D()(inputs)
+    below = constants.Constants(keras.Model(inputs, [pooled, keras.ops.greater(pooled, 128.0)]), 32)
+    room = Room(10**9 if place == "memory" else 0, Shelf(tmp_path))
+    for expected in (24, 0):
+        kept = features.keep(below, data.train, named("none"), views=1, seed=0, room=room, key="key")
+        numbers, mask = kept.read(tf.range(24, dtype=tf.int64), tf.constant(0, tf.int64))
+        assert (kept.computed, kept.in_memory) == (expected, place == "memory")
+        np.testing.assert_array_equal(mask.numpy(), numbers.numpy() > 128.0)
+        assert 0 < mask.numpy().mean() < 1
 
 
 def test_a_run_that_was_stopped_while_it_computed_goes_on(small_network, small_task, data, tmp_path, monkeypatch):

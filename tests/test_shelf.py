@@ -65,7 +65,6 @@ def test_a_folder_that_cannot_be_written_keeps_nothing_and_says_so_once(tmp_path
     shelf = Shelf(tmp_path / "file" / "cache")
     assert not shelf.put("key", "one", b"1")
     assert not shelf.put("key", "two", b"2")
-    assert not shelf.make_room("key", 10)
     assert shelf.get("key", "one") is None
     assert sum("cannot be written" in note for note in shelf.notes) == 1
 
@@ -85,34 +84,79 @@ def test_a_write_that_fails_leaves_nothing_behind(shelf, monkeypatch, fault):
     assert shelf.get("key", "before") == b"1"
 
 
-def test_the_keys_used_longest_ago_go_first(tmp_path):
-    shelf = Shelf(tmp_path, limit=4000)
-    for age, key in enumerate(("new", "middle", "old")):
-        shelf.put(key, "name", bytes(1000))
-        moment = time.time() - 1000 * (age + 1)
-        os.utime(tmp_path / key, (moment, moment))
-    assert shelf.make_room("own", 1500)
-    assert {path.name for path in tmp_path.iterdir()} == {".in_use", "new", "middle", "own"}
-    assert shelf.make_room("middle", 2500)
-    assert {path.name for path in tmp_path.iterdir()} == {".in_use", "middle", "own"}
-    assert not shelf.make_room("own", 5000)
+def _names(shelf):
+    return sorted(path.name for path in shelf.folder.rglob("*") if path.is_file() and path.parent.name != ".in_use")
+
+
+def _age(shelf, key, name, seconds):
+    moment = time.time() - seconds
+    os.utime(shelf.path(key, name), (moment, moment))
+
+
+def test_the_items_used_longest_ago_go_first(tmp_path):
+    shelf = Shelf(tmp_path, limit=4 * 4096)
+    for age, name in enumerate(("new", "middle", "old")):
+        shelf.put("key", name, bytes(1000))
+        _age(shelf, "key", name, 1000 * (age + 1))
+    assert shelf.make_room(2, 1000)  # a file takes a block of the disk, however short it is
+    assert _names(shelf) == ["middle", "new"]
+    assert shelf.get("key", "middle")  # used now
+    assert shelf.make_room(3, 4000)
+    assert _names(shelf) == ["middle"]
+    assert shelf.make_room(3, 4000, [shelf.path("key", "middle")])
+    assert not shelf.make_room(4, 4000, [shelf.path("key", "middle")])
     assert "no room" in shelf.notes[0]
+    assert _names(shelf) == ["middle"]
 
 
-def test_what_a_living_process_reads_stays(tmp_path):
-    shelf = Shelf(tmp_path, limit=2000)
+def test_nothing_to_come_needs_no_room(tmp_path):
+    shelf = Shelf(tmp_path, limit=1)
+    shelf.put("key", "name", bytes(1000))
+    assert shelf.make_room(0, 1000)
+    assert _names(shelf) == ["name"]
+
+
+def test_what_somebody_reads_stays_as_long_as_they_do(tmp_path):
+    shelf = Shelf(tmp_path, limit=2 * 4096)
+    shelf.put("key", "before", b"1")
+    _age(shelf, "key", "before", 10)
+    held = shelf.hold("key")
+    shelf.put("key", "during", b"2")
+    assert not shelf.make_room(2, 1000)
+    assert _names(shelf) == ["during"]
+    del held
+    assert shelf.make_room(2, 1000)
+    assert _names(shelf) == []
+    assert not list((tmp_path / ".in_use").iterdir())
+
+
+def test_what_another_living_process_reads_stays(tmp_path):
+    shelf = Shelf(tmp_path, limit=2 * 4096)
     shelf.put("theirs", "name", bytes(1000))
+    _age(shelf, "theirs", "name", -10)
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         (tmp_path / ".in_use").mkdir()
-        (tmp_path / ".in_use" / f"theirs.{other.pid}").touch()
-        assert not shelf.make_room("ours", 1500)
+        (tmp_path / ".in_use" / f"theirs.0.{other.pid}").touch()
+        (tmp_path / ".in_use" / ".nfs0001").touch()  # as network file systems leave it
+        (tmp_path / "theirs" / "na" / f".half.{other.pid}").touch()
+        assert not shelf.make_room(2, 1500)
         assert shelf.get("theirs", "name") == bytes(1000)
+        _age(shelf, "theirs", "name", -10)
     finally:
         other.communicate(b"\n")
-    assert shelf.make_room("ours", 1500)
-    assert shelf.get("theirs", "name") is None
-    assert [path.name.split(".")[0] for path in (tmp_path / ".in_use").iterdir()] == ["ours"]
+    assert shelf.make_room(2, 1500)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # nor what it left half-written
+
+
+def test_only_a_folder_of_its_own_is_touched(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_bytes(bytes(10_000))
+    shelf = shelves.shelf_at(tmp_path, limit=4096)
+    shelf.put("key", "name", b"1")
+    assert shelf.make_room(1, 100)
+    assert _names(shelf) == []
+    assert (tmp_path / "photos" / "one.jpg").exists()
 
 
 def test_a_cache_that_is_a_file_is_bad_input(tmp_path):
@@ -120,3 +164,18 @@ def test_a_cache_that_is_a_file_is_bad_input(tmp_path):
     with pytest.raises(InputError, match="must be a folder"):
         shelves.shelf_at(tmp_path / "file")
     assert shelves.shelf_at(None) is None
+
+
+def test_a_cache_that_nobody_may_look_into_keeps_nothing(tmp_path, monkeypatch):
+    """Root may look into everything, so the refusal is made here."""
+
+    def refuse(*given, **named):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    for function in ("stat", "mkdir", "utime", "scandir", "listdir"):
+        monkeypatch.setattr(os, function, refuse)
+    shelf = shelves.shelf_at(tmp_path / "theirs")
+    shelf.hold("key")
+    assert not shelf.put("key", "name", b"1")
+    assert not shelf.make_room(1, 1)
+    assert "cannot be written (Permission denied)" in shelf.notes[0]

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +17,10 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from tftransfer.data import Examples, order
+from tftransfer import __version__
+from tftransfer.data import Examples, order, shared
 from tftransfer.data.augment import Augmentation
-from tftransfer.shelf import Shelf, payload_of
+from tftransfer.shelf import Hold, Shelf, payload_of
 
 MEMORY_SHARE = 0.25
 """Share of the available memory that kept features may take, unless a `Room` says otherwise."""
@@ -67,12 +69,14 @@ class Kept:
         computed: How many of them were computed, and not found in files.
         size: Bytes of all.
         in_memory: Whether they are held in memory.
+        held: What keeps their files from being removed. Defaults to None.
     """
 
     read: Callable[[tf.Tensor, tf.Tensor], list[tf.Tensor]]
     computed: int
     size: int
     in_memory: bool
+    held: Hold | None = None
 
     def __str__(self) -> str:
         place = "in memory" if self.in_memory else "in files"
@@ -89,7 +93,8 @@ def digest_of(frozen: keras.Model, chunk: int = BATCH) -> str:
         described["config"][ends] = keras.tree.flatten(described["config"][ends])
     names = {name: f"#{number}" for number, name in enumerate(dict.fromkeys(_names_in(described)))}
     text = json.dumps(_renamed(described, names), sort_keys=True)
-    digest = hashlib.sha256(f"{tf.__version__} {keras.__version__} {chunk} {text}".encode())
+    versions = f"{__version__} {tf.__version__} {keras.__version__}"
+    digest = hashlib.sha256(f"{versions} {chunk} {text}".encode())
     for variable in frozen.weights:  # and not the states of random layers, which are off
         digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
     return digest.hexdigest()
@@ -143,7 +148,7 @@ def keep(
     rows = tuple(_Row(tuple(output.shape), output.dtype) for output in below.outputs)
     shelf = room.shelf if examples.pictures.digests and key else None
     work = _Work(below, examples, augmentation, views, seed, rows, shelf, key, lower)
-    on_shelf = shelf is not None and shelf.make_room(key, work.absent(shelf))
+    on_shelf = shelf is not None and work.fits(shelf)
     if work.size <= room.memory:
         return (work if on_shelf else dataclasses.replace(work, shelf=None)).in_memory()
     return work.in_files(shelf) if on_shelf and shelf else None
@@ -185,16 +190,16 @@ class _Work:
         """Bytes of all."""
         return self.places * sum(row.size for row in self.rows)
 
-    def absent(self, shelf: Shelf) -> int:
-        """Return the bytes of those that do not lie on a shelf."""
-        there = sum(shelf.path(self.key, name).exists() for name in self.names)
-        return self.size // self.places * (self.places - there)
+    def fits(self, shelf: Shelf) -> bool:
+        """Whether a shelf has the room for those that do not lie on it yet; it is made if need be."""
+        there = [path for name in self.names if os.path.exists(path := shelf.path(self.key, name))]
+        return shelf.make_room(self.places - len(there), sum(row.size for row in self.rows), there)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """What each example's view is called in files."""
         how = "" if self.augmentation == Augmentation() else f"{self.augmentation} {self.seed}"
-        kinds = " ".join(row.dtype.name for row in self.rows)
+        kinds = f"{self.examples.pictures.image_size} {' '.join(row.dtype.name for row in self.rows)}"
         return tuple(
             hashlib.sha256(f"{digest} {kinds} {how and f'{how} {view}'}".encode()).hexdigest()
             for view in range(self.views)
@@ -204,13 +209,13 @@ class _Work:
     def in_memory(self) -> Kept:
         """Hold all of it as one array per tensor."""
         count = len(self.examples)
-        arrays = [np.empty((self.places, *row.shape), row.dtype.as_numpy_dtype) for row in self.rows]
+        arrays = [shared.empty((self.places, *row.shape), row.dtype.as_numpy_dtype) for row in self.rows]
         missing = [place for place in range(self.places) if not self._found(place, arrays)]
         for places, tensors in self._computed(missing):
             for array, tensor in zip(arrays, tensors, strict=True):
                 array[places] = tensor
             self._write(places, tensors)
-        held = [tf.constant(array) for array in arrays]
+        held = [shared.tensor(array) for array in arrays]
 
         def read(chosen: tf.Tensor, view: tf.Tensor) -> list[tf.Tensor]:
             return [tf.gather(tensor, chosen + view % self.views * count) for tensor in held]
@@ -219,7 +224,7 @@ class _Work:
 
     def in_files(self, shelf: Shelf) -> Kept | None:
         """Leave all of it in files, which are read when they are asked for."""
-        count = len(self.examples)
+        count, held = len(self.examples), shelf.hold(self.key)
         missing = [place for place in range(self.places) if not self._found(place)]
         for places, tensors in self._computed(missing):
             if not self._write(places, tensors):
@@ -232,7 +237,7 @@ class _Work:
                 self._parts, tf.gather(paths, chosen + view % self.views * count), fn_output_signature=specs
             )
 
-        return Kept(read, len(missing), self.size, in_memory=False)
+        return Kept(read, len(missing), self.size, in_memory=False, held=held)
 
     def _found(self, place: int, arrays: Sequence[np.ndarray] = ()) -> bool:
         """Whether a file holds an example's view, which goes into the arrays if there are any."""

@@ -101,6 +101,24 @@ def cut(model: keras.Model, adapted: Sequence[keras.Variable] = (), later: Seque
     return Cut(frozen, _network(crossing, model.outputs), stages)
 
 
+def of_shapes(network: keras.Model, shapes: Sequence[tuple[int | None, ...]]) -> keras.Model:
+    """Return a network for inputs of known shapes: itself, unless it takes others too; it shares the layers.
+
+    Args:
+        network: A functional model.
+        shapes: One for each input, without the batch.
+
+    Example:
+        >>> anything = keras.Input((None, None, 3))
+        >>> of_shapes(keras.Model(anything, keras.layers.Identity()(anything)), [(8, 9, 3)]).output_shape
+        (None, 8, 9, 3)
+    """
+    if all(None not in source.shape[1:] for source in network.inputs):
+        return network
+    inputs = [keras.Input(shape, dtype=one.dtype) for shape, one in zip(shapes, network.inputs, strict=True)]
+    return keras.Model(inputs, network(inputs[0] if len(inputs) == 1 else inputs))
+
+
 def leaves_something_frozen(model: keras.Model) -> bool:
     """Whether some operation of a network comes before all that train."""
     model = _inlined(model, set())

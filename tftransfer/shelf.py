@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 import shutil
 import tempfile
+import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +22,29 @@ from tftransfer.errors import InputError
 LIMIT = 20 * 2**30
 """Bytes that a shelf may take on the disk, unless its user says otherwise."""
 
+OWN = "tftransfer-cache"
+"""The folder inside a `cache_dir` that is ours: what else lies there is never counted or removed."""
+
 _MAGIC = b"tftransfer item\n"
 _HEADER = len(_MAGIC) + 24  # length and CRC-32 of what follows, in digits
-_USERS = ".in_use"  # holds an empty file KEY.PROCESS for each key that a process reads
+_USERS = ".in_use"  # holds an empty file KEY.NUMBER.PROCESS for each key whose files a process reads
+_BLOCK = 4096  # bytes of which a disk gives a file whole ones
 _SPARE = 2**28  # bytes that stay free on the disk
+_numbers = itertools.count()
 PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A file, its bytes on the disk, and when it was used last."""
+
+    path: Path
+    size: int
+    used: float
+
+
+class Hold:
+    """What keeps items on a shelf while somebody reads them: as long as this object lives, and its process."""
 
 
 @dataclass
@@ -35,8 +56,8 @@ class Shelf:
     and computed again. A shelf that cannot be written says so once and keeps nothing more.
 
     Args:
-        folder: Made when the first item is written.
-        limit: Bytes over all keys, above 0; the keys used longest ago are removed first. Defaults to `LIMIT`.
+        folder: Made when the first item is written; nothing else may lie in it.
+        limit: Bytes over all keys, above 0; the items used longest ago are removed first. Defaults to `LIMIT`.
 
     Example:
         >>> import tempfile
@@ -63,6 +84,8 @@ class Shelf:
             contents = path.read_bytes()
         except OSError:
             return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # it is used now
         if (payload := _checked(contents)) is not None:
             return payload
         self._note(f"{path} is damaged: computed again")
@@ -85,62 +108,88 @@ class Shelf:
         except OSError as error:
             with contextlib.suppress(OSError):
                 staged.unlink()
-            self._writes = False
-            self._note(f"{self.folder} cannot be written ({error.strerror or error}): what is computed is not kept")
-            return False
+            return self._fails(error)
         return True
 
-    def make_room(self, key: str, needed: int) -> bool:
-        """Remove the keys that were used longest ago until so many bytes fit; returns whether they do.
+    def hold(self, key: str) -> Hold:
+        """Keep the items of a key that are read or written from now on, until what is returned is gone."""
+        held = Hold()
+        mark = self.folder / _USERS / f"{key}.{next(_numbers)}.{os.getpid()}"
+        with contextlib.suppress(OSError):
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+            weakref.finalize(held, mark.unlink, missing_ok=True)
+        return held
 
-        What a living process of this machine has made room for stays.
+    def make_room(self, count: int, size: int, needs: Collection[Path] = ()) -> bool:
+        """Remove the items that were used longest ago until new ones fit; returns whether they do.
 
         Args:
-            key: What is about to be written; it counts as used now.
-            needed: Bytes that will come.
+            count, size: How many will come, and bytes of each.
+            needs: Items that stay, beside those that are held.
         """
-        own = self.folder / key
-        with contextlib.suppress(OSError):
-            own.mkdir(parents=True, exist_ok=True)
-            os.utime(own)
-            (self.folder / _USERS).mkdir(exist_ok=True)
-            (self.folder / _USERS / f"{key}.{os.getpid()}").touch()
-        in_use = self._in_use()
-        sizes = {part: _size(part) for part in self._keys()}
-        for part in sorted(sizes, key=_used):
-            if sum(sizes.values()) + needed <= self.limit and needed + _SPARE <= self._free():
+        if not count:
+            return True
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return self._fails(error)
+        needed, items = count * _on_disk(size + _HEADER), self._items()
+        taken, free = sum(item.size for item in items), self._free()
+        kept, since = set(needs), self._held_since()
+        for item in sorted(items, key=lambda item: item.used):
+            if taken + needed <= self.limit and needed + _SPARE <= free:
                 break
-            if part.name not in in_use:
-                shutil.rmtree(part, ignore_errors=True)
-                sizes[part] = 0
-        fits = sum(sizes.values()) + needed <= self.limit and needed + _SPARE <= self._free()
+            if item.path in kept or item.used >= since.get(item.path.parent.parent.name, math.inf):
+                continue
+            with contextlib.suppress(OSError):
+                item.path.unlink()
+                taken, free = taken - item.size, free + item.size
+        fits = taken + needed <= self.limit and needed + _SPARE <= free
         if not fits:
             self._note(f"{self.folder} has no room for {needed / 2**20:,.0f} MB within its limit: nothing is kept")
         return fits
 
-    def _in_use(self) -> set[str]:
-        """Return the keys that some process has made room for and may still read; marks of ended ones are removed."""
-        keys = set()
+    def _held_since(self) -> dict[str, float]:
+        """Return from when on the items of keys are held; the marks of processes that ended are removed."""
+        since: dict[str, float] = {}
         for mark in _files(self.folder / _USERS):
             key, _, process = mark.name.rpartition(".")
-            if psutil.pid_exists(int(process)):
-                keys.add(key)
-            else:
+            if not _lives(process):
                 with contextlib.suppress(OSError):
                     mark.unlink()
-        return keys
+                continue
+            key = key.rpartition(".")[0]
+            since[key] = min(since.get(key, math.inf), _used(mark))
+        return since
 
-    def _keys(self) -> list[Path]:
-        try:
-            return [part for part in self.folder.iterdir() if part.is_dir() and part.name != _USERS]
-        except OSError:
-            return []
+    def _items(self) -> list[_Item]:
+        """Return all that lies here; what a process that ended has left half-written is removed."""
+        found = []
+        for path in _files(self.folder):
+            if path.parent.name == _USERS:
+                continue
+            if path.name.startswith("."):
+                if not _lives(path.name.rpartition(".")[2]):
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                continue
+            with contextlib.suppress(OSError):
+                about = path.stat()
+                found.append(_Item(path, _on_disk(about.st_size), about.st_mtime))
+        return found
 
     def _free(self) -> int:
         try:
             return shutil.disk_usage(self.folder).free
         except OSError:
             return 0
+
+    def _fails(self, error: OSError) -> bool:
+        """Keep nothing more, and say so once."""
+        self._writes = False
+        self._note(f"{self.folder} cannot be written ({error.strerror or error}): what is computed is not kept")
+        return False
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -153,7 +202,7 @@ def payload_of(path: tf.Tensor) -> tf.Tensor:
 
 
 def shelf_at(folder: PathLike | None, limit: int = LIMIT) -> Shelf | None:
-    """Return the shelf in a folder, None for none.
+    """Return the shelf in a folder of the user's, where it takes a folder of its own; None for none.
 
     Raises:
         InputError: If the path is something else than a folder.
@@ -161,9 +210,9 @@ def shelf_at(folder: PathLike | None, limit: int = LIMIT) -> Shelf | None:
     if folder is None:
         return None
     path = Path(folder)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
         raise InputError(f"`cache_dir` must be a folder. Received: {path}, which is a file")
-    return Shelf(path, limit)
+    return Shelf(path / OWN, limit)
 
 
 @contextlib.contextmanager
@@ -193,25 +242,23 @@ def _checked(contents: bytes) -> bytes | None:
     return payload if contents[:_HEADER] == _header(payload) else None
 
 
-def _size(folder: Path) -> int:
-    return sum(_bytes_of(entry) for entry in _files(folder))
-
-
 def _files(folder: Path) -> Iterator[Path]:
     with contextlib.suppress(OSError):
         for root, _, names in os.walk(folder):
             yield from (Path(root) / name for name in names)
 
 
-def _bytes_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+def _on_disk(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
 
 
-def _used(folder: Path) -> float:
+def _lives(process: str) -> bool:
+    """Whether a process of this machine, by its number in digits, is running."""
+    return process.isdecimal() and psutil.pid_exists(int(process))
+
+
+def _used(path: Path) -> float:
     try:
-        return folder.stat().st_mtime
+        return path.stat().st_mtime
     except OSError:
-        return 0.0
+        return math.inf

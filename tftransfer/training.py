@@ -279,9 +279,7 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
         print_table(literal_console(), audit_table(f"What trains: {phase.name}", audit, _penalty_basis(run, phase)))
     _seed_generators(run, number)
     steps = run.feed_steps(number, phase)
-    below = None
-    for stage in parts.stages:
-        below = constants.Constants(stage, steps.chunk, run.narrow, below, run.bfloat16)
+    below = _below(run, parts, steps.chunk)
     trainee = _compiled(run, phase, number, parts.trained, below, carried, steps.per_epoch * steps.epochs)
     feed = feeding.feed(
         run.data, phase, steps, parts, below, cache=run.cache, shelf=run.shelf, later=later, shared=run.shared
@@ -325,6 +323,17 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
     )
     history.add(logs, record)
     return dataclasses.replace(carried, **keep.kept)
+
+
+def _below(run: _Run, parts: prefix.Cut, chunk: int) -> constants.Constants | None:
+    """Return the frozen part as a function of pictures of the data's size."""
+    below: constants.Constants | None = None
+    shapes: list[tuple[int | None, ...]] = [(*run.data.train.pictures.image_size, 3)]
+    for stage in parts.stages:
+        network = prefix.of_shapes(stage, shapes)
+        below = constants.Constants(network, chunk, run.narrow, below, run.bfloat16)
+        shapes = [output.shape[1:] for output in network.outputs]
+    return below
 
 
 def _state(run: _Run, trainee: keras.Model) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tftransfer import __version__
 from tftransfer.data import audit, images
 from tftransfer.data.examples import Quarantined
 from tftransfer.data.listing import Listing, Reader
@@ -103,7 +104,7 @@ def _in_threads(read: Callable[[int], Any], listing: Listing) -> list[Any]:
 
 def _digest_of_all(listing: Listing) -> str:
     """Hash names and contents of all pictures, and what decodes them."""
-    digest = hashlib.sha256(f"{tf.__version__} {images.MAX_PIXELS}".encode())
+    digest = hashlib.sha256(f"{__version__} {tf.__version__} {images.MAX_PIXELS}".encode())
     for name, own in zip(listing.names, _in_threads(lambda number: _content(listing, number), listing), strict=True):
         digest.update(f"{name}\0{own}\n".encode())
     return digest.hexdigest()

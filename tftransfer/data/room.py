@@ -15,6 +15,8 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
+from tftransfer.data import shared
+
 _SPARE = 2**30  # bytes that stay free on the disk
 _IN_MEMORY = ("tmpfs", "ramfs")  # file systems that are no disk
 
@@ -23,11 +25,7 @@ class InMemory:
     """Pictures of one size as an array."""
 
     def __init__(self, count: int, image_size: tuple[int, int]) -> None:
-        shape = (count, *image_size, 3)
-        # Uninitialised, and TensorFlow can share it: it begins at a multiple of 64 bytes.
-        held = np.empty(math.prod(shape) + 64, np.uint8)
-        start = -held.ctypes.data % 64
-        self._array = held[start : start + math.prod(shape)].reshape(shape)
+        self._array = shared.empty((count, *image_size, 3), np.uint8)
 
     def put(self, number: int, picture: np.ndarray) -> None:
         """Store one picture; several threads may."""
@@ -39,9 +37,7 @@ class InMemory:
 
     @cached_property
     def _tensor(self) -> tf.Tensor:
-        with tf.init_scope():
-            # The tensor is the array, not a copy: copies for each split would be several times the budget.
-            return tf.experimental.dlpack.from_dlpack(self._array.__dlpack__())
+        return shared.tensor(self._array)  # not a copy: one for each split would be several times the budget
 
 
 class InFile:
