@@ -4,7 +4,8 @@
 
 Nothing is frozen, so there is nothing to keep: what is measured is that ours costs nothing. `keras_cached` decodes
 once and does not augment, as ours here; `keras` is the code of the guide, which decodes and augments in every epoch.
-BatchNorm runs in inference mode on all sides. Writes results/full_training_WIDTH_ours_against_RIVAL.json.
+BatchNorm runs in inference mode, layer by layer, in `keras_cached` and ours; in the guide's code it does not, whatever
+it says. Writes results/full_training_WIDTH_ours_against_RIVAL.json.
 """
 
 from __future__ import annotations

@@ -33,10 +33,10 @@ def keras_side(options: argparse.Namespace, *, cached: bool) -> dict[str, float]
 
 def our_side(options: argparse.Namespace, augmentation: str) -> dict[str, float]:
     """Go through the batches that training would take."""
-    began = time.perf_counter()
     from tftransfer import data
     from tftransfer.data import order
 
+    began = time.perf_counter()
     examples = data.load(options.scratch / "pictures.csv", image_size=(SIZE, SIZE))[0].train
     steps = options.epochs * order.steps_per_epoch(len(examples), BATCH)
     batches = order.batches(examples, BATCH, seed=0, phase=0, steps=steps, augmentation=augmentation)

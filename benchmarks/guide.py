@@ -48,13 +48,24 @@ def model(alpha: float, side: int, classes: int, weights: str | None) -> tuple[k
     return keras.Model(inputs, keras.layers.Dense(classes)(keras.layers.Dropout(0.2)(x))), base
 
 
-def open_from(base: keras.Model, lowest: str) -> None:
-    """Let the backbone train from a layer on; everything for an empty name."""
+def open_from(base: keras.Model, lowest: str, *, hold_batch_norm: bool = False) -> None:
+    """Let the backbone train from a layer on; everything for an empty name.
+
+    Args:
+        base: The backbone.
+        lowest: The layer's name.
+        hold_batch_norm: Whether BatchNorm runs in inference mode, and its factors train all the same, as in ours; the
+            guide believes so of `training=False`, which `fit` overrules. Defaults to False: the guide's code.
+    """
     base.trainable = True
     for layer in base.layers:
         if layer.name == lowest:
             break
         layer.trainable = not lowest
+    for layer in base.layers if hold_batch_norm else ():
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
+            layer.trainable = False
+            layer.gamma.trainable = layer.beta.trainable = True
 
 
 def fit(

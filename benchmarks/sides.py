@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import guide
+import keras
 import pictures
 import torch_guide
 from record import record
@@ -33,13 +34,14 @@ def keras_side(options: argparse.Namespace, *, opened: str | None, cached: bool 
     Args:
         options: Of `parser`.
         opened: The lowest layer of the backbone that trains; "" for all of it, None for none.
-        cached: Whether the decoded pictures are cached, and not augmented. Defaults to False.
+        cached: Whether the decoded pictures are cached, and not augmented, and BatchNorm is held in inference mode.
+            Defaults to False.
     """
     began = time.perf_counter()
     training, validation = guide.datasets(options.data, options.size, cached=cached)
     whole, base = guide.model(options.width, options.size, pictures.classes(options.data), options.weights)
     if opened is not None:
-        guide.open_from(base, opened)
+        guide.open_from(base, opened, hold_batch_norm=cached)
     accuracy = guide.fit(whole, training, validation, options.epochs, RATE)
     return {"seconds": time.perf_counter() - began, "accuracy": accuracy}
 
@@ -61,11 +63,10 @@ def our_side(
         strategy: From the package to the strategy.
         cache_dir, cache: As for `fine_tune`.
     """
-    began = time.perf_counter()
-    import keras
-
     import tftransfer as tft
 
+    _ = tft.fine_tune, tft.builders, tft.data, tft.strategies  # imported by now, as the rivals' libraries are
+    began = time.perf_counter()
     keras.utils.set_random_seed(0)
     name = "MobileNetV2" if options.width == 1 else f"MobileNetV2-{options.width:g}"
     source, size = options.scratch / "pictures.csv", (options.size, options.size)

@@ -74,7 +74,11 @@ def recipe_parser(
         default="auto",
         help="keep what is frozen where that pays, or off (default: %(default)s)",
     )
-    add("--cache-dir", type=Path, help="keep it here for later runs too (default: in memory only)")
+    add(
+        "--cache-dir",
+        type=Path,
+        help="keep it here for later runs too, 20 GiB at most, the oldest goes first (default: in memory only)",
+    )
     add("--devices", default="auto", help="auto, cpu, gpu or a number of devices (default: %(default)s)")
     add(
         "--precision",
@@ -260,7 +264,11 @@ def _parser() -> Parser:
         add("--image-size", type=image_size, metavar="N|HxW", help=f"pixels (default: {usual})")
         add("--task", default="auto", help="auto, single_label, multi_label, regression (default: auto)")
         add("--seed", type=at_least(0, LARGEST_SEED), default=0, help="of the split (default: %(default)s)")
-        add("--cache-dir", type=Path, help="keep what is computed here, for training too")
+        add(
+            "--cache-dir",
+            type=Path,
+            help="keep what is computed here, for training too: 20 GiB at most, the oldest goes first",
+        )
     predict = _command(commands, "predict", "labels for pictures, by a finished run")
     predict.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     predict.add_argument("files", type=Path, nargs="+", metavar="FILE", help="pictures")

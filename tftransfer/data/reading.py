@@ -87,7 +87,8 @@ def read_all(listing: Listing, image_size: tuple[int, int], budget: int, shelf: 
     quarantined = [Quarantined(listing.names[n], o.reason) for n, o in enumerate(outcomes) if o.reason is not None]
     misnamed = [listing.names[number] for number, outcome in enumerate(outcomes) if outcome.misnamed]
     hashes = tuple(outcomes[number].digest for number in usable)
-    return Read(usable, hashes, pixels, tuple(quarantined), _misnamed_note(misnamed), image_size)
+    notes = (*_misnamed_note(misnamed), *(shelf.notes if shelf else ()))
+    return Read(usable, hashes, pixels, tuple(quarantined), notes, image_size)
 
 
 def _checked(listing: Listing, image_size: tuple[int, int]) -> list[_Outcome]:
