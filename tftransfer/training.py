@@ -95,8 +95,8 @@ def fine_tune(
         cache_dir: A folder where it is kept for later runs too, and where it does not fit into memory. Defaults to
             None: memory alone.
         cache_dtype: `"float16"` rounds it, kept or not, which takes half the room. Defaults to `"float32"`.
-        frozen_dtype: `"bfloat16"` computes it so, on processors that can: ResNet50 nearly twice as fast, small networks
-            hardly. Its error is measured and said in the report. Defaults to `"float32"`.
+        frozen_dtype: `"bfloat16"` computes it so, on processors that can. Its error is measured and said in the report.
+            Defaults to `"float32"`.
         quiet: Whether to print nothing. Defaults to True.
 
     Returns:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tftransfer
 from tftransfer import backbones, builders, constants, feeding, inference, optimizers, tasks, trainable, training
 from tftransfer.data import Data, order
 from tftransfer.strategies import Phase
@@ -35,8 +36,11 @@ FAMILIES = (
 QUICK = [("MobileNet-0.25", selector) for selector in SELECTORS] + [("MobileNetV2-0.35", "last:1")]
 
 
-def _cases(quick: list[tuple[str, str]]) -> list:
-    every = itertools.product(("MobileNet-0.25", *FAMILIES), SELECTORS)
+RANDOM_DEPTH = ("EfficientNetB0", "EfficientNetV2B0")  # stock `fit` leaves out branches of what is frozen
+
+
+def _cases(quick: list[tuple[str, str]], but: tuple[str, ...] = ()) -> list:
+    every = itertools.product([name for name in ("MobileNet-0.25", *FAMILIES) if name not in but], SELECTORS)
     return [pytest.param(*case, id="-".join(case), marks=() if case in quick else pytest.mark.slow) for case in every]
 
 
@@ -114,7 +118,7 @@ def test_folded_features_and_one_step_are_those_of_the_network(build, data, monk
         assert np.linalg.norm(ours.astype(np.float64) - theirs) <= ROUNDING * max(np.linalg.norm(theirs), moved)
 
 
-@pytest.mark.parametrize(("name", "selector"), _cases(QUICK[::2]))
+@pytest.mark.parametrize(("name", "selector"), _cases(QUICK[::2], but=RANDOM_DEPTH))
 def test_unfolded_features_train_to_the_bits_of_stock_fit(build, data, monkeypatch, name, selector):
     """Kept or computed in every step: without folding nothing differs from `fit` on the whole network."""
     monkeypatch.setattr(feeding, "_PAYS", 0.0)
@@ -162,17 +166,51 @@ def test_features_that_are_kept_are_the_networks(data, estimate_batch_norm, name
     assert np.linalg.norm(ours - theirs) <= ROUNDING * np.linalg.norm(theirs)
 
 
-@pytest.mark.parametrize(
+REAL = pytest.mark.parametrize(
     ("name", "file"),
     [
         ("MobileNetV2-0.35", "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_0.35_224_no_top.h5"),
         ("MobileNet-0.25", "mobilenet_2_5_224_tf_no_top.h5"),
     ],
 )
-def test_features_with_real_weights_are_the_networks(data, assets, name, file):
-    network = backbones.build(name, (96, 96), str(assets / "weights" / file))
-    examples = data(96).train
+
+
+@REAL
+def test_features_and_a_step_with_real_weights_are_the_networks(data, assets, monkeypatch, name, file):
+    weights = str(assets / "weights" / file)
+    network = backbones.build(name, (96, 96), weights)
+    source = data(96)
+    examples = source.train
     ours = inference.pooled_features(network, examples).values[0]
     pictures = np.stack([examples.pictures.load(index) for index in range(10)]).astype(np.float32)
     theirs = network(pictures, training=False).numpy().mean(axis=(1, 2))
     assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
+    phase = Phase("step", "last:2", 1, 1e-2, optimizer="sgd", schedule="constant", weight_decay=0.0)
+    ended = []
+    for folded in (True, False):
+        if not folded:
+            monkeypatch.setattr(constants, "as_constant_function", _with_variables)
+        keras.utils.set_random_seed(0)
+        model = builders.image_classifier(name, 3, image_size=96, weights=weights, dropout=0.0)
+        training.fine_tune(model, TASK, source, (phase,), batch_size=10, max_steps=1)
+        ended.append(model.get_weights())
+    for one, other in zip(*ended, strict=True):
+        assert np.linalg.norm(one.astype(np.float64) - other) <= 1e-5 * np.linalg.norm(other)
+
+
+@pytest.mark.slow
+def test_folded_or_not_the_accuracy_is_the_same(monkeypatch):
+    found, task = tftransfer.data.load("demo", image_size=(64, 64))
+    accuracies: dict[bool, list[float]] = {True: [], False: []}
+    for folded, reached in accuracies.items():
+        if not folded:
+            monkeypatch.setattr(constants, "as_constant_function", _with_variables)
+        for seed in (0, 1, 2):
+            keras.utils.set_random_seed(seed)
+            model = builders.image_classifier("MobileNet-0.25", 10, image_size=64, weights="demo")
+            phases = (Phase("top", "last:1", 2, 1e-3),)
+            training.fine_tune(model, task, found, phases, seed=seed)
+            answers = inference.predict(model, task, found.test).argmax(axis=1)
+            reached.append(float(np.mean(answers == found.test.targets)))
+    assert min(accuracies[True]) > 0.5
+    assert min(accuracies[True]) - 1 / 360 <= np.mean(accuracies[False]) <= max(accuracies[True]) + 1 / 360
