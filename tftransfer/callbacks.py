@@ -166,6 +166,22 @@ class HoldPlan(keras.callbacks.Callback):
             )
 
 
+_OF_BATCHES = tuple(
+    f"on_{name}_{end}" for name in ("train_batch", "test_batch", "batch", "test") for end in ("begin", "end")
+)
+
+
+def hears_of_batches(callbacks: Sequence[keras.callbacks.Callback]) -> bool:
+    """Whether one of a user's callbacks does something at every batch, or around a validation.
+
+    Example:
+        >>> hears_of_batches([keras.callbacks.EarlyStopping()])
+        False
+    """
+    stock = keras.callbacks.Callback
+    return any(getattr(type(one), name) is not getattr(stock, name) for one in callbacks for name in _OF_BATCHES)
+
+
 def callback_list(
     own: Sequence[keras.callbacks.Callback],
     users: Sequence[keras.callbacks.Callback],

@@ -22,6 +22,7 @@ from tftransfer.strategies import Phase
 from tftransfer.trainee import Below, unpacked
 
 CACHES = ("auto", "off")
+_AT_ONCE = 64
 _PAYS = 1.5  # keep features that are used so many times, weighted by the share of the work that they save
 
 
@@ -50,6 +51,11 @@ class Steps:
         """How many examples go through the frozen part at once: what a device gets of a batch, if that is few."""
         return min(math.ceil(self.batch_size / self.replicas), features.BATCH)
 
+    @property
+    def at_once(self) -> int:
+        """How many steps a graph takes in one call, where they are small: a divisor of those of an epoch."""
+        return next(count for count in range(min(_AT_ONCE, self.per_epoch), 0, -1) if self.per_epoch % count == 0)
+
 
 @dataclass(frozen=True)
 class Feed:
@@ -71,6 +77,11 @@ class Feed:
     seconds: float
     summary: str
     waited: Callable[[], float]
+
+    @property
+    def computes(self) -> bool:
+        """Whether something that is frozen is computed in the steps."""
+        return self.below_training is not None or self.below_validation is not None
 
 
 Shared = dict[tuple[str, str, str, int], Kept]

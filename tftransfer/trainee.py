@@ -56,6 +56,8 @@ class Trainee(keras.Model):
     extras = Extras()
     below_training: Below | None = None
     below_validation: Below | None = None
+    _at_once: int | None = None
+    _again: tuple[Any, Any, int] = (None, None, 0)  # a data set, an iterator that repeats it, its number of batches
 
     def add_below(self, *, training: Below | None, validation: Below | None) -> None:
         """Run batches of pictures through the frozen part first; None where they come as its outputs already."""
@@ -66,6 +68,48 @@ class Trainee(keras.Model):
         self.extras = extras
         if extras.adapter:
             self.factors = extras.adapter.variables
+
+    def run_at_once(self, steps: int) -> None:
+        """Run so many steps, or all of a validation, in one call of a graph: for steps that take less than a call.
+
+        Callbacks hear of a batch only then, and of no batch of a validation; the numbers are the same bit for bit.
+
+        Args:
+            steps: A divisor of the steps per epoch.
+        """
+        self._at_once = self.steps_per_execution = steps
+
+    def make_train_function(self, force: bool = False) -> Any:
+        if self._at_once is None:
+            return super().make_train_function(force)
+        if self.train_function is None or force:
+            self.train_function = self._repeated(self.train_step, self._at_once)
+        return self.train_function
+
+    def evaluate(self, x: Any = None, *given: Any, **named: Any) -> Any:
+        if self._at_once is None:
+            return super().evaluate(x, *given, **named)
+        if self._again[0] is not x:
+            count = int(x.cardinality())
+            self._again = x, iter(x.repeat()), count
+            self.test_function = self._repeated(self.test_step, count)
+        self.reset_metrics()
+        return {name: float(value) for name, value in self.test_function(self._again[1]).items()}
+
+    def _repeated(self, step: Callable[[Batch], Any], count: int) -> Callable[[Any], dict[str, tf.Tensor]]:
+        """Return a graph that takes so many steps, and says what the metrics are then."""
+
+        def one(done: tf.Tensor, iterator: Any) -> tuple[tf.Tensor]:
+            self.distribute_strategy.run(step, args=(next(iterator),))
+            return (done + 1,)
+
+        @tf.function(autograph=False)
+        def run(iterator: Any) -> dict[str, tf.Tensor]:
+            start = (tf.constant(0),)
+            tf.while_loop(lambda done: done < count, lambda done: one(done, iterator), start, parallel_iterations=1)
+            return self.get_metrics_result()
+
+        return run
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         adapter = self.extras.adapter

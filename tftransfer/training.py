@@ -28,7 +28,7 @@ from tftransfer import (
 )
 from tftransfer.adapters import Adapter, Attached, Reached, adapter_of, base_digest
 from tftransfer.averages import Ema, WiseFt
-from tftransfer.callbacks import KeepBest, LearningRateLog, Progress, callback_list
+from tftransfer.callbacks import KeepBest, LearningRateLog, Progress, callback_list, hears_of_batches
 from tftransfer.console import audit_table, literal_console, print_table
 from tftransfer.data import Data, order
 from tftransfer.errors import check
@@ -285,6 +285,8 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
         run.data, phase, steps, parts, below, cache=run.cache, shelf=run.shelf, later=later, shared=run.shared
     )
     trainee.add_below(training=feed.below_training, validation=feed.below_validation)
+    if parts.frozen and not feed.computes and steps.replicas == 1 and not hears_of_batches(run.callbacks):
+        trainee.run_at_once(steps.at_once)
     if parts.frozen and not run.quiet:
         literal_console().print(f"What is frozen: {feed.summary}", soft_wrap=True)
     matters = _moments_matter(strategy, number)
