@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tftransfer.callbacks import HeedStop, KeepBest, LearningRateLog, Progress, callback_list
+from tftransfer.callbacks import HeedStop, KeepBest, LearningRateLog, Progress, callback_list, hears_of_batches
 
 
 @pytest.fixture
@@ -105,3 +105,24 @@ def test_a_stop_on_the_whole_model_is_heeded_within_an_epoch(line):
     whole.stop_training = True
     heed.on_train_batch_end(1)
     assert line.stop_training
+
+
+class _OfTests(keras.callbacks.Callback):
+    def on_test_end(self, logs=None):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("callback", "hears"),
+    [
+        (keras.callbacks.EarlyStopping(), False),
+        (keras.callbacks.LambdaCallback(on_epoch_end=print), False),
+        (keras.callbacks.LambdaCallback(on_train_batch_end=print), True),
+        (keras.callbacks.TerminateOnNaN(), True),
+        (_OfTests(), True),
+    ],
+)
+def test_who_hears_of_batches_is_known(callback, hears):
+    assert hears_of_batches([callback]) == hears
+    assert hears_of_batches([keras.callbacks.EarlyStopping(), callback]) == hears
+    assert not hears_of_batches([])

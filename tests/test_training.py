@@ -7,11 +7,12 @@ import keras
 import numpy as np
 import pytest
 
-from tftransfer import builders, inference, schedules, strategies, tasks, training
+from tftransfer import builders, feeding, inference, schedules, strategies, tasks, training
 from tftransfer.averages import Ema
 from tftransfer.data import Data
 from tftransfer.errors import InputError
 from tftransfer.strategies import Phase
+from tftransfer.trainee import Trainee
 
 
 def _statistics(model: keras.Model) -> list[np.ndarray]:
@@ -41,6 +42,32 @@ def test_batch_norm_statistics_are_bit_equal_after_training(small_network, small
     training.fine_tune(model, small_task, small_data, (Phase("phase", selector, 2, 0.01),), batch_size=8)
     for old, new in zip(before, _statistics(model), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+def test_steps_at_once_are_the_steps_one_by_one(small_network, small_task, small_data, monkeypatch):
+    """A callback that hears of each batch makes them come one by one."""
+    at_once, batches = [], []
+    run_at_once = Trainee.run_at_once
+    monkeypatch.setattr(Trainee, "run_at_once", lambda self, steps: (at_once.append(steps), run_at_once(self, steps)))
+    hears = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: batches.append(batch))
+    phase, ended, histories = Phase("top", "last:1", 4, 0.01, mixup=0.3), [], []
+    start = small_network(dropout=0.3).get_weights()
+    for callbacks in ((), (hears,)):
+        model = small_network(dropout=0.3)
+        model.set_weights(start)
+        given = {"batch_size": 5, "callbacks": callbacks}  # five steps an epoch, the last one smaller
+        histories.append(dict(training.fine_tune(model, small_task, small_data, (phase,), **given)))
+        ended.append(_weights(model))
+    assert at_once == [5]
+    assert batches == [*range(5)] * 4
+    assert histories[0] == histories[1]
+    for one, other in zip(*ended, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("per_epoch", "at_once"), [(1, 1), (15, 15), (64, 64), (67, 1), (128, 64), (150, 50)])
+def test_steps_at_once_divide_an_epoch(per_epoch, at_once):
+    assert feeding.Steps(0, 0, per_epoch, 3, 0, 32, 1).at_once == at_once
 
 
 def test_batch_norm_statistics_move_if_asked(small_network, small_task, small_data):

@@ -179,7 +179,8 @@ def hears_of_batches(callbacks: Sequence[keras.callbacks.Callback]) -> bool:
         False
     """
     stock = keras.callbacks.Callback
-    return any(getattr(type(one), name) is not getattr(stock, name) for one in callbacks for name in _OF_BATCHES)
+    own = ((getattr(one, name), getattr(stock, name)) for one in callbacks for name in _OF_BATCHES)
+    return any(getattr(method, "__func__", method) is not inherited for method, inherited in own)
 
 
 def callback_list(

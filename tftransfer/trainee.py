@@ -56,6 +56,7 @@ class Trainee(keras.Model):
     extras = Extras()
     below_training: Below | None = None
     below_validation: Below | None = None
+    train_function: Any
     _at_once: int | None = None
     _again: tuple[Any, Any, int] = (None, None, 0)  # a data set, an iterator that repeats it, its number of batches
 
