@@ -36,7 +36,7 @@ def test_batch_losses_are_undone_from_running_means():
 def test_a_range_test_that_is_stopped_leaves_the_model_as_it_was(small_network, small_task, small_data, monkeypatch):
     model = small_network()
     trainable.set_trainable(model, "last:1")
-    weights, flags = model.get_weights(), [layer.trainable for layer in model._flatten_layers()]
+    weights, flags = model.get_weights(), _flags(model)
 
     def stop(self, batch, logs=None):
         raise KeyboardInterrupt
@@ -46,7 +46,11 @@ def test_a_range_test_that_is_stopped_leaves_the_model_as_it_was(small_network, 
         rate_test.find_learning_rate(model, small_task, small_data, batch_size=8)
     for old, new in zip(weights, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
-    assert [layer.trainable for layer in model._flatten_layers()] == flags
+    assert _flags(model) == flags
+
+
+def _flags(model):
+    return [part.trainable for part in (*model._flatten_layers(), *model.variables)]
 
 
 @pytest.mark.parametrize("bad", [{"high": 0.0}, {"high": float("inf")}, {"steps": 5}, {"batch_size": 0}])

@@ -149,3 +149,16 @@ def test_a_users_network_has_its_last_layer_as_head():
 def test_selectors_that_match_nothing_are_refused(network, selector, said):
     with pytest.raises(InputError, match=said):
         trainable.set_trainable(network, selector)
+
+
+def test_a_model_gets_back_what_trained_on_it(network):
+    for selector in ("none", "head", "last:2", "all", "norm", "bias", "re:block_1_.*kernel"):
+        trainable.set_trainable(network, selector)
+        layers, variables = ([part.trainable for part in parts] for parts in (network.layers, network.variables))
+        trained = _trains(network)
+        with trainable.as_it_was(network):
+            trainable.set_trainable(network, "head" if selector == "all" else "all")
+            assert _trains(network) != trained
+        assert [layer.trainable for layer in network.layers] == layers
+        assert [variable.trainable for variable in network.variables] == variables
+        assert _trains(network) == trained, selector

@@ -338,10 +338,12 @@ def _nearest_names(model: keras.Model, selector: str) -> str:
 @contextlib.contextmanager
 def as_it_was(model: keras.Model) -> Iterator[None]:
     """Give a model its weights and `trainable` flags back, whatever happens inside."""
-    weights, flags = model.get_weights(), [(layer, layer.trainable) for layer in model._flatten_layers()]
+    weights = model.get_weights()
+    # Each after what holds it, which sets the flags of what it holds; a variable's can differ from its layer's.
+    flags = [(part, part.trainable) for part in (*model._flatten_layers(), *model.variables)]
     try:
         yield
     finally:
         model.set_weights(weights)
-        for layer, flag in flags:  # each after what holds it, which sets the flags of what it holds
-            layer.trainable = flag
+        for part, flag in flags:
+            part.trainable = flag
