@@ -66,6 +66,19 @@ def test_from_a_layer_and_a_range(network):
     }
 
 
+def test_from_a_group_and_a_range_of_groups(network):
+    groups = {group.name: set(group.layers) for group in trainable.all_groups(network)}
+
+    def trained(selector: str) -> set[str]:
+        trainable.set_trainable(network, selector)
+        return {path.split("/")[0] for path in _trains(network)} - groups["head"]
+
+    assert trained("block_12:block_14") == groups["block_12"] | groups["block_13"] | groups["block_14"]
+    assert trained("block_15:block_15") == groups["block_15"]
+    assert trained("block_15_project:block_16") == {"block_15_project", "block_15_project_BN"} | groups["block_16"]
+    assert trained("from:block_16") == groups["block_16"] | groups["top"]
+
+
 def test_norm_trains_scale_and_offset_only(network):
     trainable.set_trainable(network, "norm")
     assert {path.rsplit("/", 1)[1] for path in _trains(network) - HEAD} == {"gamma", "beta"}

@@ -61,7 +61,7 @@ def set_trainable(
             `"last:N"`, the head and the N topmost depth groups; `"last:K/N"`, the K topmost of N even parts of them;
             `"groups:A+B"`, the depth groups of these names;
             `"from:LAYER"`, that layer and all that come after it;
-            `"LAYER_A:LAYER_B"`, the layers from A to B;
+            `"LAYER_A:LAYER_B"`, the layers from A to B; a depth group's name stands for all of its layers;
             `"attention"`, `"norm"`, `"bias"`, the variables of that kind;
             `"re:PATTERN"`, the variables whose path the regular expression matches.
             The head trains in every case but `"none"`. Defaults to `"head"`.
@@ -269,8 +269,8 @@ def _layer_names(model: keras.Model, selector: str, groups: tuple[backbones.Grou
     if first == "groups":
         return _named_groups(second.split("+"), groups)
     names = [layer.name for layer in model.layers]
-    start = _position(second if first == "from" else first, names, groups)
-    stop = len(names) - 1 if first == "from" else _position(second, names, groups)
+    start = min(_positions(second if first == "from" else first, names, groups))
+    stop = len(names) - 1 if first == "from" else max(_positions(second, names, groups))
     if stop < start:
         raise InputError(
             f"`selector` must go from stem to top: {second!r} comes before {first!r}. Received: {selector!r}"
@@ -302,16 +302,16 @@ def _named_groups(names: list[str], groups: tuple[backbones.Group, ...]) -> tupl
     return tuple(layer for name in names for layer in by_name[name])
 
 
-def _position(name: str, names: list[str], groups: tuple[backbones.Group, ...]) -> int:
-    """Return the place of a layer, or of the first layer of a depth group, in the network."""
-    by_group = {group.name: group.layers[0] for group in groups if group.layers}
-    layer = by_group.get(name, name)
-    if layer not in names:
+def _positions(name: str, names: list[str], groups: tuple[backbones.Group, ...]) -> list[int]:
+    """Return the place of a layer in the network, or those of a depth group's layers."""
+    by_group = {group.name: group.layers for group in groups if group.layers}
+    layers = by_group.get(name, (name,))
+    if layers[0] not in names:
         raise InputError(
             f"`selector` names no layer or group of this network: {name!r}.{nearest(name, [*names, *by_group])} "
             f"Groups: {', '.join(by_group)}"
         )
-    return names.index(layer)
+    return [names.index(layer) for layer in layers]
 
 
 def _refuse_empty(
