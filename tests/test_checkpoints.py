@@ -83,6 +83,20 @@ def test_a_finished_strategy_is_not_trained_again(small_network, small_task, sma
     assert dict(again) == dict(first)
 
 
+def test_an_adapter_of_a_finished_call_says_the_same_how_far_it_came(small_network, small_task, small_data, tmp_path):
+    strategy = (Phase("LoRA", "head", 2, 0.02, adapter=Lora(2)),)
+    call = {"batch_size": 8, "max_steps": 2, "output": tmp_path}
+    first = training.fine_tune(_fresh(small_network), small_task, small_data, strategy, **call).adapter.reached
+    again = training.fine_tune(_fresh(small_network), small_task, small_data, strategy, **call).adapter.reached
+    assert (again.phase, again.steps) == (first.phase, first.steps)
+    assert len(first.generators) == 1
+    np.testing.assert_array_equal(again.generators, first.generators)
+    assert again.moments.keys() == first.moments.keys()
+    for name, moment in first.moments.items():
+        assert again.moments[name].age == moment.age
+        np.testing.assert_array_equal(again.moments[name].slots[0], moment.slots[0])
+
+
 def test_resume_false_begins_again(small_network, small_task, small_data, tmp_path):
     strategy = (Phase("probe", "head", 1),)
     training.fine_tune(_fresh(small_network), small_task, small_data, strategy, output=tmp_path)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,7 @@ class Kept:
         base: Digest of its base.
         moments: Of the optimizer, by place of the variable or name of the factor.
         history: Up to here.
+        generators: States of the network's random layers, in order. Defaults to none.
     """
 
     weights: Mapping[str, np.ndarray]
@@ -115,6 +116,7 @@ class Kept:
     base: str
     moments: Mapping[str, Moment]
     history: History
+    generators: tuple[np.ndarray, ...] = ()
 
     def restore(self, model: keras.Model) -> None:
         """Set a model's variables.
@@ -140,6 +142,7 @@ def save(
     attached: Attached | None,
     base: str,
     moments: Mapping[str, Moment],
+    generators: Sequence[np.ndarray] = (),
 ) -> None:
     """Write what a later call needs to go on after the phases that `history` holds, in one step.
 
@@ -151,6 +154,7 @@ def save(
         attached: The adapter beside the model, if any.
         base: Digest of its base.
         moments: Of the last phase's optimizer, by place of the variable or name of the factor.
+        generators: States of the network's random layers when the weights were kept. Defaults to none.
     """
     slots, ages = tensor_files.pack(moments)
     factors = attached.arrays() if attached else ()
@@ -158,6 +162,7 @@ def save(
         "weight": {place: variable.numpy() for place, variable in _by_place(model).items()},
         "a": tensor_files.numbered(a for a, _ in factors),
         "b": tensor_files.numbered(b for _, b in factors),
+        "generator": tensor_files.numbered(generators),
         **slots,
     }
     path = folder / FOLDER / FILE
@@ -189,13 +194,14 @@ def latest(folder: Path, call: Call) -> Kept | None:
             f"`output` {folder} holds phases of another call, which differs in {', '.join(changed)}: "
             f"choose a new folder, or `resume=False` to begin again{went_on}"
         )
-    a, b = (tensor_files.in_order(kinds.get(kind, {})) for kind in ("a", "b"))
+    a, b, generators = (tensor_files.in_order(kinds.get(kind, {})) for kind in ("a", "b", "generator"))
     return Kept(
         kinds["weight"],
         tuple(zip(a, b, strict=True)),
         described["base"],
         tensor_files.unpack(kinds, described["ages"]),
         _history(described, call.strategy),
+        generators,
     )
 
 

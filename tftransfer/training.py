@@ -153,7 +153,7 @@ def fine_tune(
         carried = _run_phase(run, strategy, number, history, carried)
         if folder:
             moments = renamed(carried.moments, trainable.places(model))
-            checkpoints.save(folder, call, model, history, carried.attached, carried.base, moments)
+            checkpoints.save(folder, call, model, history, carried.attached, carried.base, moments, carried.generators)
     history.adapter = _finish_adapter(run, carried, history)
     if folder:
         history.write_csv(folder / "history.csv")
@@ -230,7 +230,7 @@ def _go_on(run: _Run, strategy: Strategy, kept: checkpoints.Kept) -> tuple[_Carr
         with distribution.strategy_of(run.model).scope():
             attached = phase.adapter.prepare(run.model, run.seed)
         attached.set(kept.factors)
-    return _Carried(renamed(kept.moments, _paths(run.model)), attached, kept.base), kept.history
+    return _Carried(renamed(kept.moments, _paths(run.model)), attached, kept.base, kept.generators), kept.history
 
 
 def _paths(model: keras.Model) -> dict[str, str]:
