@@ -234,7 +234,9 @@ def test_a_base_that_nobody_has_is_refused(small_network, small_task, small_data
         training.fine_tune(small_network(), small_task, small_data, strategy)
 
 
-@pytest.mark.parametrize("bad", [{"rank": 0}, {"rank": 1.5}, {"where": "attention"}, {"alpha": -1.0}])
+@pytest.mark.parametrize(
+    "bad", [{"rank": 0}, {"rank": 1.5}, {"where": "attention"}, {"where": 3}, {"alpha": -1.0}, {"alpha": "a"}]
+)
 def test_bad_rows_are_refused(bad):
     with pytest.raises(InputError):
         Lora(**bad)

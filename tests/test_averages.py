@@ -58,7 +58,9 @@ def test_the_average_forgets_at_its_pace():
     assert Ema(1.0).momentum(10) ** 10 == pytest.approx(np.exp(-1))
 
 
-@pytest.mark.parametrize("bad", [lambda: Ema(0), lambda: Ema(float("nan")), lambda: WiseFt(0), lambda: WiseFt(1.5)])
+@pytest.mark.parametrize(
+    "bad", [lambda: Ema(0), lambda: Ema("a"), lambda: Ema(float("nan")), lambda: WiseFt(0), lambda: WiseFt(1.5)]
+)
 def test_bad_numbers_are_refused(bad):
     with pytest.raises(InputError):
         bad()

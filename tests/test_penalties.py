@@ -126,9 +126,11 @@ def test_distillation_is_the_divergence_of_softened_answers(examples, source):
     "bad",
     [
         lambda: L2SP(-1.0),
+        lambda: L2SP("a"),
         lambda: EWC(float("nan")),
         lambda: EWC(examples=0),
         lambda: DistillFromSource(temperature=0.5),
+        lambda: DistillFromSource(temperature="a"),
         lambda: DistillFromSource(temperature=float("inf")),
     ],
 )

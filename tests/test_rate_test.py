@@ -53,7 +53,9 @@ def _flags(model):
     return [part.trainable for part in (*model._flatten_layers(), *model.variables)]
 
 
-@pytest.mark.parametrize("bad", [{"high": 0.0}, {"high": float("inf")}, {"steps": 5}, {"batch_size": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"high": 0.0}, {"high": float("inf")}, {"phase": "full"}, {"steps": 5}, {"batch_size": 0}]
+)
 def test_bad_range_tests_are_refused(small_network, small_task, small_data, bad):
     with pytest.raises(InputError):
         rate_test.find_learning_rate(small_network(), small_task, small_data, **bad)

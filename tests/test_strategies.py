@@ -82,7 +82,7 @@ def test_too_few_epochs_are_refused(epochs):
         strategies.parse("freeze_then_unfreeze", epochs=epochs)
 
 
-@pytest.mark.parametrize("rate", [0.0, -1e-3, float("nan"), float("inf")])
+@pytest.mark.parametrize("rate", [0.0, -1e-3, float("nan"), float("inf"), "a"])
 def test_bad_learning_rates_are_refused(rate):
     with pytest.raises(InputError, match="learning_rate"):
         strategies.parse("full", learning_rate=rate)
@@ -101,6 +101,11 @@ def test_bad_learning_rates_are_refused(rate):
         {"optimizer": "adam"},
         {"epochs": 1.5},
         {"augmentation": "heavy"},
+        {"learning_rate": "a"},
+        {"learning_rate": None},
+        {"layer_decay": "a"},
+        {"warmup": "a"},
+        {"weight_decay": None},
     ],
 )
 def test_bad_phases_are_refused(wrong):

@@ -148,6 +148,7 @@ def test_a_users_network_has_its_last_layer_as_head():
 @pytest.mark.parametrize(
     ("selector", "said"),
     [
+        (3, "`selector` must be text, such as 'head'.*Received: selector=3"),
         ("heads", "Did you mean 'head'"),
         ("last:0", "whole number from 1 to"),
         ("last:99", "whole number from 1 to"),

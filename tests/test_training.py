@@ -227,6 +227,12 @@ def test_a_model_with_other_outputs_is_refused(small_network, small_task, small_
         training.fine_tune(small_network(num_classes=4), small_task, small_data, (Phase("probe"),))
 
 
+@pytest.mark.parametrize("strategy", ["full", ("full",), Phase("probe"), None, (), strategies.full])
+def test_what_is_no_strategy_is_refused(small_network, small_task, small_data, strategy):
+    with pytest.raises(InputError, match="`strategy` must be a tuple of Phases, .*`strategies.parse`.*Received"):
+        training.fine_tune(small_network(), small_task, small_data, strategy)
+
+
 def test_bad_batch_sizes_are_refused(small_network, small_task, small_data):
     with pytest.raises(InputError, match="batch_size"):
         training.fine_tune(small_network(), small_task, small_data, (Phase("probe"),), batch_size=0)

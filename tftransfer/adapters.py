@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from tftransfer import tensor_files
-from tftransfer.errors import InputError, check, nearest
+from tftransfer.errors import InputError, check, is_number, nearest
 from tftransfer.optimizers import Moment
 from tftransfer.trainable import all_groups, is_generator, weight_layers
 
@@ -59,9 +59,9 @@ class Lora:
 
     def __post_init__(self) -> None:
         check(isinstance(self.rank, int) and self.rank >= 1, "rank", "a whole number from 1", self.rank)
-        known = self.where in (*KINDS, "all") or self.where.startswith("re:")
+        known = self.where in (*KINDS, "all") or str(self.where).startswith("re:")
         check(known, "where", f"one of {', '.join(KINDS)}, all, re:PATTERN", self.where)
-        scales = self.alpha is None or (math.isfinite(self.alpha) and self.alpha > 0)
+        scales = self.alpha is None or (is_number(self.alpha) and self.alpha > 0)
         check(scales, "alpha", "a number above 0", self.alpha)
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from tftransfer.errors import check
+from tftransfer.errors import check, is_number
 
 Score = Callable[[], tuple[float, float]]
 
@@ -33,7 +33,7 @@ class Ema:
     epochs: float = 4.0
 
     def __post_init__(self) -> None:
-        check(math.isfinite(self.epochs) and self.epochs > 0, "epochs", "a number above 0", self.epochs)
+        check(is_number(self.epochs) and self.epochs > 0, "epochs", "a number above 0", self.epochs)
 
     def momentum(self, steps_per_epoch: int) -> float:
         """Return the share of the average that stays in each step."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
 from collections.abc import Iterable
 
 
@@ -48,3 +50,13 @@ def check(holds: bool, name: str, expected: str, value: object) -> None:
     """
     if not holds:
         raise InputError(f"`{name}` must be {expected}. Received: {name}={value!r}")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, Python's or NumPy's.
+
+    Example:
+        >>> is_number(1e-3), is_number("a"), is_number(float("nan"))
+        (True, False, False)
+    """
+    return isinstance(value, numbers.Real) and math.isfinite(value)

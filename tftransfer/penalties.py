@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tftransfer.data import Examples, order
-from tftransfer.errors import check
+from tftransfer.errors import check, is_number
 
 Term = Callable[[Any, tf.Tensor], tf.Tensor]
 """From the inputs of the part that trains, and its features, to a scalar that is added to the loss."""
@@ -146,7 +146,8 @@ class DistillFromSource:
 
     def __post_init__(self) -> None:
         _check_strength(self.strength)
-        check(1 <= self.temperature <= 100, "temperature", "a number from 1 to 100", self.temperature)
+        softens = is_number(self.temperature) and 1 <= self.temperature <= 100
+        check(softens, "temperature", "a number from 1 to 100", self.temperature)
 
     def basis(self, source: Source | None) -> str:
         """Say what the network is held to, for table and report."""
@@ -255,4 +256,4 @@ def _size(tensor: tf.Tensor) -> int:
 
 
 def _check_strength(strength: float) -> None:
-    check(math.isfinite(strength) and strength >= 0, "strength", "a number from 0", strength)
+    check(is_number(strength) and strength >= 0, "strength", "a number from 0", strength)

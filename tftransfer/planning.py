@@ -67,9 +67,11 @@ def check_strategy(model: keras.Model, strategy: Strategy, task: Task, adapter: 
     What trains is set as the last phase sets it; `fine_tune` sets it anew.
 
     Raises:
-        InputError: If a phase asks for what the network or the adapter does not have.
+        InputError: If it is no tuple of phases, or one asks for what the network or the adapter does not have.
     """
-    check(len(strategy) > 0, "strategy", "a tuple of phases", strategy)
+    phases = isinstance(strategy, (tuple, list)) and all(isinstance(phase, Phase) for phase in strategy)
+    expected = "a tuple of Phases, such as `strategies.full()`; `strategies.parse` makes one of text"
+    check(phases and len(strategy) > 0, "strategy", expected, strategy)
     if adapter and strategy[0].adapter != adapter.row:
         raise InputError(
             f"`adapter` goes on in a first phase with the same LoRA, {adapter.row}; this strategy begins with "

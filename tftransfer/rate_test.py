@@ -11,7 +11,7 @@ import numpy as np
 from tftransfer import schedules, trainable, training
 from tftransfer.checks import drawing
 from tftransfer.data import Data, order
-from tftransfer.errors import InputError, check
+from tftransfer.errors import InputError, check, is_number
 from tftransfer.report import CURVES, Picture
 from tftransfer.strategies import Phase
 from tftransfer.tasks import Task
@@ -75,7 +75,8 @@ def find_learning_rate(
 
     Source: Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186.
     """
-    check(math.isfinite(high) and high > 0, "high", "a number above 0", high)
+    check(is_number(high) and high > 0, "high", "a number above 0", high)
+    check(phase is None or isinstance(phase, Phase), "phase", "a Phase", phase)
     check(isinstance(steps, int) and steps >= 10, "steps", "a whole number from 10", steps)
     check(isinstance(batch_size, int) and batch_size >= 1, "batch_size", "a whole number from 1", batch_size)
     per_epoch = order.steps_per_epoch(len(data.train), batch_size)

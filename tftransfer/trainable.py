@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import keras
 
 from tftransfer import backbones
-from tftransfer.errors import InputError, nearest
+from tftransfer.errors import InputError, check, nearest
 
 HEAD = "head"
 FIXED_SELECTORS = ("none", "head", "all", "attention", "norm", "bias")
@@ -80,6 +80,7 @@ def set_trainable(
         >>> set_trainable(model, "last:1")[-1].group
         'head'
     """
+    check(isinstance(selector, str), "selector", "text, such as 'head', 'last:2' or 'all'", selector)
     groups = all_groups(model)
     wanted = _wanted(model, selector, groups)
     model.trainable = False

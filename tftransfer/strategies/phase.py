@@ -9,7 +9,7 @@ from typing import Any
 
 from tftransfer.adapters import Lora
 from tftransfer.averages import Ema, WiseFt
-from tftransfer.errors import InputError, check
+from tftransfer.errors import InputError, check, is_number
 from tftransfer.penalties import EWC, L2SP, DistillFromSource
 
 SCHEDULES = ("cosine", "one_cycle", "constant", "exponential")
@@ -76,17 +76,18 @@ class Phase:
 
     def __post_init__(self) -> None:
         check(isinstance(self.epochs, int) and self.epochs >= 1, "epochs", "a whole number from 1", self.epochs)
-        positive = math.isfinite(self.learning_rate) and self.learning_rate > 0
-        check(positive, "learning_rate", "a number above 0", self.learning_rate)
-        check(0 < self.layer_decay <= 1, "layer_decay", "in (0, 1]", self.layer_decay)
+        _check_rate(self.learning_rate)
+        decays = is_number(self.layer_decay) and 0 < self.layer_decay <= 1
+        check(decays, "layer_decay", "in (0, 1]", self.layer_decay)
         for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("augmentation", AUGMENTATIONS)):
             value = getattr(self, name)
             check(value in known, name, f"one of {', '.join(known)}", value)
         for name in ("warmup", "stochastic_depth"):
-            check(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+            value = getattr(self, name)
+            check(is_number(value) and 0 <= value < 1, name, "in [0, 1)", value)
         for name in ("weight_decay", "mixup", "cutmix"):
             value = getattr(self, name)
-            check(math.isfinite(value) and value >= 0, name, "a number from 0", value)
+            check(is_number(value) and value >= 0, name, "a number from 0", value)
         if self.adapter:
             where = '"head" where an adapter changes what is below'
             check(self.selector == "head", "selector", where, self.selector)
@@ -141,7 +142,7 @@ def with_learning_rate(strategy: Strategy, rate: float) -> Strategy:
         >>> [round(phase.learning_rate, 6) for phase in with_learning_rate(freeze_then_unfreeze(), 0.001)]
         [0.018, 0.001]
     """
-    check(math.isfinite(rate) and rate > 0, "learning_rate", "a number above 0", rate)
+    _check_rate(rate)
     factor = rate / strategy[-1].learning_rate
     return tuple(dataclasses.replace(phase, learning_rate=phase.learning_rate * factor) for phase in strategy)
 
@@ -162,3 +163,7 @@ def scaled(strategy: Strategy, epochs: int | None, learning_rate: float | None) 
     if epochs is not None:
         strategy = with_epochs(strategy, epochs)
     return strategy if learning_rate is None else with_learning_rate(strategy, learning_rate)
+
+
+def _check_rate(rate: float) -> None:
+    check(is_number(rate) and rate > 0, "learning_rate", "a number above 0", rate)
