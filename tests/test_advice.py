@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from tftransfer import advice, surgery, training
+from tftransfer import advice, planning, surgery, training
 from tftransfer.errors import InputError
 from tftransfer.strategies import Phase
 
@@ -85,6 +85,21 @@ def test_the_test_split_is_not_looked_at(small_network, small_task, small_data):
 def test_bad_advice_is_refused_at_once(text, said):
     with pytest.raises(InputError, match=said):
         advice.Choice(text)
+
+
+def test_what_is_settled_on_must_fit_the_network(small_task, small_data):
+    """Before a run writes anything: all groups have the branch that the topmost one lacks."""
+    inputs = x = keras.Input((32, 32, 3))
+    for number in (1, 2, 3):
+        above = keras.layers.Conv2D(3, 3, padding="same", name=f"conv_{number}")(x)
+        x = keras.layers.Add(name="add")([above, x]) if number == 2 else above
+    pooled = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(pooled))
+    choice = advice.Choice("surgical:stochastic_depth=0.1")
+    planning.check_strategy(model, choice.planned, small_task)
+    assert choice(model, small_task, small_data, decided="groups:conv_2").decision == "groups:conv_2"
+    with pytest.raises(InputError, match="'surgical' has `stochastic_depth`, but what trains has no residual branches"):
+        choice(model, small_task, small_data, decided="groups:conv_3")
 
 
 def test_surgical_mixes_examples_after_its_probe():

@@ -165,6 +165,15 @@ def test_bad_input_to_the_command_is_one_line(capsys, arguments, said):
     assert "\n" not in error
 
 
-def test_bad_options_of_auto_are_refused():
-    with pytest.raises(InputError, match="has the options"):
-        advice.Choice("auto:share=1")
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("share=1", "has the options"),
+        ("views=2", "has no `views`.*the head alone"),
+        ("cutmix=1", "has no `cutmix`"),
+        ("mixup=0.1,stochastic_depth=0.1", "has no `stochastic_depth`"),
+    ],
+)
+def test_bad_options_of_auto_are_refused(option, said):
+    with pytest.raises(InputError, match=said):
+        advice.Choice(f"auto:{option}")

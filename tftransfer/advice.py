@@ -8,9 +8,9 @@ from typing import Any
 
 import keras
 
-from tftransfer import head_search, inference, prefix, strategies, suggestion, surgery
+from tftransfer import head_search, inference, planning, prefix, strategies, suggestion, surgery
 from tftransfer.data import Data
-from tftransfer.errors import check
+from tftransfer.errors import InputError, check
 from tftransfer.report import OTHER, Table
 from tftransfer.shelf import PathLike, shelf_at
 from tftransfer.strategies import Strategy
@@ -90,13 +90,19 @@ class Choice:
         Args:
             model, task, data, seed, batch_size, max_steps, cache_dir: As for `fine_tune`.
             decided: The decision of an earlier call, to be kept. Defaults to none.
+
+        Raises:
+            InputError: If the network does not have what the strategy that is settled asks for.
         """
         if not self.asks_the_data:
             return Advice(self.planned)
-        options, common = self._options()
-        if decided:
-            return self.settled(decided)
         run = {"seed": seed, "batch_size": batch_size, "max_steps": max_steps, "cache_dir": cache_dir}
+        advised = self.settled(decided) if decided else self._asked(model, task, data, run)
+        planning.check_strategy(model, advised.strategy, task)
+        return advised
+
+    def _asked(self, model: keras.Model, task: Task, data: Data, run: dict[str, Any]) -> Advice:
+        options, common = self._options()
         advised = self._asking.ask(model, task, data, **options, **run)
         return replace(advised, strategy=self._patient(strategies.with_common(advised.strategy, common)))
 
@@ -116,6 +122,12 @@ class Choice:
 
     def _options(self) -> tuple[dict[str, Any], dict[str, Any]]:
         own, common = strategies.options_of(self._name, self._asking.ask, self.text)
+        for name in self._asking.cannot:
+            if name in common:
+                raise InputError(
+                    f"`strategy` {self._name} has no `{name}`: what it may choose, such as the head alone, could not "
+                    f"use it; name a strategy. Received: {self.text!r}"
+                )
         return {**own, "epochs": self.epochs, "learning_rate": self.learning_rate}, common
 
     def _patient(self, strategy: Strategy) -> Strategy:
@@ -352,14 +364,21 @@ def _auto(decided: str, epochs: int | None = None, learning_rate: float | None =
 
 @dataclass(frozen=True)
 class _Asking:
-    """A strategy that asks the data: what asks them, and what it comes to once that is decided ("" before)."""
+    """A strategy that asks the data.
+
+    Args:
+        ask: What asks them.
+        settle: What it comes to once that is decided ("" before).
+        cannot: Options of every strategy that not all it may come to could use. Defaults to none.
+    """
 
     ask: Callable[..., Advice]
     settle: Callable[..., Advice]
+    cannot: tuple[str, ...] = ()
 
 
 _ASKING = {
     "surgical": _Asking(surgical, _surgical),
     "tuned_probe": _Asking(tuned_probe, _tuned_probe),
-    "auto": _Asking(auto, _auto),
+    "auto": _Asking(auto, _auto, ("views", "cutmix", "stochastic_depth")),
 }

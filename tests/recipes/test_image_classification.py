@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import adapters, builders, bundles, cli
+from tftransfer import adapters, builders, bundles, cli, surgery
 
 SMALL = ["--backbone", "MobileNet-0.25", "--weights", "none", "--image-size", "32", "--quiet"]
 DEMO = ["--smoke", "--source", "demo", "--checks", "labels,duplicates"]
@@ -282,6 +282,14 @@ def test_strategies_that_do_not_fit_are_refused_at_once(recipe, tmp_path, capsys
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
     assert said in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_look_at_the_data_settles_on_is_checked_before_a_folder_is_made(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(surgery, "probe_and_measure", lambda *_, **__: surgery.Probed({"stem": 0.1, "top": 1.0}))
+    given = ["--backbone", "MobileNetV2-0.35", "--weights", "none", "--image-size", "32", "--smoke", "--quiet"]
+    assert recipe(*given, "--strategy", "surgical:stochastic_depth=0.1", "--out", tmp_path / "run") == 2
+    assert "no residual branches" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
