@@ -106,7 +106,9 @@ def main() -> int:
                         cache_dir=options.cache_dir,
                     )
                 trials = (*trials, trial)
-                run.console.print(f"{trial.line(metric)}")
+                run.console.print(trial.line(metric))
+                for reason in trial.reasons:
+                    run.console.print(f"  {reason}", soft_wrap=True)
                 tft.comparison.write(run.folder, trials, metric, about)
     compared = tft.comparison.write(run.folder, trials, metric, about)
     tft.bundles.finish(run.folder, run.configuration, data={"fingerprint": data.fingerprint, "splits": data.splits})

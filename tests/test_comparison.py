@@ -61,6 +61,34 @@ def test_what_is_written_says_the_same_and_is_read_again(tmp_path):
     assert compared.rows[0][0] == "linear_probe"
 
 
+def test_why_a_strategy_chose_is_kept_and_older_files_know_of_no_reasons(tmp_path):
+    trials = (Trial("surgical", 0, -1, 0.8, 10.0, 100, reasons=("The gradient is largest in top.",)), *TRIALS)
+    comparison.write(tmp_path, trials, "accuracy", ABOUT)
+    assert comparison.begin(tmp_path, ABOUT) == trials
+    file = tmp_path / "comparison.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps({**written, "trials": [_without_reasons(trial) for trial in written["trials"]]}))
+    assert comparison.begin(tmp_path, ABOUT)[1:] == TRIALS
+
+
+def _without_reasons(trial):
+    return {name: value for name, value in trial.items() if name != "reasons"}
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["full", "tuned_probe"], "What tuned_probe takes to choose, beside those epochs, is in its seconds."),
+        (["auto", "surgical:share=0.5"], "What auto and surgical:share=0.5 take to choose, beside those epochs, is in"),
+        (["auto", "surgical", "tuned_probe"], "What auto, surgical and tuned_probe take to choose"),
+    ],
+)
+def test_the_note_names_what_chose_beside_its_epochs(names, said):
+    trials = [Trial(name, 0, -1, 0.9 - 0.1 * place, 1.0, 1) for place, name in enumerate(names)]
+    assert said in comparison.table(trials, "accuracy").note
+    assert "to choose" not in comparison.table(TRIALS, "accuracy").note
+
+
 def test_other_data_and_damage_are_not_gone_on_with(tmp_path):
     comparison.write(tmp_path, TRIALS, "accuracy", ABOUT)
     with pytest.raises(InputError, match="differs in fingerprint"):
@@ -129,7 +157,7 @@ def test_the_validation_split_trains_after_the_choice(monkeypatch, small_data, s
 
     def choose(model, task, data, **_):
         seen["chosen by"] = data.train.names
-        return advice.Advice(strategies.linear_probe(epochs=1))
+        return advice.Advice(strategies.linear_probe(epochs=1), ("It is small.",))
 
     def train(model, task, data, *given, **options):
         seen["trained on"], seen["validated on"] = data.train.names, data.validation.names
@@ -139,7 +167,8 @@ def test_the_validation_split_trains_after_the_choice(monkeypatch, small_data, s
     monkeypatch.setattr(comparison.training, "fine_tune", train)
     monkeypatch.setattr(advice.Choice, "__call__", lambda self, *given, **options: choose(*given, **options))
     choice = advice.Choice("linear_probe", 1)
-    comparison.run_trial(choice, small_network, small_task, small_data, seed=0, train_on_validation=True)
+    trial = comparison.run_trial(choice, small_network, small_task, small_data, seed=0, train_on_validation=True)
+    assert trial.reasons == ("It is small.",)
     assert seen["chosen by"] == small_data.train.names
     assert seen["trained on"] == small_data.train.names + small_data.validation.names
     assert seen["validated on"] == small_data.validation.names

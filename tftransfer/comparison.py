@@ -41,6 +41,7 @@ class Trial:
         seconds: What training took, advice included.
         parameters: How many numbers trained in the phase that trained most.
         source_before, source_after: Accuracy on the old task, None if it is not known.
+        reasons: Why a strategy that asks the data chose what it did. Defaults to none.
     """
 
     strategy: str
@@ -51,6 +52,10 @@ class Trial:
     parameters: int
     source_before: float | None = None
     source_after: float | None = None
+    reasons: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reasons", tuple(self.reasons))  # JSON has lists
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -167,6 +172,7 @@ def run_trial(
         max(sum(row.trainable for row in record.audit) for record in history.phases),
         source.before if source else None,
         forgetting.source_accuracy(model, source) if source else None,
+        chosen.reasons,
     )
 
 
@@ -195,8 +201,7 @@ def table(trials: Sequence[Trial], metric: str, note: str = "") -> Table:
     undefined = sum(trial.metric is None for trial in trials)
     notes = [f"Means, with the smallest and largest over {over}."] if len(trials) > len(rows) else []
     notes += [f"{undefined} trials gave no finite answers."] if undefined else []
-    if any(advice.asks_the_data(row[0]) for row in rows):
-        notes += ["What surgical takes to choose, a probe beside those epochs, is in its seconds."]
+    notes += _about_choosing([row[0] for row in rows if advice.asks_the_data(row[0])])
     return Table(
         "Strategies compared",
         columns,
@@ -205,6 +210,15 @@ def table(trials: Sequence[Trial], metric: str, note: str = "") -> Table:
         section=RESULT,
         percent=percent,
     )
+
+
+def _about_choosing(names: Sequence[str]) -> list[str]:
+    """Say that strategies which ask the data do more than the epochs of their phases."""
+    if not names:
+        return []
+    *first, last = names
+    take, their = (f"{', '.join(first)} and {last} take", "their") if first else (f"{last} takes", "its")
+    return [f"What {take} to choose, beside those epochs, is in {their} seconds."]
 
 
 def _row(strategy: str, trials: Sequence[Trial]) -> tuple[Any, ...]:
