@@ -176,3 +176,10 @@ def test_a_model_gets_back_what_trained_on_it(network):
         assert [layer.trainable for layer in network.layers] == layers
         assert [variable.trainable for variable in network.variables] == variables
         assert _trains(network) == trained, selector
+
+
+def test_a_pattern_of_the_head_suggests_no_layer_of_the_head(network):
+    with pytest.raises(InputError, match="matches nothing below the head of this network. Groups: "):
+        trainable.set_trainable(network, "re:logits")
+    with pytest.raises(InputError, match="Did you mean 'block_1_project'"):
+        trainable.set_trainable(network, "re:block_1_projekt")

@@ -330,9 +330,10 @@ def _refuse_empty(
 
 
 def _nearest_names(model: keras.Model, selector: str) -> str:
-    """Suggest layers that a pattern may have meant."""
+    """Suggest layers below the head that a pattern may have meant."""
     words = re.findall(r"\w{3,}", selector.removeprefix("re:"))
-    names = [layer.name for layer in model.layers if layer.weights]
+    head = all_groups(model)[-1].layers
+    names = [layer.name for layer in model.layers if layer.weights and layer.name not in head]
     return next((said for said in (nearest(word, names) for word in words) if said), "")
 
 
