@@ -155,6 +155,7 @@ _EXTRAS_ON_TWO_DEVICES = (
         "EWC": Phase("EWC", "all", 1, 1e-2, optimizer="sgd", carry_moments=True, penalty=EWC(1.0, examples=4)),
         "distillation": Phase("distillation", "all", 1, 1e-2, penalty=DistillFromSource()),
         "LoRA": Phase("LoRA", "head", 1, 1e-2, adapter=Lora(2)),
+        "views": Phase("views", "all", 1, 1e-2, augmentation="light", views=2, average_views=True),
         "mixing": Phase("mixing", "all", 1, 1e-2, mixup=0.4, cutmix=1.0, stochastic_depth=0.3),
     }
     found = {}

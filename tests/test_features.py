@@ -24,6 +24,7 @@ PHASES = {
     "head": Phase("head", "head", 3, 0.01),
     "top": Phase("top", "last:1", 3, 0.01),
     "views": Phase("views", "last:1", 4, 0.01, augmentation="light", views=2),
+    "averaged": Phase("averaged", "last:1", 3, 0.01, augmentation="light", views=2, average_views=True, mixup=0.4),
     "endless": Phase("endless", "head", 3, 0.01, augmentation="light"),
     "dropout": Phase("dropout", "head", 3, 0.01, mixup=0.4),
 }

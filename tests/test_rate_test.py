@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from tftransfer import rate_test, trainable, training
+from tftransfer.data import order
 from tftransfer.errors import InputError
 from tftransfer.strategies import Phase
 
@@ -31,6 +32,20 @@ def test_batch_losses_are_undone_from_running_means():
         watch.on_train_batch_end(batch, {"loss": total / seen})
     first, second = 1.0, (0.9 * 0.1 * 1 + 0.1 * 3) / (1 - 0.9**2)
     assert watch.smoothed[:2] == pytest.approx([first, second])
+
+
+def test_the_loss_over_averaged_views_is_undone_too(small_network, small_task, small_data):
+    """The last batch of the epoch is smaller; the rates of the first steps are too small to change anything."""
+    phase = Phase("probe", "head", augmentation="light", views=2, average_views=True)
+    model = small_network()
+    found = rate_test.find_learning_rate(model, small_task, small_data, phase, steps=10, high=1e-9, batch_size=10)
+    loss, smoothed = small_task.loss(True, small_data.train.targets), 0.0
+    batches = order.batches(
+        small_data.train, 10, seed=0, phase=0, steps=9, augmentation="light", views=2, average_views=True
+    )
+    for step, (pictures, targets, _) in enumerate(batches, start=1):
+        smoothed = 0.9 * smoothed + 0.1 * float(loss(targets, model(pictures, training=False)))
+        assert found.losses[step - 1] == pytest.approx(smoothed / (1 - 0.9**step), rel=1e-3)
 
 
 def test_a_range_test_that_is_stopped_leaves_the_model_as_it_was(small_network, small_task, small_data, monkeypatch):

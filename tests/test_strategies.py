@@ -39,6 +39,9 @@ def test_augmentations_are_those_of_the_data_package():
 
 
 def test_options_reach_the_strategy():
+    averaged = strategies.parse("linear_probe:augmentation=light,views=2,average_views=true")[0]
+    assert (averaged.views, averaged.average_views, averaged.to_json()["average_views"]) == (2, True, True)
+    assert not strategies.parse("full:views=2,average_views=False")[0].average_views
     assert strategies.parse("partial:last=3")[0].selector == "last:3"
     assert strategies.parse("full:layer_decay=0.8")[0].layer_decay == 0.8
 
@@ -63,9 +66,12 @@ def test_every_strategy_mixes_examples_and_leaves_branches_out_after_its_probe(n
         ("full:augmentation=heavy", "one of none, light"),
         ("partial:last=0", "whole number from 1"),
         ("partial:last=1.5", "whole number"),
-        ("norm_only:last=3", "has the options views, mixup"),
+        ("norm_only:last=3", "has the options views, average_views, mixup"),
         ("linear_probe:views=2", "views.*give an `augmentation`"),
         ("full:views=-1", "views"),
+        ("full:average_views=true", "`average_views` must be False .* give `views` from 2"),
+        ("full:views=1,average_views=true", "average_views"),
+        ("full:views=2,average_views=2", "`average_views` must be true or false"),
         ("full:layer_decay=2", r"in \(0, 1\]"),
         ("l2_sp:mixup=-1", "mixup"),
         ("l2_sp:mixup=0.1,mixup=0.2", "each option once"),

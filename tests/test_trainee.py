@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import builders, distribution, mixing, trainable, training
+from tftransfer import builders, distribution, mixing, prefix, trainable, training
 from tftransfer.averages import WiseFt
 from tftransfer.checks import forgetting
+from tftransfer.data import order
 from tftransfer.errors import InputError
 from tftransfer.penalties import EWC, L2SP, DistillFromSource
 from tftransfer.strategies import Phase
@@ -118,6 +119,25 @@ def test_the_loss_of_mixed_examples_is_the_weighted_one_of_both_labels(small_net
     by_hand = by_hand - (1 - own) * weights[partners] * logs[rows, targets[partners]]
     assert 0.01 < float(np.mean(own)) < 0.99
     np.testing.assert_allclose(loss, by_hand.mean(), rtol=1e-5)
+
+
+def test_a_step_on_averaged_views_is_the_mean_of_the_steps_on_each(small_network, small_task, small_data):
+    model, rate = small_network(), 0.05
+    kernel, bias = (weight.numpy().astype(np.float64) for weight in model.get_layer("logits").weights)
+    pictures = order.pictures(small_data.train, "light", views=2)
+    one_hot, steps = np.eye(3)[small_data.train.targets], []
+    for view in range(2):
+        features = prefix.body(model)(pictures(tf.range(24, dtype=tf.int64), tf.constant(view, tf.int64))).numpy()
+        odds = np.exp(features @ kernel + bias)
+        off = (odds / odds.sum(axis=1, keepdims=True) - one_hot) / 24
+        steps.append((rate * features.T @ off, rate * off.sum(axis=0)))
+    assert np.linalg.norm(steps[0][0] - steps[1][0]) > 0.01 * np.linalg.norm(steps[0][0])
+    plain = {"optimizer": "sgd", "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0}
+    phase = Phase("probe", "head", 1, rate, augmentation="light", views=2, average_views=True, **plain)
+    training.fine_tune(model, small_task, small_data, (phase,), batch_size=24, max_steps=1)
+    after = [weight.numpy() for weight in model.get_layer("logits").weights]
+    for before, own, one, two in zip((kernel, bias), after, *steps, strict=True):
+        np.testing.assert_allclose(before - own, (one + two) / 2, rtol=1e-3, atol=1e-6)
 
 
 def test_a_leash_takes_the_place_of_weight_decay_below_the_head(small_network, small_task, small_data):

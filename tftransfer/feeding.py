@@ -132,6 +132,7 @@ def feed(
             start=steps.start,
             augmentation=phase.augmentation,
             views=phase.views,
+            average_views=phase.average_views,
             read=_read(training),
         )
     )
@@ -197,8 +198,8 @@ class _Keeper:
 
     def keep(self, split: str, examples: Examples, augmentation: str, views: int) -> Kept | None:
         """Return what is kept of one split, computed now unless it is at hand; None if it does not pay or fit."""
-        below = self.below
-        if below is None or self.steps.epochs / views * self.parts.work_share <= _PAYS:
+        below, in_turn = self.below, 1 if self.phases[0].average_views else views
+        if below is None or self.steps.epochs / in_turn * self.parts.work_share <= _PAYS:
             return None
         if not (below.lower or self.shared):
             return self._computed(below, examples, augmentation, views)

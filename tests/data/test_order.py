@@ -72,10 +72,40 @@ def test_in_order_gives_each_example_once(examples):
     np.testing.assert_array_equal(np.concatenate([batch[1] for batch in batches]), np.arange(10))
 
 
+def test_averaged_views_are_those_that_come_in_turn_otherwise(examples):
+    options = {"seed": 3, "phase": 1, "augmentation": "light", "views": 3}
+    for step, joined in enumerate(order.batches(examples, 4, steps=5, average_views=True, **options)):
+        chosen = order.batch_indices(10, 4, 3, 1, step)
+        for view in range(3):
+            part = slice(view * len(chosen), (view + 1) * len(chosen))
+            expected = order.pictures(examples, "light", seed=3, views=3)(chosen, tf.constant(view, tf.int64))
+            np.testing.assert_array_equal(joined[0][part], expected)
+            np.testing.assert_array_equal(joined[1][part], examples.targets[chosen])
+            np.testing.assert_array_equal(joined[2][part], examples.weights[chosen])
+        assert len(joined[0]) == 3 * len(chosen)
+
+
+def test_all_tensors_of_several_are_averaged_over_views(examples):
+    def read(chosen, view):
+        return chosen, tf.stack([chosen, chosen + 10 * view], axis=1)
+
+    ((first, second), targets, _) = next(
+        iter(
+            order.batches(
+                examples, 3, seed=0, phase=0, steps=1, augmentation="light", views=2, average_views=True, read=read
+            )
+        )
+    )
+    np.testing.assert_array_equal(first, targets)
+    np.testing.assert_array_equal(second[:, 1] - second[:, 0], [0, 0, 0, 10, 10, 10])
+
+
 def test_bad_arguments(examples, make_examples):
     with pytest.raises(InputError, match="batch_size"):
         order.in_order(examples, 0)
     with pytest.raises(InputError, match="Did you mean 'light'"):
         order.batches(examples, 1, seed=0, phase=0, steps=1, augmentation="ligth")
+    with pytest.raises(InputError, match="`views` must be from 2"):
+        order.batches(examples, 1, seed=0, phase=0, steps=1, augmentation="light", views=1, average_views=True)
     with pytest.raises(InputError, match="at least one example"):
         order.in_order(make_examples(np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, np.int32)), 4)

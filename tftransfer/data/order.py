@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tftransfer.data.augment import Augmentation, augment, named
 from tftransfer.data.examples import Examples
-from tftransfer.errors import InputError
+from tftransfer.errors import InputError, check
 
 # How many pictures of one batch are read at the same time.
 _PARALLEL_PICTURES = 8
@@ -68,6 +68,7 @@ def batches(
     start: int = 0,
     augmentation: str | Augmentation = "none",
     views: int = 0,
+    average_views: bool = False,
     read: Read | None = None,
 ) -> tf.data.Dataset:
     """Return the training batches of a phase, from any step on, the same as a run from the beginning has.
@@ -82,6 +83,8 @@ def batches(
         augmentation: An `Augmentation` or the name of one. Defaults to `"none"`.
         views: How many different views of each example there are, one per epoch in turn, the same in every phase and
             run of this seed; 0 for a new one each epoch. Defaults to 0.
+        average_views: Whether a batch holds all views of its examples, one view after the other, so that a mean over it
+            is one over them too. Defaults to False: the epoch's alone.
         read: Takes the place of reading pictures, such as `features.Kept.read`. Defaults to None.
 
     Returns:
@@ -89,18 +92,27 @@ def batches(
         255], or what `read` gives.
 
     Raises:
-        InputError: If there are no examples or the augmentation is not known.
+        InputError: If there are no examples, the augmentation is not known, or there are no two views to average.
     """
     count = _checked_count(examples, batch_size)
+    check(not average_views or views >= 2, "views", "from 2 where they are averaged", views)
     per_epoch = steps_per_epoch(count, batch_size)
     cheap = read is not None
     read = read or pictures(examples, augmentation, seed=seed, phase=phase, views=views)
 
     def batch(step: tf.Tensor) -> tuple[Any, tf.Tensor, tf.Tensor]:
         chosen, epoch = batch_indices(count, batch_size, seed, phase, step), step // per_epoch
-        return read(chosen, epoch), *_answers(examples, chosen)
+        if not average_views:
+            return read(chosen, epoch), *_answers(examples, chosen)
+        return _joined(read, chosen, views), *_answers(examples, tf.tile(chosen, [views]))
 
     return _mapped(tf.data.Dataset.range(start, start + steps), batch, cheap)
+
+
+def _joined(read: Read, chosen: tf.Tensor, views: int) -> Any:
+    """Read all views of the chosen examples, one view after the other."""
+    each = [read(chosen, tf.constant(view, tf.int64)) for view in range(views)]
+    return tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *each)
 
 
 def pictures(

@@ -90,8 +90,9 @@ def parse(
     """Read a strategy as the command line writes it: `NAME` or `NAME:OPTION=VALUE,...`.
 
     Args:
-        text: For instance `"partial:last=3"`. Beside its own options every strategy takes `views`, `mixup`,
-            `cutmix` and `stochastic_depth` of `Phase`, for all its phases but a probe that others follow.
+        text: For instance `"partial:last=3"`. Beside its own options every strategy takes `views`,
+            `average_views`, `mixup`, `cutmix` and `stochastic_depth` of `Phase`, for all its phases but a probe that
+            others follow.
         epochs: Total epochs, shared out by the phases' own. Defaults to the strategy's.
         learning_rate: Peak rate of the last phase; earlier ones keep their ratio to it. Defaults to the strategy's.
         also: Names that the caller knows beside these, for the message. Defaults to none.
@@ -113,7 +114,7 @@ def parse(
 
 
 def with_common(strategy: Strategy, common: Mapping[str, Any]) -> Strategy:
-    """Set `views`, `mixup`, `cutmix` and `stochastic_depth` of all phases but a probe that others follow.
+    """Set `views`, `average_views`, `mixup` and the like of all phases but a probe that others follow.
 
     Example:
         >>> [phase.mixup for phase in with_common(parse("freeze_then_unfreeze"), {"mixup": 0.2})]
@@ -142,8 +143,8 @@ def describe(function: Callable[..., Any] | str) -> tuple[str, str, str, str]:
     return function.__name__, summary, ", ".join(options), source
 
 
-def _options(function: Callable[..., Any]) -> dict[str, type]:
-    """Return the type of each option that the command line takes."""
+def _options(function: Callable[..., Any]) -> dict[str, Callable[[str], Any]]:
+    """Return what reads each option that the command line takes."""
     return {
         option.name: _TYPES[option.annotation]
         for option in inspect.signature(function).parameters.values()
@@ -171,18 +172,31 @@ def options_of(name: str, function: Callable[..., Any], text: str) -> tuple[dict
     return {key: given[key] for key in given if key in own}, {key: given[key] for key in given if key not in own}
 
 
-_COMMON = {"views": int, "mixup": float, "cutmix": float, "stochastic_depth": float}
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+_COMMON: dict[str, Callable[[str], Any]] = {
+    "views": int,
+    "average_views": _truth,
+    "mixup": float,
+    "cutmix": float,
+    "stochastic_depth": float,
+}
 _SHARED_OPTIONS = ("epochs", "learning_rate")
-_TYPES = {
+_TYPES: dict[str, Callable[[str], Any]] = {
     "int": int,
     "int | None": int,
     "float": float,
     "float | None": float,
     "str": str,
+    "bool": _truth,
 }  # of an option, by its annotation
 
 
-def _option(strategy: str, part: str, types: dict[str, type]) -> tuple[str, int | float | str]:
+def _option(strategy: str, part: str, types: Mapping[str, Callable[[str], Any]]) -> tuple[str, Any]:
     name, _, value = part.partition("=")
     if name not in types:
         known = ", ".join(types)
@@ -190,5 +204,5 @@ def _option(strategy: str, part: str, types: dict[str, type]) -> tuple[str, int 
     try:
         return name, types[name](value)
     except ValueError:
-        kind = "a whole number" if types[name] is int else "a number"
+        kind = {int: "a whole number", _truth: "true or false"}.get(types[name], "a number")
         raise InputError(f"`strategy` {strategy}: `{name}` must be {kind}. Received: {part!r}") from None

@@ -35,6 +35,8 @@ class Phase:
         augmentation: One of `AUGMENTATIONS`. Defaults to `"none"`.
         views: How many different augmented views of each example there are, in turn, so that what is frozen is computed
             once per view; 0 for a new view each epoch. Defaults to 0.
+        average_views: Whether each step sees all views of its examples, not one in turn, and takes the mean of their
+            losses: gradients are steadier, and a step costs as many times more. Defaults to False.
         patience: Epochs without a better validation loss before the phase ends; 0 for never. Defaults to 0.
         optimizer: `"adamw"` or `"sgd"` (momentum 0.9). Defaults to `"adamw"`.
         mixup, cutmix: Parameter of the Beta distribution by which examples are mixed, see `mixing.mix`; 0 for off.
@@ -63,6 +65,7 @@ class Phase:
     weight_decay: float = 1e-4
     augmentation: str = "none"
     views: int = 0
+    average_views: bool = False
     patience: int = 0
     optimizer: str = "adamw"
     mixup: float = 0.0
@@ -96,6 +99,8 @@ class Phase:
         check(isinstance(self.views, int) and self.views >= 0, "views", "a whole number from 0", self.views)
         seen = "0 where nothing is augmented: give an `augmentation` too"
         check(not self.views or self.augmentation != "none", "views", seen, self.views)
+        alone = "False where there are fewer than two views: give `views` from 2 too"
+        check(not self.average_views or self.views >= 2, "average_views", alone, self.average_views)
         check(isinstance(self.patience, int) and self.patience >= 0, "patience", "a whole number from 0", self.patience)
 
     def to_json(self) -> dict[str, Any]:
