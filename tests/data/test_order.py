@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -5,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tftransfer.data import order
+from tftransfer.data.augment import NAMED
 from tftransfer.errors import InputError
 
 
@@ -98,6 +101,31 @@ def test_all_tensors_of_several_are_averaged_over_views(examples):
     )
     np.testing.assert_array_equal(first, targets)
     np.testing.assert_array_equal(second[:, 1] - second[:, 0], [0, 0, 0, 10, 10, 10])
+
+
+@pytest.mark.parametrize("views", [0, 2])
+@pytest.mark.parametrize("name", ["none", "light", "strong"])
+def test_each_picture_lies_where_its_geometry_says(make_examples, name, views):
+    height, width = 24, 36
+    rows, columns = np.mgrid[:height, :width].astype(np.uint8)
+    picture = np.stack([columns, rows, np.zeros_like(rows)], axis=2)  # each pixel holds its place
+    examples = make_examples(np.stack([picture] * 6), np.arange(6, dtype=np.int32))
+    pictures = dataclasses.replace(examples.pictures, digests=tuple(f"{7 * number:015x}" for number in range(6)))
+    examples = dataclasses.replace(examples, pictures=pictures)
+    still = dataclasses.replace(NAMED[name], brightness=0, contrast=0, saturation=0, cutout=0)
+    where = order.geometries(examples, name, seed=5, phase=1, views=views)
+    batches = order.batches(examples, 4, seed=5, phase=1, steps=6, augmentation=still, views=views)
+    found = set()
+    for step, (seen, chosen, _) in enumerate(batches):
+        transforms = where(tf.cast(chosen, tf.int64), tf.constant(step // 2, tf.int64)).numpy()
+        for own, a in zip(seen.numpy(), transforms, strict=True):
+            x, y = (a[i] * columns + a[i + 1] * rows + a[i + 2] for i in (0, 3))
+            inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+            assert inside.mean() > 0.2
+            np.testing.assert_allclose(own[inside][:, 0], x[inside], atol=2e-3)
+            np.testing.assert_allclose(own[inside][:, 1], y[inside], atol=2e-3)
+            found.add(tuple(a))
+    assert len(found) == (1 if name == "none" else 6 * (views or 3))
 
 
 def test_bad_arguments(examples, make_examples):

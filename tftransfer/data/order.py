@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tftransfer.data.augment import Augmentation, augment, named
+from tftransfer.data.augment import Augmentation, augment, geometry, named
 from tftransfer.data.examples import Examples
 from tftransfer.errors import InputError, check
 
@@ -124,14 +124,53 @@ def pictures(
         examples, augmentation, seed, phase, views: As in `batches`. With `views` a picture's view depends on its
             content, the seed and the number of the view alone, wherever it stands among the examples.
     """
-    policy = named(augmentation)
+    policy, keys = named(augmentation), _keys(examples, seed, phase, views)
+    return lambda chosen, view: _read(examples, chosen, policy, *keys(chosen, view))
+
+
+def geometries(
+    examples: Examples, augmentation: str | Augmentation = "none", *, seed: int = 0, phase: int = 0, views: int = 0
+) -> Read:
+    """Return the function that says where `pictures` takes each pixel from, so that boxes and masks can follow.
+
+    Args:
+        examples, augmentation, seed, phase, views: As for `pictures`.
+
+    Returns:
+        From `(n,)` int64 numbers of examples and the view to `(n, 8)` float32, one transform each as
+        `augment.geometry` describes it.
+    """
+    policy, keys = named(augmentation), _keys(examples, seed, phase, views)
+    row = tf.TensorSpec((8,), tf.float32)
+
+    def read(chosen: tf.Tensor, view: tf.Tensor) -> tf.Tensor:
+        key, own = keys(chosen, view)
+
+        def transform(number: tf.Tensor) -> tf.Tensor:
+            return geometry(policy, _seed(key, number), examples.pictures.image_size)
+
+        return tf.map_fn(transform, own, fn_output_signature=row)
+
+    return read
+
+
+def _keys(
+    examples: Examples, seed: int, phase: int, views: int
+) -> Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """Return the function from `(n,)` numbers of examples and the view to what decides how they are augmented.
+
+    That is the view's key, and a number for each example.
+    """
     if not views:
-        return lambda chosen, view: _read(examples, chosen, chosen, policy, _epoch_key(seed, phase, view))
+        return lambda chosen, view: (_epoch_key(seed, phase, view), chosen)
     with tf.init_scope():
         contents = tf.constant(examples.pictures.contents, tf.int64)
-    return lambda chosen, view: _read(
-        examples, chosen, tf.gather(contents, chosen), policy, _epoch_key(seed, _VIEWS, view % views)
-    )
+    return lambda chosen, view: (_epoch_key(seed, _VIEWS, view % views), tf.gather(contents, chosen))
+
+
+def _seed(key: tf.Tensor, own: tf.Tensor) -> tf.Tensor:
+    """Return the seed of one example's augmentation."""
+    return tf.random.experimental.stateless_fold_in(key, own)
 
 
 def in_order(examples: Examples, batch_size: int, read: Read | None = None) -> tf.data.Dataset:
@@ -183,18 +222,18 @@ def _mapped(steps: tf.data.Dataset, batch: object, cheap: bool) -> tf.data.Datas
     return steps.map(batch).prefetch(2).with_options(options)
 
 
-def _read(examples: Examples, chosen: tf.Tensor, keys: tf.Tensor, policy: Augmentation, key: tf.Tensor) -> tf.Tensor:
-    """Read the chosen examples; an example's augmentation depends on the key and its own one alone."""
+def _read(examples: Examples, chosen: tf.Tensor, policy: Augmentation, key: tf.Tensor, own: tf.Tensor) -> tf.Tensor:
+    """Read the chosen examples; an example's augmentation depends on the key and its own number alone."""
     if examples.pictures.at_once and policy == Augmentation():
         return tf.cast(examples.pictures.load(chosen), tf.float32)
 
     def picture(given: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
-        index, own = given
-        return augment(examples.pictures.load(index), policy, tf.random.experimental.stateless_fold_in(key, own))
+        index, number = given
+        return augment(examples.pictures.load(index), policy, _seed(key, number))
 
     return tf.map_fn(
         picture,
-        (chosen, keys),
+        (chosen, own),
         fn_output_signature=tf.TensorSpec((*examples.pictures.image_size, 3), tf.float32),
         parallel_iterations=_PARALLEL_PICTURES,
     )
