@@ -77,7 +77,9 @@ def main() -> int:
         }
         chosen = choice(model, task, data, **common, decided=run.decisions.get("trains", ""))
         tft.runs.begin(run, data, devices, chosen)
-        found += tft.runs.check_data(options.checks, model, task, data, seed=options.seed, cache_dir=cache_dir)
+        found += tft.runs.check_data(
+            options.checks, model, task, data, seed=options.seed, batch_size=options.batch_size, cache_dir=cache_dir
+        )
         history = tft.fine_tune(
             model,
             task,

@@ -1,12 +1,14 @@
 import dataclasses
 import json
+import time
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import backbones, builders, choices, cli, inference, ranking, strategies, tasks, training
+from tftransfer import backbones, builders, choices, cli, constants, inference, ranking, strategies, tasks, training
+from tftransfer.errors import InputError
 from tftransfer.shelf import Shelf
 
 
@@ -21,6 +23,36 @@ def test_pooled_features_are_the_networks_own(network, small_data):
     expected = network(pictures, training=False).numpy().mean(axis=(1, 2))
     np.testing.assert_allclose(found.values, expected[None], rtol=1e-4, atol=1e-5)
     assert found.computed == 12
+
+
+@pytest.mark.parametrize("chunk", [4, 32])
+def test_milliseconds_are_those_of_a_picture_without_making_the_graph(network, small_data, monkeypatch, chunk):
+    class Slow:
+        outputs = (tf.TensorSpec((256,), tf.float32),)
+
+        def __init__(self, network, size):
+            assert size == chunk
+
+        def make(self):
+            time.sleep(0.5 if not hasattr(self, "made") else 0)
+            self.made = True
+
+        def after(self, inputs):
+            time.sleep(0.01 * len(inputs[0]))
+            return [tf.zeros((len(inputs[0]), 256))]
+
+    monkeypatch.setattr(constants, "Constants", Slow)
+    found = inference.pooled_features(network, small_data.validation, chunk=chunk)
+    assert 10 <= found.milliseconds < 30
+
+
+def test_features_that_do_not_fit_into_memory_are_refused(network, small_data, monkeypatch):
+    class Nothing:
+        available = 1000
+
+    monkeypatch.setattr("psutil.virtual_memory", Nothing)
+    with pytest.raises(InputError, match="features of 2 views of 12 pictures do not fit"):
+        inference.pooled_features(network, small_data.validation, augmentation="light", views=2)
 
 
 def test_views_of_pooled_features_differ(network, small_data):

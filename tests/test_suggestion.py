@@ -18,9 +18,17 @@ FACTS = suggestion.Facts(500, 100, "accuracy", 0.85, 0.4, 0.86, 0.016, 3.0)
 def test_where_there_is_more_to_gain_the_network_is_tuned():
     found = suggestion.suggest(FACTS)
     assert (found.strategy, found.epochs, found.batch_size) == ("freeze_then_unfreeze:augmentation=light", 27, 32)
-    assert found.minutes == pytest.approx((1 + 5 * 20) * 500 * 0.003 / 60)
+    assert found.minutes == pytest.approx((1 + 5 * 18) * 500 * 0.003 / 60)
     assert any("0.850" in reason and "0.400" in reason for reason in found.reasons)
     assert any("mirrored in training" in reason for reason in found.reasons)
+
+
+def test_minutes_are_those_of_the_epochs_that_are_asked_for():
+    found = suggestion.suggest(FACTS, 6)
+    assert found.epochs == 6
+    assert found.minutes == pytest.approx((1 + 5 * 4) * 500 * 0.003 / 60)
+    head = suggestion.suggest(dataclasses.replace(FACTS, smallest=5), 6)
+    assert (head.epochs, head.minutes) == (6, pytest.approx(500 * 0.003 / 60))
 
 
 def test_pictures_that_mean_something_else_mirrored_are_not_mirrored():
@@ -42,7 +50,7 @@ def test_numbers_are_never_solved():
 
 
 @pytest.mark.parametrize(
-    ("examples", "epochs", "batch_size"), [(100, 27, 16), (3000, 20, 32), (50_000, 10, 64), (10**6, 10, 64)]
+    ("examples", "epochs", "batch_size"), [(100, 27, 32), (3000, 20, 32), (50_000, 10, 64), (10**6, 10, 64)]
 )
 def test_more_examples_need_fewer_epochs_and_take_larger_batches(examples, epochs, batch_size):
     found = suggestion.suggest(dataclasses.replace(FACTS, examples=examples))
@@ -120,6 +128,8 @@ def test_auto_settles_on_a_strategy_and_keeps_to_it(small_network, small_task, s
         assert sum(phase.epochs for phase in found.strategy) == 6
         assert found.strategy[-1].mixup == 0.1
         assert found.reasons[0].startswith(f"Chosen: {suggestion.suggest(facts).strategy}, 6 epochs")
+        minutes = suggestion.suggest(facts, 6).minutes
+        assert f"Training is expected to take {minutes:.1f} minutes." in found.reasons
         assert found.table
     for variable, old in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), old)

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from tftransfer import head_search, inference, planning, prefix, strategies, suggestion, surgery
+from tftransfer import distribution, head_search, inference, planning, prefix, strategies, suggestion, surgery
 from tftransfer.data import Data
 from tftransfer.errors import InputError, check
 from tftransfer.report import OTHER, Table
@@ -279,7 +279,9 @@ def tuned_probe(
     their penalty so.
     """
     (phase,) = _tuned_probe("", augmentation, epochs, learning_rate).strategy
-    features = inference.pooled_features(prefix.body(model), data.train, shelf=shelf_at(cache_dir))
+    features = inference.pooled_features(
+        prefix.body(model), data.train, chunk=_chunk(model, batch_size), shelf=shelf_at(cache_dir)
+    )
     dropout = [layer.rate for layer in model.layers if layer.name == "head_dropout"]
     tried = head_search.search(
         features.values[0],
@@ -344,14 +346,20 @@ def auto(
     Source: Kornblith et al. 2019, arXiv:1805.08974 (what a probe says); Kumar et al. 2022, arXiv:2202.10054 (probe
     first).
     """
-    facts = suggestion.measure(prefix.body(model), task, data.train, seed=seed, shelf=shelf_at(cache_dir))
-    found = suggestion.suggest(facts)
-    choice = Choice(found.strategy, epochs or found.epochs, learning_rate)
+    shelf, chunk = shelf_at(cache_dir), _chunk(model, batch_size)
+    facts = suggestion.measure(prefix.body(model), task, data.train, seed=seed, chunk=chunk, shelf=shelf)
+    found = suggestion.suggest(facts, epochs)
+    choice = Choice(found.strategy, found.epochs, learning_rate)
     settled = choice(model, task, data, seed=seed, batch_size=batch_size, max_steps=max_steps, cache_dir=cache_dir)
     minutes = () if found.minutes is None else (f"Training is expected to take {found.minutes:.1f} minutes.",)
     reasons = (f"Chosen: {found.strategy}, {choice.epochs} epochs.", *found.reasons, *minutes, *settled.reasons)
     decision = f"{choice.epochs} {found.strategy} {settled.decision}"
     return Advice(settled.strategy, reasons, suggestion.table(facts), decision)
+
+
+def _chunk(model: keras.Model, batch_size: int) -> int:
+    """Return how many examples training puts through the frozen part at once, so that it finds their features."""
+    return inference.chunk_of(batch_size, distribution.strategy_of(model).num_replicas_in_sync)
 
 
 def _auto(decided: str, epochs: int | None = None, learning_rate: float | None = None) -> Advice:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from tftransfer.constants import Constants
 from tftransfer.data import Data, Examples, order
 from tftransfer.data.augment import named
 from tftransfer.features import Kept
-from tftransfer.inference import even_batch
+from tftransfer.inference import chunk_of, even_batch
 from tftransfer.prefix import Cut
 from tftransfer.shelf import Shelf
 from tftransfer.strategies import Phase
@@ -48,8 +47,8 @@ class Steps:
 
     @property
     def chunk(self) -> int:
-        """How many examples go through the frozen part at once: what a device gets of a batch, if that is few."""
-        return min(math.ceil(self.batch_size / self.replicas), features.BATCH)
+        """How many examples go through the frozen part at once."""
+        return chunk_of(self.batch_size, self.replicas)
 
     @property
     def at_once(self) -> int:

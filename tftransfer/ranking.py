@@ -71,7 +71,7 @@ def score(
         transferability.n_leep(features, targets, seed) if single else None,
         features.shape[1],
         network.count_params(),
-        1000 * found.seconds / found.computed if found.computed else None,
+        found.milliseconds,
         time.monotonic() - began,
     )
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import keras
 import numpy as np
 from rich.console import Console
 
-from tftransfer import advice, bundles, inference, planning, prefix, serving, weights
+from tftransfer import advice, bundles, distribution, inference, planning, prefix, serving, weights
 from tftransfer.checks import calibration, charts, demo, duplicates, forgetting, labels, overfitting, performance
 from tftransfer.choices import Network
 from tftransfer.console import audit_table, literal_console, print_table
@@ -98,7 +99,14 @@ def check_names(text: str, task: Task) -> tuple[str, ...]:
 
 
 def check_data(
-    text: str, model: keras.Model, task: Task, data: Data, *, seed: int = 0, cache_dir: PathLike | None = None
+    text: str,
+    model: keras.Model,
+    task: Task,
+    data: Data,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    cache_dir: PathLike | None = None,
 ) -> Findings:
     """Look at the data, also with the features of a pretrained network, before it learns anything of them.
 
@@ -108,10 +116,13 @@ def check_data(
         task: What its outputs mean.
         data: All splits for copies, else training alone.
         seed: Of folds and views. Defaults to 0.
+        batch_size: Of training, which then finds the features. Defaults to 32.
         cache_dir: Where features are kept. Defaults to None.
     """
     findings = {
-        "labels": lambda: labels.labels(task, data.train, _features(model, data, seed, cache_dir), seed=seed),
+        "labels": lambda: labels.labels(
+            task, data.train, _features(model, data, seed, batch_size, cache_dir), seed=seed
+        ),
         "duplicates": lambda: duplicates.duplicates(data, duplicates.copies(data)),
     }
     found = Findings()
@@ -126,13 +137,16 @@ def features_folder(options: argparse.Namespace, choice: advice.Choice) -> Abstr
     return folder_or_temporary(options.cache_dir, needed=measured and options.cache != "off")
 
 
-def _features(model: keras.Model, data: Data, seed: int, cache_dir: PathLike | None) -> np.ndarray:
+def _features(model: keras.Model, data: Data, seed: int, batch_size: int, cache_dir: PathLike | None) -> np.ndarray:
     """Compute features of the training pictures as they are and of two views, whose mean is a little surer."""
-    network, shelf = prefix.body(model), shelf_at(cache_dir)
-    plain = inference.pooled_features(network, data.train, shelf=shelf)
-    views = inference.pooled_features(
-        network, data.train, augmentation="light_no_flip", views=2, seed=seed, shelf=shelf
+    compute = partial(
+        inference.pooled_features,
+        prefix.body(model),
+        data.train,
+        chunk=inference.chunk_of(batch_size, distribution.strategy_of(model).num_replicas_in_sync),
+        shelf=shelf_at(cache_dir),
     )
+    plain, views = compute(), compute(augmentation="light_no_flip", views=2, seed=seed)
     return np.concatenate([plain.values, views.values])
 
 

@@ -74,7 +74,13 @@ class Suggestion:
 
 
 def measure(
-    network: keras.Model, task: Task, examples: Examples, *, seed: int = 0, shelf: Shelf | None = None
+    network: keras.Model,
+    task: Task,
+    examples: Examples,
+    *,
+    seed: int = 0,
+    chunk: int = 32,
+    shelf: Shelf | None = None,
 ) -> Facts:
     """Look at a training split with a frozen network.
 
@@ -83,10 +89,11 @@ def measure(
         task: What the targets mean.
         examples: The training split.
         seed: Of folds. Defaults to 0.
+        chunk: As for `inference.pooled_features`. Defaults to 32.
         shelf: Where features are kept for later. Defaults to None.
     """
-    found = inference.pooled_features(network, examples, shelf=shelf)
-    other = inference.pooled_features(network, _mirrored(examples), shelf=None)
+    found = inference.pooled_features(network, examples, chunk=chunk, shelf=shelf)
+    other = inference.pooled_features(network, _mirrored(examples), chunk=chunk)
     targets, single = examples.targets, examples.targets.ndim == 1
     own, flipped = transferability.probe_on((found.values[0], other.values[0]), targets, seed=seed)
     plain = transferability.probe(_thumbnails(examples), targets, seed=seed)
@@ -99,15 +106,16 @@ def measure(
         pixels,
         mirrored,
         math.sqrt(max(score * (1 - score), 1 / len(examples)) / len(examples)) if single else None,
-        1000 * found.seconds / found.computed if found.computed else None,
+        found.milliseconds,
     )
 
 
-def suggest(facts: Facts) -> Suggestion:
+def suggest(facts: Facts, epochs: int | None = None) -> Suggestion:
     """Choose strategy, epochs and batch size by what was measured.
 
     Args:
         facts: From `measure`.
+        epochs: How many there shall be. Defaults to what the number of examples suggests.
 
     Example:
         >>> facts = Facts(500, 100, "accuracy", 0.85, 0.4, 0.85, 0.016, 3.0)
@@ -121,17 +129,18 @@ def suggest(facts: Facts) -> Suggestion:
     )
     few = facts.smallest is not None and facts.smallest < _FEW
     if few or _is_solved(facts):
+        size = "one example" if facts.smallest == 1 else f"{facts.smallest} examples"
         why = (
-            f"The smallest class has {facts.smallest} examples: too few to train more than the head, whose rate and "
+            f"The smallest class has {size}: too few to train more than the head, whose rate and "
             "weight decay are chosen by cross-validation."
             if few
             else "That is all but every one of them: only the head is trained, and more would cost more for nothing."
         )
-        epochs = _EPOCHS[1] if few else _epochs(facts)
+        epochs = epochs or (_EPOCHS[1] if few else _epochs(facts))
         minutes = _minutes(facts, 1.0)
         return Suggestion("tuned_probe", epochs, _batch_size(facts), minutes, (*said, why))
     strategy = f"freeze_then_unfreeze:augmentation={'light' if flips else 'light_no_flip'}"
-    epochs = _epochs(facts)
+    epochs = epochs or _epochs(facts)
     why = (
         "There is more to gain: first the head is trained, a third of the epochs, and from there everything, which "
         "costs less than to train everything from the beginning and spoils less of what the network knows."
@@ -203,7 +212,8 @@ def _epochs(facts: Facts) -> int:
 
 
 def _batch_size(facts: Facts) -> int:
-    return 16 if facts.examples < 200 else 32 if facts.examples < 20_000 else 64
+    """Return examples per step; never fewer than go through a frozen network at once, so that features are found."""
+    return 32 if facts.examples < 20_000 else 64
 
 
 def _minutes(facts: Facts, passes: float) -> float | None:
