@@ -121,6 +121,15 @@ def test_a_tuned_probe_is_the_best_head_of_those_that_were_tried(small_network, 
     assert again.strategy == found.strategy
 
 
+@pytest.mark.parametrize("name", ["tuned_probe", "auto"])
+def test_a_class_of_one_example_is_advised_on(small_network, small_task, small_data, name):
+    train = small_data.train.subset(np.array([0, 3, 6, 9, 1, 4, 7, 2]))  # four, three and one of the three classes
+    data = dataclasses.replace(small_data, train=train)
+    found = advice.Choice(name, epochs=2)(small_network(), small_task, data)
+    assert [phase.name for phase in found.strategy] == ["tuned probe"]
+    assert np.isfinite(found.strategy[0].learning_rate)
+
+
 @pytest.mark.parametrize(("name", "batch_size"), [("tuned_probe", 8), ("auto", 32), ("auto", 16)])
 def test_training_finds_the_features_that_advice_was_based_on(
     small_network, small_task, small_data, tmp_path, name, batch_size

@@ -159,6 +159,19 @@ def test_the_command_says_what_to_run(tmp_path, capsys):
     assert "64x64" not in shown
 
 
+@pytest.mark.parametrize("command", ["rank", "suggest"])
+def test_commands_take_a_class_with_one_training_example(tmp_path, capsys, command):
+    generator = np.random.default_rng(0)
+    for number in range(9):
+        path = tmp_path / "pictures" / ("a" if number < 6 else "b") / f"{number}.png"  # 3 of b: one in each split
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tf.io.encode_png(generator.integers(0, 256, (32, 32, 3), np.uint8)).numpy())
+    arguments = ["--data", str(tmp_path / "pictures"), "--backbones", "MobileNet-0.25=demo", "--image-size", "32"]
+    assert cli.main([command, *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found[0]["probe"] >= 0 if command == "rank" else "has one example:" in " ".join(found["reasons"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
+from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 
 from tftransfer import transferability
@@ -76,6 +77,32 @@ def test_probe_predicts_examples_that_it_has_not_seen():
     given = transferability.probe(features, values)
     assert given.shape == (60, 2)
     assert np.corrcoef(given[:, 0], values[:, 0])[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("targets", [[0, 0, 0, 0, 1], [1, 0], [0, 1, 2], [0] * 7 + [1] * 7 + [2, 3]])
+def test_a_class_of_one_example_is_predicted_by_the_folds_that_know_it(targets):
+    targets = np.array(targets)
+    features = np.random.default_rng(0).normal(size=(len(targets), 4)) + 20 * np.eye(4)[targets]
+    parts = transferability.divided(targets, 5, seed=1)
+    np.testing.assert_array_equal(np.sort(np.concatenate([outside for _, outside in parts])), np.arange(len(targets)))
+    given = transferability.probe(features, targets, seed=1)
+    np.testing.assert_allclose(given.sum(axis=1), 1)
+    sizes = np.bincount(targets)
+    for inside, outside in parts:
+        unknown = sorted(set(targets) - set(targets[inside]))
+        assert all(sizes[name] == 1 for name in unknown)
+        assert not given[np.ix_(outside, unknown)].any()
+        if len(set(targets[inside])) == 1:
+            assert (given[outside, targets[inside][0]] == 1).all()
+    many = sizes[targets] > 5
+    assert (given[many].argmax(axis=1) == targets[many]).all()
+
+
+def test_classes_are_divided_as_scikit_learn_stratifies_them():
+    targets = np.random.default_rng(0).integers(0, 4, 60)
+    expected = StratifiedKFold(5, shuffle=True, random_state=3).split(targets, targets)
+    for (_, own), (_, outside) in zip(transferability.divided(targets, 5, seed=3), expected, strict=True):
+        np.testing.assert_array_equal(own, outside)
 
 
 @pytest.mark.parametrize("features", [np.zeros((3, 2)), np.zeros(4), np.full((4, 2), np.nan)])

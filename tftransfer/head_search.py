@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
-from sklearn.model_selection import KFold, StratifiedKFold
 
-from tftransfer import schedules
+from tftransfer import schedules, transferability
 from tftransfer.errors import check
 from tftransfer.strategies import Phase
 from tftransfer.tasks import Task
@@ -61,7 +60,7 @@ def search(
         phase: Gives epochs and schedule.
         rates, decays: What is tried, each with each. Default to `RATES` and `DECAYS`.
         dropout: Share of features that is dropped in each step, in [0, 1). Defaults to 0.
-        folds: From 2; fewer where a class has fewer examples. Defaults to 5.
+        folds: From 2; see `transferability.divided`. Defaults to 5.
         batch_size: Examples per step. Defaults to 32.
         seed: Decides folds, first weights, order and dropout. Defaults to 0.
 
@@ -69,7 +68,7 @@ def search(
         What was tried, the best first.
 
     Raises:
-        InputError: If features and targets do not fit, or there are fewer than two examples of a class.
+        InputError: If features and targets do not fit.
     """
     features = np.asarray(features, np.float32)
     fits = features.ndim == 2 and len(features) == len(targets) > 1 and bool(np.isfinite(features).all())
@@ -87,13 +86,10 @@ def search(
 
 def _folds(targets: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Return `(folds, n)`: which examples each fold holds out."""
-    kind = KFold if targets.ndim > 1 else StratifiedKFold
-    smallest = len(targets) if targets.ndim > 1 else int(np.bincount(targets)[np.unique(targets)].min())
-    check(smallest >= 2 and count >= 2, "folds", "at least 2, and as many examples of each class", (count, smallest))
-    parts = kind(min(count, smallest), shuffle=True, random_state=seed)
-    split = parts.split(np.zeros(len(targets)), targets if targets.ndim == 1 else None)
-    held_out = np.zeros((parts.get_n_splits(), len(targets)), np.float32)
-    for number, (_, outside) in enumerate(split):
+    check(count >= 2, "folds", "at least 2", count)
+    parts = transferability.divided(targets, count, seed)
+    held_out = np.zeros((len(parts), len(targets)), np.float32)
+    for number, (_, outside) in enumerate(parts):
         held_out[number, outside] = 1
     return held_out
 

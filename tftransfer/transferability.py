@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.covariance import ledoit_wolf
 from sklearn.decomposition import PCA
+from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import KFold, StratifiedKFold
@@ -153,11 +154,11 @@ def probe(features: np.ndarray, targets: np.ndarray, folds: int = 5, seed: int =
     Args:
         features: `(n, d)` numbers.
         targets: `(n,)` whole numbers from 0, classes; or `(n, k)` numbers, one column per label or value.
-        folds: How many, from 2. Defaults to 5.
+        folds: How many, see `divided`. Defaults to 5.
         seed: Decides the folds. Defaults to 0.
 
     Returns:
-        `(n, classes)` probabilities, or `(n, k)` numbers.
+        `(n, classes)` probabilities, 0 of a class that a fold has not seen, or `(n, k)` numbers.
     """
     return probe_on((features,), targets, folds, seed)[0]
 
@@ -172,26 +173,49 @@ def probe_on(
         targets, folds, seed: As for `probe`.
     """
     features, columns = _checked(several[0], targets)
-    parts: StratifiedKFold | KFold
-    if np.ndim(targets) == 1:
-        parts = StratifiedKFold(max(2, min(folds, int(columns.sum(axis=0).min()))), shuffle=True, random_state=seed)
-        model, answers = _scaled(LogisticRegression(C=_C, max_iter=200)), np.asarray(targets)
-    else:
-        parts = KFold(min(folds, len(features)), shuffle=True, random_state=seed)
-        model, answers = _scaled(Ridge(features.shape[1])), columns
+    single, answers = np.ndim(targets) == 1, np.asarray(targets) if np.ndim(targets) == 1 else columns
     found = [np.zeros(columns.shape) for _ in several]
-    for inside, outside in parts.split(features, answers):
-        model.fit(features[inside], answers[inside])
+    for inside, outside in divided(answers, folds, seed):
+        model = _fitted(features[inside], answers[inside])
         for predicted, own in zip(found, several, strict=True):
-            if np.ndim(targets) == 1:
+            if single:
                 predicted[np.ix_(outside, model.classes_)] = model.predict_proba(own[outside])
             else:
                 predicted[outside] = model.predict(own[outside]).reshape(len(outside), -1)
     return tuple(found)
 
 
-def _scaled(model: LogisticRegression | Ridge) -> Pipeline:
-    return make_pipeline(StandardScaler(), model)
+def divided(targets: np.ndarray, count: int = 5, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Divide examples for cross-validation: for each fold the numbers of those inside training, and of those outside.
+
+    Classes are shared out evenly. One with a single example is learned by all folds but the one that holds it out.
+
+    Args:
+        targets: `(n,)` whole numbers from 0, classes, at least 2 examples; or `(n, k)`.
+        count: How many folds, from 2; fewer where a class has fewer examples, but for those with one. Defaults to 5.
+        seed: Decides which example goes where. Defaults to 0.
+
+    Example:
+        >>> [len(outside) for _, outside in divided(np.array([0, 0, 0, 1, 1, 1, 2]), 3)]
+        [3, 2, 2]
+    """
+    if targets.ndim > 1:
+        return list(KFold(min(count, len(targets)), shuffle=True, random_state=seed).split(targets))
+    sizes = np.bincount(targets)
+    strata = np.where(sizes[targets] > 1, targets, sizes.argmax())  # single ones go with the largest class
+    count = min(count, int(np.unique(strata, return_counts=True)[1].min()))
+    return list(StratifiedKFold(count, shuffle=True, random_state=seed).split(strata, strata))
+
+
+def _fitted(features: np.ndarray, answers: np.ndarray) -> Pipeline:
+    """Fit a linear model; where there is one class, that is always the answer."""
+    if answers.ndim > 1:
+        model = Ridge(features.shape[1])
+    elif len(np.unique(answers)) > 1:
+        model = LogisticRegression(C=_C, max_iter=200)
+    else:
+        model = DummyClassifier()
+    return make_pipeline(StandardScaler(), model).fit(features, answers)
 
 
 def _checked(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
