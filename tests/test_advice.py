@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from tftransfer import advice, planning, surgery, training
+from tftransfer import advice, head_search, planning, surgery, training
 from tftransfer.errors import InputError
 from tftransfer.strategies import Phase
 
@@ -130,7 +130,9 @@ def test_a_class_of_one_example_is_advised_on(small_network, small_task, small_d
     assert np.isfinite(found.strategy[0].learning_rate)
 
 
-@pytest.mark.parametrize(("name", "batch_size"), [("tuned_probe", 8), ("auto", 32), ("auto", 16)])
+@pytest.mark.parametrize(
+    ("name", "batch_size"), [("tuned_probe:augmentation=light,views=2", 8), ("auto", 32), ("auto", 16)]
+)
 def test_training_finds_the_features_that_advice_was_based_on(
     small_network, small_task, small_data, tmp_path, name, batch_size
 ):
@@ -148,3 +150,35 @@ def test_a_rate_that_is_given_is_kept(small_network, small_task, small_data):
     choice = advice.Choice("tuned_probe:augmentation=light,views=2", epochs=2, learning_rate=0.02)
     (phase,) = choice(small_network(), small_task, small_data, batch_size=8).strategy
     assert (phase.learning_rate, phase.views, phase.augmentation) == (pytest.approx(0.02), 2, "light")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("", []),
+        (":augmentation=light", ["as they are"]),
+        (":augmentation=light,views=2,average_views=true", ["2 views of the training pictures"]),
+    ],
+)
+def test_a_tuned_probe_says_what_its_search_saw(small_network, small_task, small_data, monkeypatch, options, said):
+    searched = []
+
+    def search(features, *given, **options):
+        searched.append(features)
+        return (head_search.Tried(0.01, 1.0, 0.5, 0.1),)
+
+    monkeypatch.setattr(head_search, "search", search)
+    found = advice.Choice(f"tuned_probe{options}")(small_network(), small_task, small_data)
+    assert all(part in " ".join(found.reasons) for part in said)
+    assert len(found.reasons) == 1 + (said == ["as they are"])
+    assert searched[0].shape == ((2 if "views" in options else 1), 24, 8)
+    assert found.strategy[0].average_views == ("average" in options)
+
+
+def test_a_head_with_hidden_layers_is_said_to_be_searched_as_a_linear_one(small_network, small_task, small_data):
+    inner = small_network()
+    pooled = inner.get_layer("head_pool").output
+    hidden = keras.layers.Dense(4, "relu", name="head_hidden_1")(pooled)
+    model = keras.Model(inner.input, keras.layers.Dense(3, name="logits")(hidden))
+    found = advice.tuned_probe(model, small_task, small_data, epochs=1, max_steps=1)
+    assert "hidden layers" in found.reasons[-1]

@@ -27,10 +27,13 @@ def _weights(count=60):
     return np.ones(count, np.float32)
 
 
-def test_each_head_is_the_one_that_keras_trains():
-    features, targets = _problem()
+@pytest.mark.parametrize(("views", "average"), [(1, False), (2, False), (2, True)])
+def test_each_head_is_the_one_that_keras_trains(views, average):
+    one, targets = _problem()
+    features = np.stack([one, one[:, ::-1]])[:views]
+    phase = dataclasses.replace(PHASE, augmentation="light", views=views, average_views=average)
     (tried,) = head_search.search(
-        features, targets, _weights(), TASK, PHASE, rates=(0.03,), decays=(0.5,), batch_size=60
+        features if views > 1 else one, targets, _weights(), TASK, phase, rates=(0.03,), decays=(0.5,), batch_size=60
     )
     held_out, losses = head_search._folds(targets, 5, 0), np.zeros(60)
     for outside in held_out.astype(bool):
@@ -38,17 +41,19 @@ def test_each_head_is_the_one_that_keras_trains():
         layer.build((None, 8))
         limit = np.sqrt(6 / (8 + 3))
         layer.kernel.assign(tf.random.stateless_uniform((8, 3), (0, 0), -limit, limit))
-        phase = dataclasses.replace(PHASE, learning_rate=0.03)
+        phase = dataclasses.replace(phase, learning_rate=0.03)
         optimizer = LayerwiseAdamW(schedules.learning_rate(phase, 4), weight_decay=0.5, multipliers={})
         optimizer.build(layer.trainable_variables)
         loss = TASK.loss(True, targets)
-        for _ in range(4):
+        for epoch in range(4):
+            shown = features if average else features[epoch % views][None]
             with tf.GradientTape() as tape:
-                value = loss(targets[~outside], layer(features[~outside]))
+                values = [loss(targets[~outside], layer(view[~outside])) for view in shown]
+                value = sum(values) / len(values)
             optimizer.apply_gradients(
                 zip(tape.gradient(value, layer.trainable_weights), layer.trainable_weights, strict=True)
             )
-        losses[outside] = loss.call(targets[outside], layer(features[outside]))
+        losses[outside] = np.mean([loss.call(targets[outside], layer(view[outside])) for view in features], axis=0)
     assert tried.loss == pytest.approx(losses.mean(), rel=1e-4)
     assert tried.error == pytest.approx(losses.std() / np.sqrt(60), rel=1e-4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -13,7 +14,7 @@ from tftransfer.data import Data
 from tftransfer.errors import InputError, check
 from tftransfer.report import OTHER, Table
 from tftransfer.shelf import PathLike, shelf_at
-from tftransfer.strategies import Strategy
+from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
 
 _DECIDED = "This was decided when the run began."
@@ -248,6 +249,8 @@ def tuned_probe(
     task: Task,
     data: Data,
     augmentation: str = "none",
+    views: int = 0,
+    average_views: bool = False,
     epochs: int | None = None,
     learning_rate: float | None = None,
     *,
@@ -264,7 +267,10 @@ def tuned_probe(
         model: From a builder; it is not changed.
         task: What the outputs mean.
         data: Training examples decide; the test split is not looked at.
-        augmentation: One of `AUGMENTATIONS`; best with `views`, which can be kept. Defaults to `"none"`.
+        augmentation: One of `AUGMENTATIONS`; without `views` heads are tried on the pictures as they are. Defaults to
+            `"none"`.
+        views, average_views: As for `Phase`; heads are tried on the views that training sees. Default to new ones in
+            each epoch.
         epochs: As for `linear_probe`.
         learning_rate: Peak rate; only the weight decay is then chosen. Defaults to None: chosen too.
         seed: Of folds and heads. Defaults to 0.
@@ -278,13 +284,20 @@ def tuned_probe(
     Source: Kornblith et al. 2019, "Do Better ImageNet Models Transfer Better?", arXiv:1805.08974, whose probes choose
     their penalty so.
     """
-    (phase,) = _tuned_probe("", augmentation, epochs, learning_rate).strategy
+    settle = partial(_tuned_probe, views=views, average_views=average_views, epochs=epochs, learning_rate=learning_rate)
+    (phase,) = settle("", augmentation).strategy
     features = inference.pooled_features(
-        prefix.body(model), data.train, chunk=_chunk(model, batch_size), shelf=shelf_at(cache_dir)
+        prefix.body(model),
+        data.train,
+        augmentation=augmentation if views else "none",
+        views=max(views, 1),
+        seed=seed,
+        chunk=_chunk(model, batch_size),
+        shelf=shelf_at(cache_dir),
     )
     dropout = [layer.rate for layer in model.layers if layer.name == "head_dropout"]
     tried = head_search.search(
-        features.values[0],
+        features.values,
         data.train.targets,
         data.train.weights,
         task,
@@ -295,24 +308,44 @@ def tuned_probe(
         seed=seed,
     )
     best = tried[0]
+    seen = f"{views} views of the training pictures" if views else "the training pictures"
     reasons = (
-        f"Of {len(tried)} heads on features of the training pictures, rate {best.learning_rate:g} and weight decay "
+        f"Of {len(tried)} heads on features of {seen}, rate {best.learning_rate:g} and weight decay "
         f"{best.weight_decay:g} lose least on unseen folds, {best.loss:.3g} (standard error {best.error:.2g}).",
+        *_not_as_trained(model, phase),
     )
     columns = ("learning rate", "weight decay", "loss on unseen folds", "standard error")
     table = Table("Heads tried on stored features", columns, tuple(map(astuple, tried)), section=OTHER)
     decision = f"learning_rate={best.learning_rate!r},weight_decay={best.weight_decay!r}"
-    return replace(_tuned_probe(decision, augmentation, epochs, learning_rate), reasons=reasons, table=table)
+    return replace(settle(decision, augmentation), reasons=reasons, table=table)
+
+
+def _not_as_trained(model: keras.Model, phase: Phase) -> tuple[str, ...]:
+    """Say where the heads that were tried differ from the one that will train."""
+    said = []
+    if phase.augmentation != "none" and not phase.views:
+        said.append(
+            "They saw the pictures as they are; training makes new views in each epoch, unless `views` are given."
+        )
+    if any(layer.name.startswith("head_hidden") for layer in model.layers):
+        said.append("They were linear; the model's has hidden layers, which another rate and decay may suit better.")
+    return tuple(said)
 
 
 def _tuned_probe(
-    decided: str, augmentation: str = "none", epochs: int | None = None, learning_rate: float | None = None
+    decided: str,
+    augmentation: str = "none",
+    views: int = 0,
+    average_views: bool = False,
+    epochs: int | None = None,
+    learning_rate: float | None = None,
 ) -> Advice:
     """Return the strategy for a head that is decided; `linear_probe`'s own before."""
     chosen = {name: float(value) for name, value in (part.split("=") for part in decided.split(",") if part)}
     rate = chosen.pop("learning_rate", learning_rate)
     (phase,) = strategies.linear_probe(**chosen, augmentation=augmentation, epochs=epochs, learning_rate=rate)
-    return Advice((replace(phase, name="tuned probe"),), (_DECIDED,), decision=decided)
+    tuned = replace(phase, name="tuned probe", views=views, average_views=average_views)
+    return Advice((tuned,), (_DECIDED,), decision=decided)
 
 
 def auto(

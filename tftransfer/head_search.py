@@ -54,10 +54,11 @@ def search(
     """Train a linear head with every rate and decay on every fold's rest, all of them in one batched product.
 
     Args:
-        features: `(n, d)`.
+        features: `(n, d)`, or `(views, n, d)`: each epoch sees one view in turn, or all of them if the phase averages
+            views, and the loss is the mean over all. A fold holds out all views of its examples.
         targets, weights: As in `Examples`.
         task: What the targets mean.
-        phase: Gives epochs and schedule.
+        phase: Gives epochs and schedule, and says whether views are averaged.
         rates, decays: What is tried, each with each. Default to `RATES` and `DECAYS`.
         dropout: Share of features that is dropped in each step, in [0, 1). Defaults to 0.
         folds: From 2; see `transferability.divided`. Defaults to 5.
@@ -71,12 +72,13 @@ def search(
         InputError: If features and targets do not fit.
     """
     features = np.asarray(features, np.float32)
-    fits = features.ndim == 2 and len(features) == len(targets) > 1 and bool(np.isfinite(features).all())
+    features = features[None] if features.ndim == 2 else features
+    fits = features.ndim == 3 and features.shape[1] == len(targets) > 1 and bool(np.isfinite(features).all())
     check(fits, "features", f"finite numbers (n, d) for the {len(targets)} targets, at least 2", features.shape)
     check(0 <= dropout < 1, "dropout", "in [0, 1)", dropout)
     held_out = _folds(targets, folds, seed)
     candidates = [(rate, decay) for rate in rates for decay in decays]
-    at_once = max(_AT_ONCE // (len(held_out) * features.shape[1] * task.num_outputs), 1)
+    at_once = max(_AT_ONCE // (len(held_out) * features.shape[2] * task.num_outputs), 1)
     tried: list[Tried] = []
     for start in range(0, len(candidates), at_once):
         heads = _Heads(features, targets, weights, held_out, task, candidates[start : start + at_once], seed)
@@ -95,7 +97,7 @@ def _folds(targets: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 class _Heads:
-    """Heads side by side: for each candidate one per fold, `(heads, d, outputs)`."""
+    """Heads side by side: for each candidate one per fold, `(heads, d, outputs)`; views are one after the other."""
 
     def __init__(
         self,
@@ -108,11 +110,13 @@ class _Heads:
         seed: int,
     ) -> None:
         self._candidates, self._outside, self._seed, self._task = candidates, held_out, seed, task
-        self._features, self._targets = tf.constant(features), tf.constant(targets)
-        self._weights = tf.constant(np.tile(weights * (1 - held_out), (len(candidates), 1)), tf.float32)
+        self._views, self._count, size = features.shape
+        self._features = tf.constant(features.reshape(-1, size))
+        self._targets = tf.constant(np.concatenate([targets] * self._views))
+        self._weights = tf.constant(np.tile(weights * (1 - held_out), (len(candidates), self._views)), tf.float32)
         self._every = tf.constant(weights, tf.float32)
         self._loss = task.loss(True, targets)
-        count, size = len(candidates) * len(held_out), features.shape[1]
+        count = len(candidates) * len(held_out)
         limit = math.sqrt(6 / (size + task.num_outputs))
         kernel = tf.random.stateless_uniform((1, size, task.num_outputs), (seed, 0), -limit, limit)
         self._kernel = tf.Variable(tf.tile(kernel, (count, 1, 1)))
@@ -126,17 +130,18 @@ class _Heads:
 
     def trained(self, phase: Phase, dropout: float, batch_size: int) -> list[Tried]:
         """Train all of them, and measure each on what it has not seen."""
-        count = len(self._features)
-        per_epoch = -(-count // batch_size)
+        per_epoch = -(-self._count // batch_size)
         unit = schedules.learning_rate(dataclasses.replace(phase, learning_rate=1.0), per_epoch * phase.epochs)
         step = tf.function(self._step, reduce_retracing=True, autograph=False)
         generator = np.random.default_rng(self._seed)
         for epoch in range(phase.epochs):
-            order = generator.permutation(count)
+            order = generator.permutation(self._count)
+            shown = np.arange(self._views) if phase.average_views else np.array([epoch % self._views])
             for place in range(per_epoch):
                 number = epoch * per_epoch + place
-                chosen = tf.constant(order[place * batch_size : (place + 1) * batch_size])
-                step(chosen, tf.constant(number, tf.int64), tf.cast(unit(number), tf.float32), tf.constant(dropout))
+                chosen = order[place * batch_size : (place + 1) * batch_size]
+                places = tf.constant((shown[:, None] * self._count + chosen).ravel())
+                step(places, tf.constant(number, tf.int64), tf.cast(unit(number), tf.float32), tf.constant(dropout))
         return self._measured()
 
     def _step(self, chosen: tf.Tensor, number: tf.Tensor, rate: tf.Tensor, dropout: tf.Tensor) -> None:
@@ -168,9 +173,9 @@ class _Heads:
         return tf.reshape(found, (heads, count))
 
     def _measured(self) -> list[Tried]:
-        losses = (
-            self._losses(self._features, self._targets).numpy().reshape(len(self._candidates), *self._outside.shape)
-        )
+        every = self._losses(self._features, self._targets).numpy()
+        by_view = every.reshape(len(self._candidates), len(self._outside), self._views, self._count)
+        losses = by_view.mean(axis=2)
         unseen = (losses * self._outside).sum(axis=1)  # each example out of its fold
         weights = self._every.numpy()
         means = np.average(unseen, axis=1, weights=weights)
