@@ -169,8 +169,11 @@ def _kept_training(data: Data, phase: Phase, keeper: _Keeper, cache: str) -> tup
         return None, "computed in every epoch: switched off"
     if not _repeats(phase):
         return None, "computed in every epoch: each has new views of the examples"
-    kept = keeper.keep("train", data.train, phase.augmentation, max(phase.views, 1))
-    return kept, str(kept or "computed in every epoch: it would not pay, or there is no room")
+    views = max(phase.views, 1)
+    if not keeper.pays(views):
+        return None, "computed in every epoch: to keep it would not pay"
+    kept = keeper.keep("train", data.train, phase.augmentation, views)
+    return kept, str(kept or "computed in every epoch: there is no room to keep it")
 
 
 def _about_bfloat16(below: Constants, examples: Examples) -> str:
@@ -195,10 +198,15 @@ class _Keeper:
     phases: Sequence[Phase]
     shared: Shared
 
+    def pays(self, views: int) -> bool:
+        """Whether so many views of each example are used often enough to keep what is frozen of them."""
+        in_turn = 1 if self.phases[0].average_views else views
+        return self.steps.epochs / in_turn * self.parts.work_share > _PAYS
+
     def keep(self, split: str, examples: Examples, augmentation: str, views: int) -> Kept | None:
         """Return what is kept of one split, computed now unless it is at hand; None if it does not pay or fit."""
-        below, in_turn = self.below, 1 if self.phases[0].average_views else views
-        if below is None or self.steps.epochs / in_turn * self.parts.work_share <= _PAYS:
+        below = self.below
+        if below is None or not self.pays(views):
             return None
         if not (below.lower or self.shared):
             return self._computed(below, examples, augmentation, views)
