@@ -158,9 +158,9 @@ def audit(
         layer_decay: Factor on it per depth group below the head. Defaults to 1.
         added: How many numbers train beside a variable, by its path. Defaults to none.
     """
-    groups = groups or all_groups(model)
+    groups, layers = groups or all_groups(model), _by_name(model)
     return tuple(
-        _audit_row(model, group, learning_rate and learning_rate * layer_decay**below, added or {})
+        _audit_row(layers, group, learning_rate and learning_rate * layer_decay**below, added or {})
         for group, below in zip(groups, range(len(groups) - 1, -1, -1), strict=True)
     )
 
@@ -175,20 +175,28 @@ def rate_multipliers(model: keras.Model, layer_decay: float) -> dict[str, float]
     Returns:
         From `variable.path` to the factor.
     """
-    groups = all_groups(model)
+    groups, layers = all_groups(model), _by_name(model)
     return {
         variable.path: layer_decay ** (len(groups) - 1 - depth)
         for depth, group in enumerate(groups)
         for name in group.layers
-        for leaf in _leaves(model.get_layer(name))
+        for leaf in _leaves(layers[name])
         for variable in leaf._trainable_variables  # also where `trainable` is False: adapters train beside them
     }
 
 
+def _by_name(model: keras.Model) -> dict[str, keras.Layer]:
+    """Return a model's layers by name; `get_layer` goes through all of them for each."""
+    return {layer.name: layer for layer in model.layers}
+
+
 def _audit_row(
-    model: keras.Model, group: backbones.Group, learning_rate: float | None, added: Mapping[str, int]
+    by_name: Mapping[str, keras.Layer],
+    group: backbones.Group,
+    learning_rate: float | None,
+    added: Mapping[str, int],
 ) -> AuditRow:
-    layers = [model.get_layer(name) for name in group.layers]
+    layers = [by_name[name] for name in group.layers]
     count = sum(layer.count_params() for layer in layers)
     open_count = sum(math.prod(variable.shape) for layer in layers for variable in trained_variables(layer))
     open_count += sum(added.get(variable.path, 0) for layer in layers for variable in layer.weights)
