@@ -5,8 +5,8 @@
 A setting is a data set and a number of its training examples (0 for all, the others stratified). All strategies get
 the same epochs and seeds. What the advice loses is measured against the strategy that is best on the *other* seeds, so
 that no one is compared with the luckiest. Seconds are of the clock and of the processor. Settings that are in
-results/advice.json already are not measured again, nor are strategies other than `full` whose same trials are in
-results/wide_comparison/: remove them there to do so. `digits` are the embedded ones, at 64 pixels.
+results/advice.json already are not measured again, nor are trials that are in results/wide_comparison/, but for `full`
+with the first seed, whose cost is compared: remove them there to do so. `digits` are the embedded ones, at 64 pixels.
 """
 
 from __future__ import annotations
@@ -78,8 +78,7 @@ def known(options: argparse.Namespace, setting: str, data: Any) -> dict[str, dic
     }
     same = made["about"].items() >= asked.items() and made["setting"]["epochs"] == options.epochs
     trials = made["trials"] if same else []
-    found = {f"{trial['strategy']} {trial['seed']}": {"metric": trial["metric"]} for trial in trials}
-    return {key: own for key, own in found.items() if plain(key) != "full"}
+    return {f"{trial['strategy']} {trial['seed']}": {"metric": trial["metric"]} for trial in trials}
 
 
 def judged(found: dict[str, dict[str, dict[str, float]]], seeds: list[int]) -> dict[str, Any]:
@@ -93,9 +92,10 @@ def judged(found: dict[str, dict[str, dict[str, float]]], seeds: list[int]) -> d
         best = max(fixed, key=lambda name: metrics[name][others].mean())
         lost.append(float(metrics[best][place] - metrics[AUTO][place]))
     everything = next(name for name in fixed if plain(name) == "full")
+    both = [(found[f"{AUTO} {seed}"], found[f"{everything} {seed}"]) for seed in seeds]
+    both = [pair for pair in both if "seconds" in pair[1]]
     cost = {
-        kind: float(np.median([found[f"{AUTO} {seed}"][kind] / found[f"{everything} {seed}"][kind] for seed in seeds]))
-        for kind in ("seconds", "processor")
+        kind: float(np.median([own[kind] / other[kind] for own, other in both])) for kind in ("seconds", "processor")
     }
     means = {name: round(float(values.mean()), 4) for name, values in metrics.items()}
     return {"lost": round(float(np.mean(lost)), 4), "cost": {k: round(v, 2) for k, v in cost.items()}, "means": means}
@@ -121,10 +121,10 @@ def main() -> None:
         texts = (*strategies(setting.split(",")[0]), AUTO)
         there = known(options, setting, data)
         own = {
-            key: there.get(key) or trial(options, text, seed, data, task)
+            key: trial(options, text, seed, data, task) if timed or key not in there else there[key]
             for seed in options.seeds
             for text in texts
-            for key in (f"{text} {seed}",)
+            for key, timed in ((f"{text} {seed}", plain(text) == "full" and seed == options.seeds[0]),)
         }
         found[setting] = {**judged(own, options.seeds), "trials": own}
         measured = {

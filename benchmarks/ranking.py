@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 from record import write
+from wide_comparison import NO_FLIPS, side_of
 
 from tftransfer import cli
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "compare_strategies.py"
-NO_FLIPS = ("digits", "spoken_digit_pictures")
 DIFFERENT = 0.03
 
 
@@ -40,7 +40,8 @@ def tuned(options: argparse.Namespace, data: Path, backbone: str, weights: str) 
     folder = options.out / f"{data.name}_{backbone}_{Path(weights).stem}"
     command = [
         sys.executable, str(RECIPE), "--data", "demo" if data.name == "digits" else str(data), "--backbone", backbone,
-        "--weights", weights, "--image-size", str(options.image_size), "--epochs", str(options.epochs),
+        "--weights", weights, "--image-size", str(side_of(data.name, options.image_size)), "--epochs",
+        str(options.epochs),
         "--seeds", options.seeds, "--strategy", strategy(data.name), "--out", str(folder), "--quiet",
     ]  # fmt: skip
     subprocess.run(command, check=True)
@@ -56,7 +57,8 @@ def ranked(options: argparse.Namespace, data: Path, backbones: list[tuple[str, s
     from tftransfer import data as source
     from tftransfer import ranking
 
-    size = (options.image_size, options.image_size)
+    side = side_of(data.name, options.image_size)
+    size = (side, side)
     loaded, task = source.load("demo" if data.name == "digits" else data, image_size=size)
     keras.utils.set_random_seed(0)
     rows = []
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="digits, or folders with train and test")
     parser.add_argument("--backbones", nargs="+", required=True, help="NAME=WEIGHTS, at least two")
     parser.add_argument("--image-size", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=12, help="(default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=30, help="those of the strategy (default: %(default)s)")
     parser.add_argument("--seeds", default="0", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("saved_models/ranking"), help="(default: %(default)s)")
     options = parser.parse_args()
