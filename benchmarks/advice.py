@@ -124,7 +124,7 @@ def main() -> None:
             key: trial(options, text, seed, data, task) if timed or key not in there else there[key]
             for seed in options.seeds
             for text in texts
-            for key, timed in ((f"{text} {seed}", plain(text) == "full" and seed == options.seeds[0]),)
+            for key, timed in ((f"{text} {seed}", text.startswith("full") and seed == options.seeds[0]),)
         }
         found[setting] = {**judged(own, options.seeds), "trials": own}
         measured = {
