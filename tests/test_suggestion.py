@@ -9,17 +9,18 @@ import tensorflow as tf
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
-from tftransfer import advice, cli, prefix, strategies, suggestion, transferability
+from tftransfer import advice, cli, inference, prefix, strategies, suggestion, transferability
 from tftransfer.errors import InputError
 
-FACTS = suggestion.Facts(500, 100, "accuracy", 0.85, 0.4, 0.86, 0.016, 3.0)
+FACTS = suggestion.Facts(500, 100, "accuracy", 0.85, 0.55, 0.4, 0.86, 0.2, 0.016, 3.0)
 
 
 def test_where_there_is_more_to_gain_the_network_is_tuned():
     found = suggestion.suggest(FACTS)
     assert (found.strategy, found.epochs, found.batch_size) == ("freeze_then_unfreeze:augmentation=light", 27, 32)
     assert found.minutes == pytest.approx((1 + 5 * 18) * 500 * 0.003 / 60)
-    assert any("0.850" in reason and "0.400" in reason for reason in found.reasons)
+    assert "0.850 on examples that it has not seen: 30.0 points more than on those of random" in found.reasons[0]
+    assert "(0.550), 45.0 more than on 8x8 pixels (0.400)." in found.reasons[0]
     assert any("mirrored in training" in reason for reason in found.reasons)
 
 
@@ -89,11 +90,36 @@ def test_facts_are_measured_on_the_training_split(small_network, small_task, sma
     facts = suggestion.measure(network, small_task, small_data.train)
     assert (facts.examples, facts.smallest, facts.metric) == (24, 8, "accuracy")
     assert facts.pixels == 1  # colours
+    assert facts.random > 0.9  # which see colours too
     assert facts.probe > 0.5
+    features = inference.pooled_features(network, small_data.train).values[0]
+    assert facts.logme == pytest.approx(transferability.logme(features, small_data.train.targets), rel=1e-3)
     assert facts.mirrored == pytest.approx(facts.probe, abs=0.25)
     assert facts.milliseconds > 0
     names = [row[0] for row in suggestion.table(facts).rows]
-    assert "training examples" in names
+    assert {"training examples", "LogME of the features", "accuracy, linear model on random filters"} <= {*names}
+
+
+def test_random_filters_are_those_of_numpy_and_blind_to_brightness(small_data):
+    random, pixels = suggestion._untrained(small_data.train, 3)
+    assert (random.shape, pixels.shape) == ((24, 4 * 128), (24, 8 * 8 * 3))
+    filters = tf.random.stateless_normal((6, 6, 3, 128), (3, 0)).numpy()
+    filters -= filters.mean(axis=(0, 1, 2))
+    picture = small_data.train.pictures.load(5).numpy() / 255
+    found = [
+        np.maximum(np.tensordot(picture[y : y + 6, x : x + 6], filters, 3), 0)
+        for y in range(0, 14, 2)
+        for x in range(14, 28, 2)
+    ]
+    np.testing.assert_allclose(random[5].reshape(2, 2, 128)[0, 1], np.mean(found, axis=0), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(pixels[5].reshape(8, 8, 3)[0, 0], 255 * picture[:4, :4].mean(axis=(0, 1)), rtol=1e-4)
+
+
+def test_errors_are_not_called_points():
+    worse = dataclasses.replace(FACTS, metric="mean_absolute_error", error=None, smallest=None)
+    assert "on those of random filters 0.550, on 8x8 pixels 0.400." in suggestion.suggest(worse).reasons[0]
+    worthless = dataclasses.replace(FACTS, random=0.9)
+    assert "5.0 points less than on those of random filters" in suggestion.suggest(worthless).reasons[0]
 
 
 @pytest.mark.parametrize("kind", ["multi_label", "regression"])

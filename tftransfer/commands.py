@@ -125,9 +125,27 @@ def suggest(options: argparse.Namespace) -> int:
         f"--weights {shlex.quote(network.weights or 'none')} --image-size {size} --strategy {found.strategy} "
         f"--epochs {found.epochs} --batch-size {found.batch_size}"
     )
-    columns = ("backbone", "image size", facts[0].metric, "on 8x8 pixels", "mirrored", "milliseconds")
+    columns = (
+        "backbone",
+        "image size",
+        facts[0].metric,
+        "mirrored",
+        "on random filters",
+        "on 8x8 pixels",
+        "LogME",
+        "ms",
+    )
     rows = tuple(
-        (name, "x".join(map(str, one.image_size)), own.probe, own.pixels, own.mirrored, own.milliseconds)
+        (
+            name,
+            "x".join(map(str, one.image_size)),
+            own.probe,
+            own.mirrored,
+            own.random,
+            own.pixels,
+            own.logme,
+            own.milliseconds,
+        )
         for (name, one), own in zip(tried, facts, strict=True)
     )
     minutes = () if found.minutes is None else (f"Training is expected to take {found.minutes:.1f} minutes.",)

@@ -1,7 +1,10 @@
 """What to train for a data set, and how: measured facts, and the rules that follow from them in plain sentences.
 
 The facts come from features of the frozen network, which are computed in seconds: what a linear model makes of them on
-examples that it has not seen, what it makes of plain pixels, and whether it still knows the pictures mirrored.
+examples that it has not seen, what it makes of features that nobody trained, and whether it still knows the pictures
+mirrored. The untrained features are those of random filters (Saxe et al. 2011, "On Random Weights and Unsupervised
+Feature Learning"), and plain pixels. They stand for the same network with random weights, whose BatchNorm would have to
+be estimated first: to make it and run it takes longer than all else that is measured.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from tftransfer.tasks import Task
 _FEW = 8  # examples of the smallest class below which only a head is trained
 _MISTAKES = 3  # of the probe, below which there is nothing left to gain
 _SIDE = 8  # pixels of the thumbnails that stand for no network at all
+_FILTERS, _SEEN_BY_FILTERS = 128, 32  # how many random ones, and the side of the thumbnails that they see
 _SEEN = 60_000  # examples, over all epochs, that are enough
 _EPOCHS = (10, 27)  # of which a third for the head: so that no more than the 20 of `full` train everything
 _BACKWARD = 5.0  # how many times longer a training step takes than the graph of constants, by benchmarks
@@ -36,10 +40,12 @@ class Facts:
     Args:
         examples: How many.
         smallest: Of them in the rarest class; None unless each has one class.
-        metric: The task's main metric, in which the next three are; larger is better for all but an error.
+        metric: The task's main metric, in which the next four are; larger is better for all but an error.
         probe: Of a linear model on the network's features, cross-validated.
-        pixels: The same of 8x8 pixels, without a network.
-        mirrored: The same on mirrored pictures, by the models of `probe`.
+        random: The same of what random filters find in each quarter of a picture, without a network.
+        pixels: The same of 8x8 pixels.
+        mirrored: The same as `probe` on mirrored pictures, by its models.
+        logme: Of the network's features, see `transferability.logme`; it compares networks on the same examples.
         error: Standard error of `probe`; None unless each example has one class.
         milliseconds: What one picture takes as constants; None if all features were found in files.
     """
@@ -48,8 +54,10 @@ class Facts:
     smallest: int | None
     metric: str
     probe: float
+    random: float
     pixels: float
     mirrored: float
+    logme: float
     error: float | None
     milliseconds: float | None
 
@@ -96,15 +104,19 @@ def measure(
     other = inference.pooled_features(network, _mirrored(examples), chunk=chunk)
     targets, single = examples.targets, examples.targets.ndim == 1
     own, flipped = transferability.probe_on((found.values[0], other.values[0]), targets, seed=seed)
-    plain = transferability.probe(_thumbnails(examples), targets, seed=seed)
-    score, mirrored, pixels = (task.measure(targets, one)[task.main_metric] or 0.0 for one in (own, flipped, plain))
+    plain = (transferability.probe(features, targets, seed=seed) for features in _untrained(examples, seed))
+    score, mirrored, random, pixels = (
+        task.measure(targets, one)[task.main_metric] or 0.0 for one in (own, flipped, *plain)
+    )
     return Facts(
         len(examples),
         int(np.bincount(targets)[np.unique(targets)].min()) if single else None,
         task.main_metric,
         score,
+        random,
         pixels,
         mirrored,
+        transferability.logme(found.values[0], targets),
         math.sqrt(max(score * (1 - score), 1 / len(examples)) / len(examples)) if single else None,
         found.milliseconds,
     )
@@ -118,14 +130,14 @@ def suggest(facts: Facts, epochs: int | None = None) -> Suggestion:
         epochs: How many there shall be. Defaults to what the number of examples suggests.
 
     Example:
-        >>> facts = Facts(500, 100, "accuracy", 0.85, 0.4, 0.85, 0.016, 3.0)
+        >>> facts = Facts(500, 100, "accuracy", 0.85, 0.55, 0.4, 0.85, 0.2, 0.016, 3.0)
         >>> suggest(facts).strategy, suggest(facts).epochs
         ('freeze_then_unfreeze:augmentation=light', 27)
     """
     flips, about_flips = _flips(facts)
     said = (
         f"A linear model on the frozen network's features reaches {facts.metric} {facts.probe:.3f} on examples that it "
-        f"has not seen, on 8x8 pixels {facts.pixels:.3f}.",
+        f"has not seen{_worth(facts)}.",
     )
     few = facts.smallest is not None and facts.smallest < _FEW
     if few or _is_solved(facts):
@@ -159,7 +171,7 @@ def choose(several: Sequence[Facts]) -> tuple[int, str]:
         Its place, and why, as the end of a sentence.
 
     Example:
-        >>> large = Facts(500, 100, "accuracy", 0.86, 0.4, 0.85, 0.016, 9.0)
+        >>> large = Facts(500, 100, "accuracy", 0.86, 0.55, 0.4, 0.85, 0.2, 0.016, 9.0)
         >>> choose([large, replace(large, probe=0.85, milliseconds=3.0)])[0]
         1
     """
@@ -186,11 +198,25 @@ def table(facts: Facts) -> Table:
         ("of the rarest class", facts.smallest),
         (f"{facts.metric}, linear model on features", facts.probe),
         (f"{facts.metric}, the same on mirrored pictures", facts.mirrored),
+        (f"{facts.metric}, linear model on random filters", facts.random),
         (f"{facts.metric}, linear model on 8x8 pixels", facts.pixels),
+        ("LogME of the features", facts.logme),
         ("milliseconds per picture, frozen", facts.milliseconds),
     )
     rows = tuple((name, value) for name, value in shown if value is not None)
     return Table("What the suggestion is based on", ("measured on the training split", "value"), rows, section=OTHER)
+
+
+def _worth(facts: Facts) -> str:
+    """Say what the network's features are worth, as the end of a sentence."""
+    if "error" in facts.metric:
+        return f", on those of random filters {facts.random:.3f}, on 8x8 pixels {facts.pixels:.3f}"
+    filters, pixels = (100 * (facts.probe - other) for other in (facts.random, facts.pixels))
+    return (
+        f": {abs(filters):.1f} points {'more' if filters >= 0 else 'less'} than on those of random filters "
+        f"({facts.random:.3f}), {abs(pixels):.1f} {'more' if pixels >= 0 else 'less'} than on 8x8 pixels "
+        f"({facts.pixels:.3f})"
+    )
 
 
 def _is_solved(facts: Facts) -> bool:
@@ -228,7 +254,16 @@ def _mirrored(examples: Examples) -> Examples:
     return replace(examples, pictures=pictures)
 
 
-def _thumbnails(examples: Examples) -> np.ndarray:
-    """Return each picture as 8x8 pixels in a row."""
-    found = [tf.image.resize(batch[0], (_SIDE, _SIDE), method="area") for batch in order.in_order(examples, 64)]
-    return np.concatenate([part.numpy().reshape(len(part), -1) for part in found])
+def _untrained(examples: Examples, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what random filters find in each quarter of each picture, and its 8x8 pixels, a row each."""
+    filters = tf.random.stateless_normal((6, 6, 3, _FILTERS), (seed, 0))
+    filters -= tf.reduce_mean(filters, axis=(0, 1, 2))  # blind to brightness
+    found = []
+    for batch in order.in_order(examples, 64):
+        small = tf.image.resize(batch[0], (_SEEN_BY_FILTERS, _SEEN_BY_FILTERS), method="area") / 255
+        maps = tf.nn.relu(tf.nn.conv2d(small, filters, strides=2, padding="VALID"))
+        quarters = tf.nn.avg_pool2d(maps, maps.shape[1] // 2, maps.shape[1] // 2, "VALID")
+        pixels = tf.image.resize(batch[0], (_SIDE, _SIDE), method="area")
+        found.append([tensor.numpy().reshape(len(tensor), -1) for tensor in (quarters, pixels)])
+    random, plain = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return random, plain
