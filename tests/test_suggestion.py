@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import tensorflow as tf
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
-from tftransfer import advice, cli, inference, prefix, strategies, suggestion, transferability
+from tftransfer import advice, cli, commands, data, inference, prefix, strategies, suggestion, transferability
 from tftransfer.errors import InputError
 
 FACTS = suggestion.Facts(500, 100, "accuracy", 0.85, 0.55, 0.4, 0.86, 0.2, 0.016, 3.0)
@@ -164,7 +165,9 @@ def test_auto_settles_on_a_strategy_and_keeps_to_it(small_network, small_task, s
     assert strategies.names().count("auto") == 0
 
 
-def test_the_command_says_what_to_run(tmp_path, capsys):
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of pictures in two colours."""
     generator = np.random.default_rng(0)
     for number in range(40):
         path = tmp_path / "my pictures" / "ab"[number % 2] / f"{number}.png"
@@ -172,17 +175,30 @@ def test_the_command_says_what_to_run(tmp_path, capsys):
         picture = generator.integers(0, 150, (40, 40, 3), np.uint8)
         picture[..., number % 2] += 100
         path.write_bytes(tf.io.encode_png(picture).numpy())
-    arguments = ["suggest", "--data", str(tmp_path / "my pictures"), "--backbones", "MobileNet-0.25=demo"]
-    assert cli.main([*arguments, "--json", "--cache-dir", str(tmp_path / "kept")]) == 0
+    return str(tmp_path / "my pictures")
+
+
+def test_the_command_says_what_to_run(pictures, capsys):
+    assert cli.main(["suggest", "--data", pictures, "--backbones", "MobileNet-0.25=demo", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["image size"] for row in found["tried"]] == ["64x64", "32x32"]
-    assert f"--data '{tmp_path / 'my pictures'}'" in found["command"]
+    assert found["command"].startswith(f"python recipes/image_classification.py --data '{pictures}' --backbone")
     assert f"--strategy {found['suggestion']['strategy']} --epochs" in found["command"]
+    assert not {"--task", "--seed", "--cache-dir"} & {*shlex.split(found["command"])}
     assert len(found["reasons"]) >= 3
-    assert cli.main([*arguments, "--image-size", "32"]) == 0
+
+
+def test_the_command_repeats_what_was_given_and_loads_each_size_once(pictures, tmp_path, capsys, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(commands, "load", lambda *a, **k: sizes.append(k["image_size"]) or data.load(*a, **k))
+    given = ["--task", "single_label", "--seed", "7", "--cache-dir", str(tmp_path / "kept")]
+    both = "MobileNet-0.25=demo,MobileNet-0.25=none"
+    assert cli.main(["suggest", "--data", pictures, "--backbones", both, "--image-size", "32", *given]) == 0
+    assert sizes == [(32, 32)]
     shown = capsys.readouterr().out
-    assert "python recipes/image_classification.py" in shown
     assert "64x64" not in shown
+    call = shown[shown.index("python recipes/image_classification.py") :]
+    assert shlex.split(call)[-6:] == given
 
 
 @pytest.mark.parametrize("command", ["rank", "suggest"])

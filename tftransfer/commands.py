@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import importlib.util
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -78,23 +79,30 @@ def rank(options: argparse.Namespace) -> int:
     networks = choices.listed_networks(options.backbones, options.image_size)
     shelf = shelf_at(options.cache_dir)
     keras.utils.set_random_seed(options.seed)  # of weights that are none
-    loaded: dict[tuple[int, int], tuple[Data, Task]] = {}
-    scores = []
+    loaded, scores = _loader(options), []
     for name, network in networks.items():
-        if network.image_size not in loaded:
-            loaded[network.image_size] = load(
-                options.data,
-                image_size=network.image_size,
-                task_kind=options.task,
-                seed=options.seed,
-                cache_dir=options.cache_dir,
-            )
-        data, task = loaded[network.image_size]
+        data, task = loaded(network.image_size)
         built = build(network.backbone, network.image_size, network.weights)
         scores.append(ranking.score(built, name, task, data, seed=options.seed, shelf=shelf))
     compared = ranking.table(scores, task)
     _show(options, [asdict(one) for one in sorted(scores, key=lambda one: -one.logme)], compared)
     return 0
+
+
+def _loader(options: argparse.Namespace) -> Callable[[tuple[int, int]], tuple[Data, Task]]:
+    """Return the function from a size of pictures to data and task, which loads each size once."""
+
+    @functools.cache
+    def loaded(image_size: tuple[int, int]) -> tuple[Data, Task]:
+        return load(
+            options.data,
+            image_size=image_size,
+            task_kind=options.task,
+            seed=options.seed,
+            cache_dir=options.cache_dir,
+        )
+
+    return loaded
 
 
 def suggest(options: argparse.Namespace) -> int:
@@ -106,25 +114,15 @@ def suggest(options: argparse.Namespace) -> int:
     ]
     shelf = shelf_at(options.cache_dir)
     keras.utils.set_random_seed(options.seed)  # of weights that are none
-    facts = []
+    loaded, facts = _loader(options), []
     for _, network in tried:
-        data, task = load(
-            options.data,
-            image_size=network.image_size,
-            task_kind=options.task,
-            seed=options.seed,
-            cache_dir=options.cache_dir,
-        )
+        data, task = loaded(network.image_size)
         built = build(network.backbone, network.image_size, network.weights)
         facts.append(suggestion.measure(built, task, data.train, seed=options.seed, shelf=shelf))
     best, why = suggestion.choose(facts)
     network, found = tried[best][1], suggestion.suggest(facts[best])
     size = "x".join(map(str, network.image_size))
-    command = (
-        f"python recipes/image_classification.py --data {shlex.quote(options.data)} --backbone {network.backbone} "
-        f"--weights {shlex.quote(network.weights or 'none')} --image-size {size} --strategy {found.strategy} "
-        f"--epochs {found.epochs} --batch-size {found.batch_size}"
-    )
+    command = _recipe_call(options, network, found)
     columns = (
         "backbone",
         "image size",
@@ -155,6 +153,24 @@ def suggest(options: argparse.Namespace) -> int:
     note = "A linear model on features of the training split, on examples that it has not seen."
     _show(options, content, Table("Tried", columns, rows, note), *reasons, command)
     return 0
+
+
+def _recipe_call(options: argparse.Namespace, network: choices.Network, found: suggestion.Suggestion) -> str:
+    """Return the command that trains what is suggested, on the same split and with the features that are kept."""
+    chosen = {
+        "--data": options.data,
+        "--backbone": network.backbone,
+        "--weights": network.weights or "none",
+        "--image-size": "x".join(map(str, network.image_size)),
+        "--strategy": found.strategy,
+        "--epochs": found.epochs,
+        "--batch-size": found.batch_size,
+    }
+    usual = {"--task": "auto", "--seed": 0, "--cache-dir": None}
+    given = {"--task": options.task, "--seed": options.seed, "--cache-dir": options.cache_dir}
+    chosen |= {name: value for name, value in given.items() if value != usual[name]}
+    words = (str(word) for option in chosen.items() for word in option)
+    return shlex.join(["python", "recipes/image_classification.py", *words])
 
 
 def strategies(options: argparse.Namespace) -> int:
