@@ -85,7 +85,8 @@ def rank(options: argparse.Namespace) -> int:
         built = build(network.backbone, network.image_size, network.weights)
         scores.append(ranking.score(built, name, task, data, seed=options.seed, shelf=shelf))
     compared = ranking.table(scores, task)
-    _show(options, [asdict(one) for one in sorted(scores, key=lambda one: -one.logme)], compared)
+    notes = shelf.notes if shelf else ()
+    _show(options, [asdict(one) for one in sorted(scores, key=lambda one: -one.logme)], compared, *notes)
     return 0
 
 
@@ -148,6 +149,7 @@ def suggest(options: argparse.Namespace) -> int:
     )
     minutes = () if found.minutes is None else (f"Training is expected to take {found.minutes:.1f} minutes.",)
     reasons = [f"Begin with {tried[best][0]} at {size} pixels: {why}", *found.reasons, *minutes]
+    reasons += shelf.notes if shelf else ()
     content = {"command": command, "reasons": reasons, "suggestion": asdict(found)}
     content["tried"] = [dict(zip(columns, row, strict=True)) for row in rows]
     note = "A linear model on features of the training split, on examples that it has not seen."
