@@ -116,6 +116,14 @@ def test_random_filters_are_those_of_numpy_and_blind_to_brightness(small_data):
     np.testing.assert_allclose(pixels[5].reshape(8, 8, 3)[0, 0], 255 * picture[:4, :4].mean(axis=(0, 1)), rtol=1e-4)
 
 
+def test_many_examples_are_probed_on_principal_components():
+    features = np.random.default_rng(0).normal(size=(600, 100)) * np.linspace(1, 0.1, 100)
+    components = suggestion._reduced(features, 0)
+    assert components.shape == (600, 64)
+    assert components.var(axis=0)[0] >= components.var(axis=0)[-1]
+    np.testing.assert_array_equal(suggestion._reduced(features[:500], 0), features[:500])
+
+
 def test_errors_are_not_called_points():
     worse = dataclasses.replace(FACTS, metric="mean_absolute_error", error=None, smallest=None)
     assert "on those of random filters 0.550, on 8x8 pixels 0.400." in suggestion.suggest(worse).reasons[0]
