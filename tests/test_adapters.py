@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tftransfer import adapters, builders, strategies, tasks, training
+from tftransfer import adapters, builders, strategies, tasks, trainable, training
 from tftransfer.adapters import Adapter, Lora
 from tftransfer.averages import WiseFt
 from tftransfer.errors import InputError
@@ -162,8 +162,10 @@ def test_an_adapter_fits_another_copy_whose_layers_keras_numbered_otherwise(smal
 
 def test_rank_four_of_convnext_is_below_five_percent(small_task):
     model = builders.image_classifier("ConvNeXtTiny", 3, image_size=32, weights=None)
-    attached = Lora(rank=4).prepare(model, seed=0)
-    assert sum(attached.sizes().values()) < 0.05 * model.count_params()
+    trainable.set_trainable(model, "head")
+    rows = trainable.audit(model, added=Lora(rank=4).prepare(model, seed=0).sizes())
+    assert rows[-1].trainable == 768 * 3 + 3
+    assert sum(row.trainable for row in rows) < 0.05 * model.count_params()
 
 
 def test_an_adapter_for_another_base_is_refused_by_digest(trained, small_network):

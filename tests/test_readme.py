@@ -52,7 +52,7 @@ def test_the_chosen_strategy_and_surgical_are_as_good_as_is_asked(repository):
     accuracy = {row["strategy"]: row["accuracy"]["value"] for row in found["strategies"]}
     assert accuracy[chosen] >= 0.85
     assert accuracy[chosen] - accuracy["surgical"] <= 0.02
-    assert {(trial["strategy"], trial["seed"]) for trial in found["trials"]} == {
+    assert {(trial["strategy"], trial["seed"]) for trial in found["trials"]} >= {
         (name, seed) for name in (chosen, "surgical") for seed in (0, 1, 2)
     }
 

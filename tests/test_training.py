@@ -7,10 +7,11 @@ import keras
 import numpy as np
 import pytest
 
-from tftransfer import builders, feeding, inference, schedules, strategies, tasks, training
+from tftransfer import builders, feeding, heads, inference, schedules, strategies, tasks, training
 from tftransfer.averages import Ema
 from tftransfer.data import Data
 from tftransfer.errors import InputError
+from tftransfer.penalties import L2SP
 from tftransfer.strategies import Phase
 from tftransfer.trainee import Trainee
 
@@ -225,6 +226,18 @@ def test_validation_batches_leave_no_device_empty(count, batch, replicas, size):
 def test_a_model_with_other_outputs_is_refused(small_network, small_task, small_data):
     with pytest.raises(InputError, match="num_classes=3"):
         training.fine_tune(small_network(num_classes=4), small_task, small_data, (Phase("probe"),))
+
+
+@pytest.mark.parametrize("penalty", [None, L2SP(0.1)], ids=["plain", "with a penalty"])
+def test_the_heads_own_l2_shrinks_its_kernel(small_network, small_task, small_data, penalty):
+    """Also beside a penalty of the phase, which runs another network than the one that is compiled."""
+    body = small_network()
+    model = keras.Model(body.input, heads.Dense(3, dropout=0.0, l2=1.0)(body.get_layer("relu_3").output))
+    kernel = model.get_layer("logits").kernel
+    before = np.linalg.norm(kernel)
+    phase = Phase("tune", "all", 5, 0.05, warmup=0, weight_decay=0.0, penalty=penalty)
+    training.fine_tune(model, small_task, small_data, (phase,), batch_size=8)
+    assert np.linalg.norm(kernel) < 0.5 * before
 
 
 @pytest.mark.parametrize("strategy", ["full", ("full",), Phase("probe"), None, (), strategies.full])

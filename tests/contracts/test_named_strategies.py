@@ -14,13 +14,21 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import checkpoints, strategies, tensor_files, trainable, training
+from tftransfer import advice, checkpoints, strategies, tensor_files, trainable, training
 from tftransfer.errors import InputError
 from tftransfer.history import History
 from tftransfer.strategies import Strategy
 
-NAMES = strategies.names()
-SEVERAL = [name for name in NAMES if len(strategies.parse(name)) > 1]
+
+def _parsed(name: str, epochs: int | None = None) -> Strategy:
+    """Return a strategy; `surgical`, which asks the data, as it is once it has settled on two groups."""
+    if name == "surgical":
+        return advice.Choice(name, epochs).settled("groups:conv_1+conv_3").strategy
+    return strategies.parse(name, epochs)
+
+
+NAMES = (*strategies.names(), "surgical")
+SEVERAL = [name for name in NAMES if len(_parsed(name)) > 1]
 pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`")
 
 
@@ -68,7 +76,7 @@ def _with_attention() -> keras.Model:
 
 def _strategy(name: str) -> Strategy:
     """One epoch each, and one more for the first or last phase."""
-    return strategies.parse(name, epochs=len(strategies.parse(name)) + 1)
+    return _parsed(name, epochs=len(_parsed(name)) + 1)
 
 
 def _weights(model: keras.Model) -> dict[str, np.ndarray]:
