@@ -421,5 +421,5 @@ class _Asking:
 _ASKING = {
     "surgical": _Asking(surgical, _surgical),
     "tuned_probe": _Asking(tuned_probe, _tuned_probe),
-    "auto": _Asking(auto, _auto, ("views", "cutmix", "stochastic_depth")),
+    "auto": _Asking(auto, _auto, ("views", "average_views", "cutmix", "stochastic_depth")),
 }

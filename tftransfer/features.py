@@ -256,15 +256,15 @@ class _Work:
         count = len(self.examples)
         for view in range(self.views):
             own = np.array([place - view * count for place in places if place // count == view], np.int64)
-            for chosen, tensors in self._from_below(own, view) if self.lower else self._from_pictures(own, view):
+            given = self._from_below(self.lower, own, view) if self.lower else self._from_pictures(own, view)
+            for chosen, tensors in given:
                 yield chosen + view * count, [tensor.numpy() for tensor in tensors]
 
-    def _from_below(self, numbers: np.ndarray, view: int) -> Iterator[tuple[np.ndarray, list[tf.Tensor]]]:
+    def _from_below(self, lower: Kept, numbers: np.ndarray, view: int) -> Iterator[tuple[np.ndarray, list[tf.Tensor]]]:
         """Compute some examples of one view from what is kept of the parts below."""
-        assert self.lower is not None
         for start in range(0, len(numbers), BATCH):
             chosen = numbers[start : start + BATCH]
-            yield chosen, self.below.after(self.lower.read(tf.constant(chosen), tf.constant(view, tf.int64)))
+            yield chosen, self.below.after(lower.read(tf.constant(chosen), tf.constant(view, tf.int64)))
 
     def _from_pictures(self, numbers: np.ndarray, view: int) -> Iterator[tuple[np.ndarray, list[tf.Tensor]]]:
         """Compute some examples of one view from their pictures."""
