@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from tftransfer import prefix, trainable
+from tftransfer import planning, prefix, strategies, trainable
 from tftransfer.errors import InputError
 
 
@@ -96,3 +96,36 @@ def test_the_share_of_the_work_counts_kernels_where_they_are_applied():
     assert prefix.cut(model).work_share == pytest.approx(6912 / (6912 + 256 + 20))
     model.get_layer("inside").trainable = False
     assert prefix.cut(model).work_share == pytest.approx(7168 / (7168 + 20))
+
+
+def _with_a_network_inside() -> keras.Model:
+    """A network with another one and a plain operation in it."""
+    small = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(3, 3, padding="same", name="lower")(small)
+    inner = keras.Model(small, keras.layers.Conv2D(3, 3, padding="same", name="upper")(x), name="inner")
+    pictures = keras.Input((8, 8, 3))
+    pooled = keras.layers.GlobalAveragePooling2D()(pictures + inner(pictures))
+    return keras.Model(pictures, keras.layers.Dense(2, name="logits")(pooled))
+
+
+def _nodes(model: keras.Model) -> list[tuple[int, int]]:
+    operations = (*model.operations, *model.get_layer("inner").operations)
+    return [(len(one._inbound_nodes), len(one._outbound_nodes)) for one in operations]
+
+
+def test_cuts_leave_nothing_on_the_operations_of_a_network(small_task, tmp_path):
+    model = _with_a_network_inside()
+    before, pictures = _nodes(model), _pictures(2, 8)
+    for selector in ("head", "re:upper"):
+        trainable.set_trainable(model, selector)
+        with prefix.nodes_as_they_were(model):
+            parts = prefix.cut(model)
+            assert _nodes(model) != before  # in the second case also on what is inside of `inner`
+        assert _nodes(model) == before
+        np.testing.assert_array_equal(parts.trained(parts.frozen(pictures)), model(pictures))
+    planning.check_strategy(model, strategies.linear_probe(), small_task)
+    assert _nodes(model) == before
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(keras.saving.load_model(tmp_path / "model.keras")(pictures), model(pictures))
+    again = prefix.cut(model)
+    np.testing.assert_array_equal(again.trained(again.frozen(pictures)), model(pictures))

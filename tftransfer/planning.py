@@ -80,7 +80,8 @@ def check_strategy(model: keras.Model, strategy: Strategy, task: Task, adapter: 
     if adapter and adapter.labels != tuple(task.labels):
         raise InputError(f"`adapter` answers with the labels {adapter.labels}, the task's are {tuple(task.labels)}")
     for number, phase in enumerate(strategy):
-        plan(model, phase)
+        with prefix.nodes_as_they_were(model):
+            plan(model, phase)
         others = (None, phase.adapter)
         changed = [one.name for one in strategy[:number] if one.selector != "head" or one.adapter not in others]
         if phase.adapter and changed:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,37 @@ def body(model: keras.Model) -> keras.Model:
         model: From a builder, or the user's own; then the head is its last layer with weights.
     """
     return keras.Model(model.inputs, features(model))
+
+
+@contextlib.contextmanager
+def nodes_as_they_were(model: keras.Model) -> Iterator[None]:
+    """Take from a model's operations what cuts that are made inside leave on them, whatever happens.
+
+    Keras notes on each operation every graph that it is part of, and would keep all of them as long as the model. Parts
+    that were made inside still run afterwards, but no graph can be built from them any more.
+    """
+    operations = list(_operations(model))
+    noted = [nodes for one in operations for nodes in (one._inbound_nodes, one._outbound_nodes)]
+    lengths = list(map(len, noted))
+    tensors = [tensor for one in operations for node in one._inbound_nodes for tensor in node.outputs]
+    histories = [tensor._keras_history for tensor in tensors]
+    try:
+        yield
+    finally:
+        for nodes, length in zip(noted, lengths, strict=True):
+            del nodes[length:]
+        # Where an input itself crosses a cut, Keras counts it to the newer graph (`clone_graph_nodes`).
+        for tensor, history in zip(tensors, histories, strict=True):
+            tensor._keras_history = history
+
+
+def _operations(model: Any) -> Iterator[keras.Operation]:
+    """Yield a network's operations, layers or not, and those of the networks in it."""
+    for operation in model.operations:
+        yield operation
+        inner = _graph_of(operation)
+        if hasattr(inner, "_nodes_by_depth"):
+            yield from _operations(inner)
 
 
 def _inlined(model: keras.Model, adapted: set[int]) -> keras.Model:

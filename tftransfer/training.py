@@ -146,15 +146,8 @@ def fine_tune(
     dtypes = cache_dtype if frozen_dtype == "float32" else f"{cache_dtype} of {frozen_dtype}"
     call = checkpoints.call_of(strategy, seed, batch_size, max_steps, data, task, source, adapter, base, dtypes)
     kept = checkpoints.latest(folder, call) if folder and resume else None
-    carried, history = _begin(run) if kept is None else _go_on(run, strategy, kept)
-    for number in range(len(history.phases), len(strategy)):
-        if number or adapter is None:
-            carried = _continued(run, carried, strategy[number])
-        carried = _run_phase(run, strategy, number, history, carried)
-        if folder:
-            moments = renamed(carried.moments, trainable.places(model))
-            checkpoints.save(folder, call, model, history, carried.attached, carried.base, moments, carried.generators)
-    history.adapter = _finish_adapter(run, carried, history)
+    with prefix.nodes_as_they_were(model):
+        history = _run_phases(run, strategy, call, kept)
     if folder:
         history.write_csv(folder / "history.csv")
     return history
@@ -268,6 +261,21 @@ def _finish_adapter(run: _Run, carried: _Carried, history: History) -> Adapter |
     adapter = adapter_of(run.model, carried.attached, run.task.labels, carried.base, reached)
     carried.attached.merge()
     return adapter
+
+
+def _run_phases(run: _Run, strategy: Strategy, call: checkpoints.Call, kept: checkpoints.Kept | None) -> History:
+    """Train the phases that are left, and write down after each what a later call goes on from."""
+    carried, history = _begin(run) if kept is None else _go_on(run, strategy, kept)
+    for number in range(len(history.phases), len(strategy)):
+        if number or run.adapter is None:
+            carried = _continued(run, carried, strategy[number])
+        carried = _run_phase(run, strategy, number, history, carried)
+        if run.output:
+            moments = renamed(carried.moments, trainable.places(run.model))
+            left = (carried.attached, carried.base, moments, carried.generators)
+            checkpoints.save(run.output, call, run.model, history, *left)
+    history.adapter = _finish_adapter(run, carried, history)
+    return history
 
 
 def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, carried: _Carried) -> _Carried:

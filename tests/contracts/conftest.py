@@ -19,6 +19,9 @@ def _state(model: keras.Model) -> dict[str, Any]:
         "layers": [(layer.name, id(layer)) for layer in layers],
         "attributes": [(layer.name, sorted(vars(layer).keys() - _KERAS_OWN)) for layer in layers],
         "variables": [(variable.path, id(variable)) for variable in model.variables],
+        "nodes": [
+            (one.name, len(one._inbound_nodes), len(one._outbound_nodes)) for one in (*layers, *model.operations)
+        ],
         "config": _without_trainable(keras.saving.serialize_keras_object(model)),
     }
 

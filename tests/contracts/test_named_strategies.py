@@ -156,7 +156,7 @@ def test_the_model_is_saved_and_loaded_as_any_other(finished, tmp_path):
         np.testing.assert_array_equal(loaded[path], value)
 
 
-@pytest.mark.parametrize("leave", ["compiled", "attributes", "variables", "config"])
+@pytest.mark.parametrize("leave", ["compiled", "attributes", "variables", "nodes", "config"])
 def test_what_is_left_on_a_model_would_be_seen(fresh, state_of, leave):
     """The promise above can fail in each of its parts."""
     model = fresh("full")
@@ -166,6 +166,7 @@ def test_what_is_left_on_a_model_would_be_seen(fresh, state_of, leave):
         "compiled": lambda: model.compile("sgd", "mse"),
         "attributes": lambda: setattr(layer, "factor", 1.0),
         "variables": lambda: layer.enable_lora(2),
+        "nodes": lambda: keras.Model(layer.output, model.output),
         "config": lambda: setattr(model.get_layer("head_dropout"), "rate", 0.1),
     }[leave]()
     assert state_of(model)[leave] != before[leave]
