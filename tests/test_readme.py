@@ -101,3 +101,18 @@ def test_speed_and_labels_are_the_committed_numbers(repository):
     for method in ("ours", "plain"):
         first, second, third = (shares[share]["precision"][method] for share in ("5%", "10%", "20%"))
         assert f"{first:.0%}, {second:.0%} and {third:.0%}" in " ".join(text.split())
+
+
+def test_memory_stays_flat_and_the_readme_says_so(repository):
+    text = " ".join((repository / "README.md").read_text(encoding="utf-8").split())
+    found = json.loads((repository / "benchmarks" / "results" / "memory.json").read_text())
+    few, many = found["peak_mib"]["1000"], found["peak_mib"]["20000"]
+    assert f"on 20,000 pictures peaks at {many} MiB, on 1,000 at {few} MiB" in text
+    assert many - few <= 0.1 * few + found["setting"]["budget_mib"]
+
+
+def test_wrong_labels_are_found_as_often_as_is_asked(repository):
+    shares = json.loads((repository / "benchmarks" / "results" / "labels_flowers.json").read_text())["shares"]
+    for share, asked in (("5%", 0.60), ("10%", 0.70), ("20%", 0.75)):
+        assert shares[share]["precision"]["ours"] >= asked
+        assert shares[share]["precision"]["ours"] > shares[share]["precision"]["plain"]
