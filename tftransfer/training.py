@@ -126,19 +126,19 @@ def fine_tune(
     )
     folder, shelf = Path(output) if output else None, shelf_at(cache_dir)
     run = _Run(
-        model,
-        task,
-        data,
-        tuple(callbacks),
-        seed,
-        batch_size,
-        max_steps,
-        source,
-        quiet,
-        folder,
-        adapter,
-        cache,
-        shelf,
+        model=model,
+        task=task,
+        data=data,
+        callbacks=tuple(callbacks),
+        seed=seed,
+        batch_size=batch_size,
+        max_steps=max_steps,
+        source=source,
+        quiet=quiet,
+        output=folder,
+        adapter=adapter,
+        cache=cache,
+        shelf=shelf,
         narrow=cache_dtype == "float16",
         bfloat16=frozen_dtype == "bfloat16",
     )
@@ -289,32 +289,14 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
     steps = run.feed_steps(number, phase)
     below = _below(run, parts, steps.chunk)
     trainee = _compiled(run, phase, number, parts.trained, below, carried, steps.per_epoch * steps.epochs)
-    feed = feeding.feed(
-        run.data, phase, steps, parts, below, cache=run.cache, shelf=run.shelf, later=later, shared=run.shared
-    )
-    trainee.add_below(training=feed.below_training, validation=feed.below_validation)
-    if parts.frozen and not feed.computes and steps.replicas == 1 and not hears_of_batches(run.callbacks):
-        trainee.run_at_once(steps.at_once)
-    if parts.frozen and not run.quiet:
-        literal_console().print(f"What is frozen: {feed.summary}", soft_wrap=True)
+    feed = _fed(run, phase, steps, parts, below, later, trainee)
     matters = _moments_matter(strategy, number)
     keep = KeepBest(trainee, phase.patience, remember=lambda: _state(run, trainee) if matters else {"moments": {}})
     before = trainee.evaluate(feed.validation, return_dict=True, verbose=0)
     keep.consider(0, before["loss"], before["loss_error"])
     start = trainee.get_weights()
-    first_epoch = sum(record.epochs for record in history.phases)
     fitting = time.monotonic()
-    with distribution.shared_statistics(run.model):
-        logs = trainee.fit(
-            feed.training,
-            shuffle=False,  # the batches come in the order that the seed decides
-            steps_per_epoch=steps.per_epoch,
-            initial_epoch=first_epoch,
-            epochs=first_epoch + steps.epochs,
-            validation_data=feed.validation,
-            callbacks=_callbacks(run, phase, keep, trainee, first_epoch + steps.epochs, steps.per_epoch),
-            verbose=0,
-        ).history
+    logs = _fitted(run, phase, steps, feed, keep, trainee, sum(record.epochs for record in history.phases))
     fitting = time.monotonic() - fitting
     tuned_share = _interpolate(phase, trainee, start, feed.validation)
     seconds = time.monotonic() - began
@@ -333,6 +315,51 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
     )
     history.add(logs, record)
     return dataclasses.replace(carried, **keep.kept)
+
+
+def _fed(
+    run: _Run,
+    phase: Phase,
+    steps: feeding.Steps,
+    parts: prefix.Cut,
+    below: constants.Constants | None,
+    later: Sequence[Phase],
+    trainee: Trainee,
+) -> feeding.Feed:
+    """Prepare a phase's batches, and the part that trains for them."""
+    feed = feeding.feed(
+        run.data, phase, steps, parts, below, cache=run.cache, shelf=run.shelf, later=later, shared=run.shared
+    )
+    trainee.add_below(training=feed.below_training, validation=feed.below_validation)
+    if parts.frozen and not feed.computes and steps.replicas == 1 and not hears_of_batches(run.callbacks):
+        trainee.run_at_once(steps.at_once)
+    if parts.frozen and not run.quiet:
+        literal_console().print(f"What is frozen: {feed.summary}", soft_wrap=True)
+    return feed
+
+
+def _fitted(
+    run: _Run,
+    phase: Phase,
+    steps: feeding.Steps,
+    feed: feeding.Feed,
+    keep: KeepBest,
+    trainee: Trainee,
+    first_epoch: int,
+) -> dict[str, list[float]]:
+    """Train what trains, and return one list per metric."""
+    last_epoch = first_epoch + steps.epochs
+    with distribution.shared_statistics(run.model):
+        return trainee.fit(
+            feed.training,
+            shuffle=False,  # the batches come in the order that the seed decides
+            steps_per_epoch=steps.per_epoch,
+            initial_epoch=first_epoch,
+            epochs=last_epoch,
+            validation_data=feed.validation,
+            callbacks=_callbacks(run, phase, keep, trainee, last_epoch, steps.per_epoch),
+            verbose=0,
+        ).history
 
 
 def _below(run: _Run, parts: prefix.Cut, chunk: int) -> constants.Constants | None:
@@ -388,7 +415,7 @@ def _compiled(
     below: constants.Constants | None,
     carried: _Carried,
     steps: int,
-) -> keras.Model:
+) -> Trainee:
     from_logits = builders.outputs_are_logits(run.model)
     loss = run.task.loss(from_logits, run.data.train.targets)
     with distribution.strategy_of(run.model).scope():
