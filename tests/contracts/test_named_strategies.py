@@ -1,4 +1,5 @@
-"""What every named strategy keeps to from its first phase to its last, on a tiny network and without tracing."""
+"""What every named strategy keeps to from its first phase to its last, without tracing: all on a tiny network, and a
+few of several kinds on real ones."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import advice, checkpoints, strategies, tensor_files, trainable, training
+from tftransfer import advice, builders, checkpoints, strategies, tensor_files, trainable, training
 from tftransfer.errors import InputError
 from tftransfer.history import History
 from tftransfer.strategies import Strategy
@@ -29,6 +30,8 @@ def _parsed(name: str, epochs: int | None = None) -> Strategy:
 
 NAMES = (*strategies.names(), "surgical")
 SEVERAL = [name for name in NAMES if len(_parsed(name)) > 1]
+REAL = (("MobileNet-0.25", "demo"), ("MobileNetV2-0.35", None), ("ConvNeXtTiny", None))
+OF_SEVERAL_KINDS = ("gradual", "lora", "l2_sp", "norm_only")
 pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`")
 
 
@@ -54,11 +57,14 @@ def _first(examples, count):
 
 
 @pytest.fixture(scope="module")
-def fresh(small_network):
+def fresh(small_network, estimate_batch_norm):
     """Return a function from a strategy's name to the network that it is tried on, the same at every call."""
 
-    def build(name: str) -> keras.Model:
+    def build(name: str, real: tuple[str, str | None] | None = None) -> keras.Model:
         keras.utils.set_random_seed(5)
+        if real:
+            model = builders.image_classifier(real[0], 3, image_size=32, weights=real[1], dropout=0.3)
+            return model if real[1] else estimate_batch_norm(model)
         return _with_attention() if name == "attention_only" else small_network(dropout=0.3)
 
     return build
@@ -101,6 +107,7 @@ class _Finished:
     """A strategy that has run to its end."""
 
     name: str
+    real: tuple[str, str | None] | None
     model: keras.Model
     history: History
     state_before: dict[str, Any]
@@ -110,25 +117,29 @@ class _Finished:
 @pytest.fixture(scope="module")
 def finished(request, fresh, small_task, data, state_of, tmp_path_factory):
     """Run a strategy once for all tests of it."""
-    model, folder = fresh(request.param), tmp_path_factory.mktemp(request.param)
+    name, real = request.param
+    model, folder = fresh(name, real), tmp_path_factory.mktemp(name)
     before = state_of(model)
     history = training.fine_tune(
         model,
         small_task,
         data,
-        _strategy(request.param),
+        _strategy(name),
         batch_size=2,
         output=folder / "output",
         callbacks=[_KeepBoundaries(folder / "output", folder / "copies")],
     )
-    return _Finished(request.param, model, history, before, sorted(folder.glob("copies/*")))
+    return _Finished(name, real, model, history, before, sorted(folder.glob("copies/*")))
 
 
-def _on(names):
-    return pytest.mark.parametrize("finished", names, indirect=True)
+def _on(names, real=()):
+    cases = [pytest.param((name, None), id=name) for name in names]
+    slow = [(name, network) for network in real for name in OF_SEVERAL_KINDS]
+    cases += [pytest.param(case, id=f"{case[0]}-{case[1][0]}", marks=pytest.mark.slow) for case in slow]
+    return pytest.mark.parametrize("finished", cases, indirect=True)
 
 
-@_on(NAMES)
+@_on(NAMES, REAL)
 def test_the_history_is_as_long_as_the_sum_of_epochs(finished):
     strategy, history = _strategy(finished.name), finished.history
     assert {len(values) for values in history.values()} == {sum(phase.epochs for phase in strategy)}
@@ -142,7 +153,7 @@ def test_a_history_that_ends_early_would_be_seen(fresh, small_task, data):
     assert {len(values) for values in history.values()} == {1}
 
 
-@_on(NAMES)
+@_on(NAMES, REAL)
 def test_nothing_is_left_on_the_model(finished, state_of):
     assert state_of(finished.model) == finished.state_before
 
@@ -177,12 +188,13 @@ def test_a_strategy_that_does_not_fit_the_network_is_refused(small_network, smal
         training.fine_tune(small_network(), small_task, data, _strategy("attention_only"), batch_size=2)
 
 
-@_on(SEVERAL)
+@_on(SEVERAL, REAL)
 def test_going_on_at_each_phase_boundary_equals_never_having_stopped(finished, fresh, small_task, data, tmp_path):
     expected, strategy = _weights(finished.model), _strategy(finished.name)
     assert len(finished.boundaries) == len(strategy) - 1
     for boundary in finished.boundaries:
-        output, model = shutil.copytree(boundary, tmp_path / boundary.name), fresh(finished.name)
+        output = shutil.copytree(boundary, tmp_path / boundary.name)
+        model = fresh(finished.name, finished.real)
         history = training.fine_tune(model, small_task, data, strategy, batch_size=2, output=output)
         assert dict(history) == dict(finished.history)
         for path, value in _weights(model).items():
