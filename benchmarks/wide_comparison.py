@@ -72,21 +72,18 @@ def spread(found: dict[str, Any], name: str, key: str) -> list[float]:
 
 
 def markdown(cells: dict[str, dict[str, Any]]) -> str:
-    """Write one row per strategy, one column per data set and backbone; the best of a column is bold."""
-    lines = ["strategy | " + " | ".join(cells) + " | seconds", " | ".join(["---"] * (len(cells) + 2))]
-    means = {
-        name: {cell: float(np.mean(spread(found, name, "metric"))) for cell, found in cells.items()}
-        for name in STRATEGIES
-    }
-    best = {cell: max(means[name][cell] for name in STRATEGIES) for cell in cells}
-    for name in STRATEGIES:
+    """Write one row per data set and backbone, one column per strategy; the best of a row is bold."""
+    lines = ["data, backbone | " + " | ".join(STRATEGIES), " | ".join(["---"] * (len(STRATEGIES) + 1))]
+    for cell, found in cells.items():
+        values = {name: spread(found, name, "metric") for name in STRATEGIES}
+        best = max(np.mean(several) for several in values.values())
         parts = []
-        for cell, found in cells.items():
-            values = spread(found, name, "metric")
-            mark = "**" if means[name][cell] == best[cell] else ""
-            parts.append(f"{mark}{means[name][cell]:.1%}{mark} ({min(values):.1%} to {max(values):.1%})")
-        seconds = np.mean([second for found in cells.values() for second in spread(found, name, "seconds")])
-        lines.append(f"{name} | {' | '.join(parts)} | {seconds:.0f}")
+        for several in values.values():
+            mark = "**" if np.mean(several) == best else ""
+            parts.append(f"{mark}{np.mean(several):.1%}{mark} ({min(several):.1%} to {max(several):.1%})")
+        lines.append(f"{cell} | {' | '.join(parts)}")
+    seconds = [[one for found in cells.values() for one in spread(found, name, "seconds")] for name in STRATEGIES]
+    lines.append("seconds, the median | " + " | ".join(f"{np.median(several):.0f}" for several in seconds))
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 

@@ -1,5 +1,6 @@
 """What the README says runs, runs; what it points at, exists."""
 
+import importlib
 import json
 import re
 
@@ -116,3 +117,18 @@ def test_wrong_labels_are_found_as_often_as_is_asked(repository):
     for share, asked in (("5%", 0.60), ("10%", 0.70), ("20%", 0.75)):
         assert shares[share]["precision"]["ours"] >= asked
         assert shares[share]["precision"]["ours"] > shares[share]["precision"]["plain"]
+
+
+def test_the_wide_comparison_is_that_of_the_committed_trials(repository, monkeypatch):
+    monkeypatch.syspath_prepend(repository / "benchmarks")
+    wide = importlib.import_module("wide_comparison")
+    written = (wide.RESULTS / "wide_comparison.md").read_text()
+    names = [line.split("|")[1].strip() for line in written.splitlines()[2:-1]]
+    files = [wide.RESULTS / "wide_comparison" / f"{name.replace(', ', '_')}.json" for name in names]
+    cells = {name: json.loads(file.read_text()) for name, file in zip(names, files, strict=True)}
+    assert wide.markdown(cells) == written
+    assert written in (repository / "README.md").read_text()
+    assert len(cells) == 8
+    for found in cells.values():
+        assert {trial["seed"] for trial in found["trials"]} == {0, 1, 2}
+        assert len(found["trials"]) == 3 * len(wide.STRATEGIES)
