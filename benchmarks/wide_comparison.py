@@ -88,18 +88,22 @@ def markdown(cells: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(cells: dict[str, dict[str, Any]]) -> bytes:
-    """Draw a panel per data set and backbone: means and ranges of all strategies."""
+    """Draw a row of panels per data set, a panel per backbone: means and ranges of all strategies."""
     from tftransfer.checks import drawing
 
-    drawn = drawing.figure(height=1.7 * len(cells))
+    across = len({cell.partition(", ")[2] for cell in cells})
+    down = -(-len(cells) // across)
+    drawn = drawing.figure(height=1.9 * down)
     for place, (cell, found) in enumerate(cells.items()):
-        axes = drawing.style(drawn.add_subplot(len(cells), 1, place + 1), "accuracy" if cell == list(cells)[-1] else "")
-        axes.set_title(cell, fontsize=drawing.FONT, color=drawing.INK)
+        last = place // across == down - 1
+        axes = drawing.style(drawn.add_subplot(down, across, place + 1), "accuracy" if last else "")
+        axes.set_title(cell.replace(", ", "\n"), fontsize=drawing.FONT, color=drawing.INK)
         for row, name in enumerate(reversed(STRATEGIES)):
             values = spread(found, name, "metric")
             axes.plot([min(values), max(values)], [row, row], color=drawing.BLUE, linewidth=2)
             axes.plot(float(np.mean(values)), row, "o", color=drawing.BLUE, markersize=5)
-        axes.set_yticks(range(len(STRATEGIES)), list(reversed(STRATEGIES)))
+        axes.set_yticks(range(len(STRATEGIES)), ["" if place % across else name for name in reversed(STRATEGIES)])
+        axes.locator_params(axis="x", nbins=4)
     return drawing.png(drawn)
 
 
