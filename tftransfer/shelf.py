@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import shutil
@@ -30,7 +29,6 @@ _HEADER = len(_MAGIC) + 24  # length and CRC-32 of what follows, in digits
 _USERS = ".in_use"  # holds an empty file KEY.NUMBER.PROCESS for each key whose files a process reads
 _BLOCK = 4096  # bytes of which a disk gives a file whole ones
 _SPARE = 2**28  # bytes that stay free on the disk
-_numbers = itertools.count()
 PathLike = str | os.PathLike[str]
 
 
@@ -114,7 +112,7 @@ class Shelf:
     def hold(self, key: str) -> Hold:
         """Keep the items of a key that are read or written from now on, until what is returned is gone."""
         held = Hold()
-        mark = self.folder / _USERS / f"{key}.{next(_numbers)}.{os.getpid()}"
+        mark = self.folder / _USERS / f"{key}.{id(held)}.{os.getpid()}"
         with contextlib.suppress(OSError):
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
