@@ -176,23 +176,27 @@ REAL = pytest.mark.parametrize(
 
 
 @REAL
-def test_features_and_a_step_with_real_weights_are_the_networks(data, assets, monkeypatch, name, file):
-    weights = str(assets / "weights" / file)
-    network = backbones.build(name, (96, 96), weights)
-    source = data(96)
-    examples = source.train
+def test_features_with_real_weights_are_the_networks(data, assets, name, file):
+    network = backbones.build(name, (96, 96), str(assets / "weights" / file))
+    examples = data(96).train
     ours = inference.pooled_features(network, examples).values[0]
     pictures = np.stack([examples.pictures.load(index) for index in range(10)]).astype(np.float32)
     theirs = network(pictures, training=False).numpy().mean(axis=(1, 2))
     assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
+
+
+@pytest.mark.slow
+@REAL
+def test_a_step_with_real_weights_is_the_networks(data, assets, monkeypatch, name, file):
     phase = Phase("step", "last:2", 1, 1e-2, optimizer="sgd", schedule="constant", weight_decay=0.0)
     ended = []
     for folded in (True, False):
         if not folded:
             monkeypatch.setattr(constants, "as_constant_function", _with_variables)
         keras.utils.set_random_seed(0)
+        weights = str(assets / "weights" / file)
         model = builders.image_classifier(name, 3, image_size=96, weights=weights, dropout=0.0)
-        training.fine_tune(model, TASK, source, (phase,), batch_size=10, max_steps=1)
+        training.fine_tune(model, TASK, data(96), (phase,), batch_size=10, max_steps=1)
         ended.append(model.get_weights())
     for one, other in zip(*ended, strict=True):
         assert np.linalg.norm(one.astype(np.float64) - other) <= 1e-5 * np.linalg.norm(other)
