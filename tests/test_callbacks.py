@@ -108,7 +108,7 @@ def test_a_stop_on_the_whole_model_is_heeded_within_an_epoch(line):
 
 
 class _OfTests(keras.callbacks.Callback):
-    def on_test_end(self, logs=None):
+    def on_test_batch_end(self, batch, logs=None):
         pass
 
 

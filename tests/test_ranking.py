@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tftransfer import backbones, builders, choices, cli, constants, inference, ranking, strategies, tasks, training
 from tftransfer.errors import InputError
-from tftransfer.shelf import Shelf
+from tftransfer.shelf import Shelf, shelf_at
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +96,13 @@ def test_kept_features_are_found_and_change_nothing(network, small_data, small_t
     assert (first.logme, first.probe, first.n_leep) == (second.logme, second.probe, second.n_leep)
 
 
-@pytest.mark.parametrize("name", ["MobileNet-0.25", "EfficientNetB0"])
+@pytest.mark.parametrize("name", ["MobileNet-0.25", pytest.param("EfficientNetB0", marks=pytest.mark.slow)])
 def test_training_finds_the_features_that_ranking_kept(small_data, small_task, tmp_path, name):
     pictures = dataclasses.replace(small_data.train.pictures, digests=tuple(f"{n:064x}" for n in range(24)))
     data = dataclasses.replace(small_data, train=dataclasses.replace(small_data.train, pictures=pictures))
     keras.utils.set_random_seed(0)
     network = backbones.build(name, (32, 32), None)
-    ranking.score(network, name, small_task, data, shelf=Shelf(tmp_path))
+    ranking.score(network, name, small_task, data, shelf=shelf_at(tmp_path))
     model = builders.image_classifier(name, 3, image_size=32, weights=None)
     for own, ranked in zip(model.layers, network.layers, strict=False):
         own.set_weights(ranked.get_weights())

@@ -45,13 +45,14 @@ def test_batch_norm_statistics_are_bit_equal_after_training(small_network, small
         np.testing.assert_array_equal(old, new)
 
 
-def test_steps_at_once_are_the_steps_one_by_one(small_network, small_task, small_data, monkeypatch):
+@pytest.mark.parametrize("extra", [{"mixup": 0.3}, {"average": Ema(0.5)}], ids=["mixup", "average"])
+def test_steps_at_once_are_the_steps_one_by_one(small_network, small_task, small_data, monkeypatch, extra):
     """A callback that hears of each batch makes them come one by one."""
     at_once, batches = [], []
     run_at_once = Trainee.run_at_once
     monkeypatch.setattr(Trainee, "run_at_once", lambda self, steps: (at_once.append(steps), run_at_once(self, steps)))
     hears = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: batches.append(batch))
-    phase, ended, histories = Phase("top", "last:1", 4, 0.01, mixup=0.3), [], []
+    phase, ended, histories = Phase("top", "last:1", 4, 0.01, **extra), [], []
     start = small_network(dropout=0.3).get_weights()
     for callbacks in ((), (hears,)):
         model = small_network(dropout=0.3)
@@ -358,7 +359,7 @@ def test_a_metric_that_is_logged_now_and_then_is_undefined_elsewhere(small_netwo
     assert len((tmp_path / "history.csv").read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e10])
+@pytest.mark.parametrize("unit", [1e-6, pytest.param(1.0, marks=pytest.mark.slow), 1e10])
 def test_numbers_are_learned_in_any_unit(small_network, make_examples, unit):
     generator = np.random.default_rng(0)
     brightness = generator.uniform(0, 200, (48, 1)).astype(np.float32)

@@ -166,13 +166,11 @@ class HoldPlan(keras.callbacks.Callback):
             )
 
 
-_OF_BATCHES = tuple(
-    f"on_{name}_{end}" for name in ("train_batch", "test_batch", "batch", "test") for end in ("begin", "end")
-)
+_OF_BATCHES = tuple(f"on_{name}_{end}" for name in ("train_batch", "test_batch", "batch") for end in ("begin", "end"))
 
 
 def hears_of_batches(callbacks: Sequence[keras.callbacks.Callback]) -> bool:
-    """Whether one of a user's callbacks does something at every batch, or around a validation.
+    """Whether one of a user's callbacks does something at every batch.
 
     Example:
         >>> hears_of_batches([keras.callbacks.EarlyStopping()])

@@ -73,7 +73,8 @@ class Trainee(keras.Model):
     def run_at_once(self, steps: int) -> None:
         """Run so many steps, or all of a validation, in one call of a graph: for steps that take less than a call.
 
-        Callbacks hear of a batch only then, and of no batch of a validation; the numbers are the same bit for bit.
+        Callbacks hear of a batch only after so many, and of no batch of a validation; the numbers are the same bit for
+        bit.
 
         Args:
             steps: A divisor of the steps per epoch.
@@ -87,15 +88,20 @@ class Trainee(keras.Model):
             self.train_function = self._repeated(self.train_step, self._at_once)
         return self.train_function
 
-    def evaluate(self, x: Any = None, *given: Any, **named: Any) -> Any:
+    def evaluate(self, x: Any = None, *given: Any, callbacks: Any = None, **named: Any) -> Any:
         if self._at_once is None:
-            return super().evaluate(x, *given, **named)
+            return super().evaluate(x, *given, callbacks=callbacks, **named)
         if self._again[0] is not x:
             count = int(x.cardinality())
             self._again = x, iter(x.repeat()), count
             self.test_function = self._repeated(self.test_step, count)
+        if callbacks:  # averages of weights are put in their place by one
+            callbacks.on_test_begin()
         self.reset_metrics()
-        return {name: float(value) for name, value in self.test_function(self._again[1]).items()}
+        logs = {name: float(value) for name, value in self.test_function(self._again[1]).items()}
+        if callbacks:
+            callbacks.on_test_end(logs)
+        return logs
 
     def _repeated(self, step: Callable[[Batch], Any], count: int) -> Callable[[Any], dict[str, tf.Tensor]]:
         """Return a graph that takes so many steps, and says what the metrics are then."""

@@ -72,7 +72,7 @@ def test_classes_may_be_small_or_missing():
         ({"features": np.zeros((29, 6))}, "features"),
         ({"targets": np.zeros((30, 3))}, "targets"),
         ({"targets": np.zeros(30, np.int32)}, "targets"),
-        ({"targets": np.array([1] + [0] * 29, np.int32)}, "two examples of each class"),
+        ({"targets": np.array([1] + [0] * 29, np.int32)}, "targets"),
         ({"folds": 1}, "folds"),
         ({"repeats": 0}, "repeats"),
     ],

@@ -285,6 +285,7 @@ def test_strategies_that_do_not_fit_are_refused_at_once(recipe, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_a_look_at_the_data_settles_on_is_checked_before_a_folder_is_made(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(surgery, "probe_and_measure", lambda *_, **__: surgery.Probed({"stem": 0.1, "top": 1.0}))
     given = ["--backbone", "MobileNetV2-0.35", "--weights", "none", "--image-size", "32", "--smoke", "--quiet"]
