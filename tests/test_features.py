@@ -190,7 +190,7 @@ def _of_any_size(small_network):
     return keras.Model(inputs, one._run_through_graph([inputs], operation_fn=lambda operation: operation))
 
 
-@pytest.mark.parametrize("selector", ["head", "last:1"])
+@pytest.mark.parametrize("selector", ["head", pytest.param("last:1", marks=pytest.mark.slow)])
 def test_pictures_of_another_size_are_others(small_network, small_task, small_data, data, tmp_path, selector):
     """A network that takes any size gives pooled features of one size for all of them."""
     small = {}
