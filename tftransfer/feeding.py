@@ -21,7 +21,7 @@ from tftransfer.strategies import Phase
 from tftransfer.trainee import Below, unpacked
 
 CACHES = ("auto", "off")
-_AT_ONCE = 64
+_AT_ONCE = 64  # steps in one call of a graph at the most, so that a signal is heard soon
 _PAYS = 1.5  # keep features that are used so many times, weighted by the share of the work that they save
 
 

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import keras
@@ -49,7 +50,7 @@ class Cut:
         below = self.frozen.count_params()
         return below / max(below + self.trained.count_params(), 1)
 
-    @property
+    @cached_property
     def work_share(self) -> float:
         """Share of the network's multiplications that lie below the cut, in [0, 1], by its layers' own sizes."""
         if self.frozen is None:
