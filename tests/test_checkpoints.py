@@ -141,6 +141,13 @@ def test_another_network_cannot_go_on(small_network, small_task, small_data, tmp
             np.testing.assert_array_equal(one, two)
 
 
+def test_fewer_examples_are_another_call(small_task, small_data):
+    data = dataclasses.replace(small_data, fingerprint="of what was read")
+    fewer = dataclasses.replace(data, train=data.train.subset(np.arange(20)))
+    calls = [checkpoints.call_of((Phase("probe"),), 0, 32, None, one, small_task, None, None) for one in (data, fewer)]
+    assert calls[0] != calls[1]
+
+
 def test_variables_of_other_shapes_are_not_restored(small_network):
     with pytest.raises(InputError, match="another network"):
         checkpoints.Kept({"0.kernel": np.zeros((2, 2))}, (), "", {}, History()).restore(small_network())

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import constants, features, feeding, planning, prefix, trainable, training
+from tftransfer import constants, features, feeding, planning, prefix, strategies, trainable, training
 from tftransfer.data.augment import named
 from tftransfer.errors import InputError
 from tftransfer.features import Room
@@ -42,8 +43,15 @@ def data(small_data):
     return dataclasses.replace(small_data, **splits)
 
 
-@pytest.mark.parametrize("place", ["memory", "files"])
-@pytest.mark.parametrize("name", PHASES)
+BOTH = ("top", "views")  # whose places are both tried by default
+CASES = [
+    pytest.param(name, place, marks=() if place == "memory" or name in BOTH else pytest.mark.slow)
+    for name in PHASES
+    for place in ("memory", "files")
+]
+
+
+@pytest.mark.parametrize(("name", "place"), CASES)
 def test_kept_or_computed_trains_to_the_same_bits(small_network, small_task, data, name, place, tmp_path, monkeypatch):
     if place == "files":
         monkeypatch.setattr(features, "MEMORY_SHARE", 0.0)
@@ -118,6 +126,30 @@ def test_a_run_goes_on_when_the_disk_is_full(small_network, small_task, data, tm
         np.testing.assert_array_equal(one, two)
     assert "No space left" in said
     assert said.startswith("kept in memory" if place == "memory" else "computed in every epoch")
+
+
+class _Damages(keras.callbacks.Callback):
+    """Damages files while training reads them."""
+
+    def __init__(self, folder, kind):
+        super().__init__()
+        self.folder, self.kind = folder, kind
+
+    def on_epoch_end(self, epoch, logs=None):
+        _damage(self.folder, self.kind)
+
+
+@pytest.mark.parametrize("kind", ["a flipped bit", "removed"])
+def test_files_that_are_damaged_while_they_are_read_are_computed_again(
+    small_network, small_task, data, tmp_path, monkeypatch, kind
+):
+    expected, _ = _tuned(small_network, small_task, data, None)
+    monkeypatch.setattr(features, "MEMORY_SHARE", 0.0)
+    keras.utils.set_random_seed(0)
+    model, damages = small_network(), _Damages(tmp_path, kind)
+    training.fine_tune(model, small_task, data, (PHASES["top"],), batch_size=7, cache_dir=tmp_path, callbacks=[damages])
+    for one, two in zip(expected, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_a_cache_folder_that_cannot_be_written_is_gone_without(small_network, small_task, data, tmp_path):
@@ -216,16 +248,18 @@ def test_pictures_of_another_size_are_others(small_network, small_task, small_da
 
 @pytest.mark.parametrize("place", ["memory", "files"])
 def test_tensors_of_several_types_come_back(data, tmp_path, place):
-    """A mask crosses a cut beside what it masks."""
+    """A mask crosses a cut beside what it masks, and numbers of half precision cross it in mixed precision."""
     inputs = keras.Input((32, 32, 3))
     pooled = keras.layers.GlobalAveragePooling2D()(inputs)
-    below = constants.Constants(keras.Model(inputs, [pooled, keras.ops.greater(pooled, 128.0)]), 32)
+    outputs = [pooled, keras.ops.greater(pooled, 128.0), keras.ops.cast(pooled, "bfloat16")]
+    below = constants.Constants(keras.Model(inputs, outputs), 32)
     room = Room(10**9 if place == "memory" else 0, Shelf(tmp_path))
     for expected in (24, 0):
         kept = features.keep(below, data.train, named("none"), views=1, seed=0, room=room, key="key")
-        numbers, mask = kept.read(tf.range(24, dtype=tf.int64), tf.constant(0, tf.int64))
+        numbers, mask, halves = kept.read(tf.range(24, dtype=tf.int64), tf.constant(0, tf.int64))
         assert (kept.computed, kept.in_memory) == (expected, place == "memory")
         np.testing.assert_array_equal(mask.numpy(), numbers.numpy() > 128.0)
+        np.testing.assert_array_equal(halves.numpy(), tf.cast(numbers, tf.bfloat16).numpy())
         assert 0 < mask.numpy().mean() < 1
 
 
@@ -264,7 +298,7 @@ def _stage_calls(monkeypatch) -> list[tuple[str, int]]:
     return calls
 
 
-@pytest.mark.parametrize("place", ["memory", "files"])
+@pytest.mark.parametrize("place", [pytest.param("memory", marks=pytest.mark.slow), "files"])
 def test_the_lowest_cut_that_a_later_phase_needs_is_computed_once(
     small_network, small_task, data, tmp_path, monkeypatch, place
 ):
@@ -290,12 +324,17 @@ def test_the_lowest_cut_that_a_later_phase_needs_is_computed_once(
         np.testing.assert_array_equal(kept, computed)
 
 
-def test_nothing_is_shared_beyond_a_phase_that_trains_all(small_network):
+def _epochs(phase):
+    return phase.epochs
+
+
+def test_nothing_is_shared_beyond_a_phase_that_trains_all(small_network, monkeypatch):
+    monkeypatch.setattr(feeding, "_PAYS", 0.0)
     model = small_network()
     every = Phase("all", "all", 1, 0.01)
-    phases, variables = planning.still_frozen(model, (GRADUAL[0], every, GRADUAL[2]))
+    phases, variables = planning.still_frozen(model, (GRADUAL[0], every, GRADUAL[2]), _epochs)
     assert (phases, variables) == ((), [])
-    phases, variables = planning.still_frozen(model, GRADUAL)
+    phases, variables = planning.still_frozen(model, GRADUAL, _epochs)
     assert phases == GRADUAL[1:]
     assert {variable.path.split("/")[0] for variable in variables} >= {"conv_2", "conv_3"}
 
@@ -427,6 +466,98 @@ def test_a_network_has_one_digest_however_it_was_cut_out(small_network):
     layer = next(layer for layer in body.layers if layer.weights)
     layer.set_weights([1.5 * weight for weight in layer.get_weights()])
     assert before != features.digest_of(frozen) == features.digest_of(body)
+
+
+def _activated(kind="relu", policy="float32", layer=keras.layers.Activation):
+    """Return a network of one kernel of ones, with an activation whose name is its kind."""
+    inputs = keras.Input((4,), name="given")
+    dense = keras.layers.Dense(3, kernel_initializer="ones", dtype=policy, name=f"dense_{kind}")
+    half = keras.layers.Activation("linear", dtype="float32", name="single")(dense(inputs))
+    return keras.Model(inputs, layer(kind, name=kind)(half))
+
+
+class _Silent(keras.layers.Activation):
+    def get_config(self):
+        raise NotImplementedError("nothing to be said of it")
+
+
+def test_networks_that_differ_have_different_digests():
+    assert features.digest_of(_activated()) == features.digest_of(_activated())
+    assert len({features.digest_of(_activated(kind)) for kind in ("relu", "tanh", "gelu")}) == 3
+    assert features.digest_of(_activated(policy="mixed_bfloat16")) != features.digest_of(_activated())
+
+
+def test_the_source_of_somebodys_own_layer_counts(monkeypatch):
+    class Own(keras.layers.Activation):
+        pass
+
+    before = features.digest_of(_activated(layer=Own))
+    assert before == features.digest_of(_activated(layer=Own))
+    monkeypatch.setattr(features.inspect, "getsource", lambda kind: "another")
+    assert features.digest_of(_activated(layer=Own)) not in (before, "")
+
+
+def test_a_network_that_cannot_be_described_is_kept_for_the_run_alone(small_task, data, tmp_path):
+    inputs = keras.Input((32, 32, 3), name="image")
+    x = keras.layers.Conv2D(4, 3, strides=4, name="conv_1")(inputs)
+    x = keras.layers.GlobalAveragePooling2D(name="head_pool")(_Silent("relu")(x))
+    model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(x))
+    assert features.digest_of(model) == ""
+    for _ in range(2):
+        history = training.fine_tune(model, small_task, data, (PHASES["head"],), cache_dir=tmp_path)
+        assert history.phases[0].store.startswith("kept in memory")
+        assert "24 computed" in history.phases[0].store
+
+
+def test_what_a_run_keeps_takes_a_share_of_the_memory_altogether(monkeypatch):
+    memory = types.SimpleNamespace(available=900)
+    monkeypatch.setattr(features.psutil, "virtual_memory", lambda: memory)
+    held = features.Kept(lambda chosen, view: [], 0, 100, in_memory=True)
+    again = dataclasses.replace(held, computed=1)
+    files = features.Kept(lambda chosen, view: [], 0, 10**6, in_memory=False)
+    assert features.room().memory == 225
+    assert features.room(held=(held, again, files)).memory == 150  # of 1,000 before, a hundred are taken
+
+
+def test_views_that_are_all_in_files_need_no_picture(small_network, data, tmp_path):
+    below, room = constants.Constants(_frozen(small_network), 32), Room(2**30, Shelf(tmp_path))
+
+    def computed(examples):
+        return features.keep(below, examples, named("light"), views=2, seed=0, room=room, key="key").computed
+
+    def unreadable(index):
+        raise AssertionError("a picture was read")
+
+    assert computed(data.train) == 48
+    pictures = dataclasses.replace(data.train.pictures, load=unreadable)
+    assert computed(dataclasses.replace(data.train, pictures=pictures)) == 0
+
+
+def test_what_is_frozen_in_several_phases_is_kept_apart_where_that_saves_something():
+    often = Phase("often", "last:1", 20, 0.01)
+    uses = [feeding.Use(often, often.epochs, 0.9)] * 3
+    assert feeding.pays_to_share(uses, 0.4)  # two epochs of 0.4 are saved
+    assert not feeding.pays_to_share(uses, 0.2)
+    assert not feeding.pays_to_share(uses[:2], 0.4)
+    assert not feeding.pays_to_share([uses[0], *(dataclasses.replace(use, share=0.05) for use in uses[1:])], 0.4)
+    other = dataclasses.replace(often, augmentation="light", views=2)
+    assert not feeding.pays_to_share([uses[0], *[dataclasses.replace(uses[0], phase=other)] * 2], 0.4)
+    endless = dataclasses.replace(often, augmentation="light")
+    assert not feeding.pays_to_share([dataclasses.replace(use, phase=endless) for use in uses], 0.4)
+
+
+@pytest.mark.parametrize("strategy", ["norm_only", "bias_only"])
+def test_a_probe_before_little_that_is_frozen_finds_what_another_probe_kept(
+    small_network, small_task, data, tmp_path, strategy
+):
+    model = small_network()
+    start, (first, second) = model.get_weights(), strategies.parse(strategy, epochs=6)
+    both = (first, dataclasses.replace(second, epochs=2))
+    probe = training.fine_tune(model, small_task, data, both[:1], cache_dir=tmp_path).phases[0]
+    model.set_weights(start)
+    again = training.fine_tune(model, small_task, data, both, cache_dir=tmp_path).phases[0]
+    assert "24 computed" in probe.store
+    assert " 0 computed" in again.store
 
 
 def test_damaged_files_are_computed_again(small_network, data, tmp_path):

@@ -58,6 +58,23 @@ def test_each_head_is_the_one_that_keras_trains(views, average):
     assert tried.error == pytest.approx(losses.std() / np.sqrt(60), rel=1e-4)
 
 
+def test_numbers_are_searched_in_any_unit():
+    features, _ = _problem()
+    targets = (features[:, :2] @ np.array([[1.0, 0.5], [0.2, 1.0]])).astype(np.float32)
+    options = {"rates": (1e-3, 0.03), "decays": (0.1,), "seed": 1}
+
+    def search(unit, offset):
+        given = (targets * unit + offset).astype(np.float32)
+        units = (given.std(axis=0).tolist(), given.mean(axis=0).tolist())
+        task = tasks.Regression(("x", "y"))
+        return head_search.search(features, given, _weights(), task, PHASE, units=units, **options)
+
+    one, thousand = search(1.0, 0.0), search(1000.0, 1e4)
+    assert [found.learning_rate for found in one] == [found.learning_rate for found in thousand]
+    for own, other in zip(one, thousand, strict=True):
+        assert own.loss == pytest.approx(other.loss, rel=0.01)
+
+
 def test_what_helps_is_found():
     features, targets = _problem(count=30, size=200, separation=1.0)
     best, *_, worst = head_search.search(

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -23,7 +24,6 @@ def test_items_come_back_as_they_were(shelf):
     assert shelf.get("key", "name") == b"one"
     assert shelf.get("key", "other") == b""
     assert shelf.get("another", "name") is None
-    assert shelves.payload_of(str(shelf.path("key", "name"))).numpy() == b"one"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,13 @@ def test_the_items_used_longest_ago_go_first(tmp_path):
     assert _names(shelf) == ["middle"]
 
 
+def test_what_can_never_fit_drives_nothing_out(tmp_path):
+    shelf = Shelf(tmp_path, limit=2 * 4096)
+    shelf.put("key", "name", bytes(1000))
+    assert not shelf.make_room(3, 1000)
+    assert _names(shelf) == ["name"]
+
+
 def test_nothing_to_come_needs_no_room(tmp_path):
     shelf = Shelf(tmp_path, limit=1)
     shelf.put("key", "name", bytes(1000))
@@ -123,6 +130,8 @@ def test_what_somebody_reads_stays_as_long_as_they_do(tmp_path):
     held = shelf.hold("key")
     shelf.put("key", "during", b"2")
     assert not shelf.make_room(2, 1000)
+    assert _names(shelf) == ["before", "during"]  # what would not be enough is not removed
+    assert shelf.make_room(1, 1000)
     assert _names(shelf) == ["during"]
     del held
     assert shelf.make_room(2, 1000)
@@ -147,6 +156,18 @@ def test_what_another_living_process_reads_stays(tmp_path):
         other.communicate(b"\n")
     assert shelf.make_room(2, 1500)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # nor what it left half-written
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+def test_a_temporary_folder_that_takes_memory_is_none(tmp_path, monkeypatch, kind):
+    disks = [types.SimpleNamespace(mountpoint="/", fstype="ext4")]
+    disks += [types.SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    monkeypatch.setattr(shelves.psutil, "disk_partitions", lambda all: disks)
+    monkeypatch.setattr(shelves.tempfile, "tempdir", str(tmp_path))
+    with shelves.folder_or_temporary(None, needed=True) as folder:
+        assert (folder is None) == (kind == "tmpfs")
+        assert folder is None or os.path.isdir(folder)
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_a_folder_of_its_own_is_touched(tmp_path):

@@ -12,6 +12,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from tftransfer import advice, cli, commands, data, inference, prefix, strategies, suggestion, transferability
 from tftransfer.errors import InputError
+from tftransfer.shelf import Shelf
 
 FACTS = suggestion.Facts(500, 100, "accuracy", 0.85, 0.55, 0.4, 0.86, 0.2, 0.016, 3.0)
 
@@ -49,6 +50,8 @@ def test_numbers_are_never_solved():
     assert suggestion.suggest(facts).strategy == "freeze_then_unfreeze:augmentation=light"
     worse = dataclasses.replace(facts, probe=1.0, mirrored=1.5)
     assert suggestion.suggest(worse).strategy.endswith("no_flip")
+    small = dataclasses.replace(facts, probe=0.005, mirrored=0.02)  # an error in a large unit is a small number
+    assert suggestion.suggest(small).strategy.endswith("no_flip")
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,14 @@ def test_the_probe_on_other_features_is_by_models_that_have_not_seen_the_example
         mean, deviation = features[inside].mean(axis=0), features[inside].std(axis=0)
         model = LogisticRegression(C=0.01, max_iter=200).fit((features[inside] - mean) / deviation, targets[inside])
         np.testing.assert_allclose(second[outside], model.predict_proba((other[outside] - mean) / deviation), rtol=1e-6)
+
+
+def test_facts_are_the_same_when_features_are_found(small_network, small_task, small_data, tmp_path):
+    pictures = dataclasses.replace(small_data.train.pictures, digests=tuple(f"{number:064x}" for number in range(24)))
+    examples, network = dataclasses.replace(small_data.train, pictures=pictures), prefix.body(small_network())
+    first, second = (suggestion.measure(network, small_task, examples, shelf=Shelf(tmp_path)) for _ in range(2))
+    assert second.milliseconds > 0
+    assert dataclasses.replace(second, milliseconds=first.milliseconds) == first
 
 
 def test_facts_are_measured_on_the_training_split(small_network, small_task, small_data):

@@ -295,7 +295,8 @@ def tuned_probe(
         chunk=_chunk(model, batch_size),
         shelf=shelf_at(cache_dir),
     )
-    dropout = [layer.rate for layer in model.layers if layer.name == "head_dropout"]
+    head = {layer.name: layer for layer in model.layers if layer.name in ("head_dropout", "head_units")}
+    units = head.get("head_units")
     tried = head_search.search(
         features.values,
         data.train.targets,
@@ -303,7 +304,8 @@ def tuned_probe(
         task,
         phase if max_steps is None else replace(phase, epochs=1),
         rates=(learning_rate,) if learning_rate else head_search.RATES,
-        dropout=dropout[0] if dropout else 0.0,
+        dropout=head["head_dropout"].rate if "head_dropout" in head else 0.0,
+        units=(units.scale, units.offset) if units else (1.0, 0.0),
         batch_size=batch_size,
         seed=seed,
     )
@@ -384,8 +386,8 @@ def auto(
     found = suggestion.suggest(facts, epochs)
     choice = Choice(found.strategy, found.epochs, learning_rate)
     settled = choice(model, task, data, seed=seed, batch_size=batch_size, max_steps=max_steps, cache_dir=cache_dir)
-    minutes = () if found.minutes is None else (f"Training is expected to take {found.minutes:.1f} minutes.",)
-    reasons = (f"Chosen: {found.strategy}, {choice.epochs} epochs.", *found.reasons, *minutes, *settled.reasons)
+    minutes = f"Training is expected to take {found.minutes:.1f} minutes."
+    reasons = (f"Chosen: {found.strategy}, {choice.epochs} epochs.", *found.reasons, minutes, *settled.reasons)
     decision = f"{choice.epochs} {found.strategy} {settled.decision}"
     return Advice(settled.strategy, reasons, suggestion.table(facts), decision)
 

@@ -74,9 +74,8 @@ def call_of(
     cache_dtype: str = "float32",
 ) -> Call:
     """Describe a call of `fine_tune`; see `Call`."""
-    examples = data.fingerprint or _digest(
-        part for split in (data.train, data.validation) for part in (split.targets, np.array(split.names))
-    )
+    parts = (part for split in (data.train, data.validation) for part in (split.targets, np.array(split.names)))
+    examples = _digest([np.array(data.fingerprint), *parts])  # splits may have been changed since they were read
     return Call(
         tuple(strategy),
         seed,

@@ -147,11 +147,11 @@ def suggest(options: argparse.Namespace) -> int:
         )
         for (name, one), own in zip(tried, facts, strict=True)
     )
-    minutes = () if found.minutes is None else (f"Training is expected to take {found.minutes:.1f} minutes.",)
-    reasons = [f"Begin with {tried[best][0]} at {size} pixels: {why}", *found.reasons, *minutes]
+    minutes = f"Training is expected to take {found.minutes:.1f} minutes."
+    reasons = [f"Begin with {tried[best][0]} at {size} pixels: {why}", *found.reasons, minutes]
     reasons += shelf.notes if shelf else ()
-    content = {"command": command, "reasons": reasons, "suggestion": asdict(found)}
-    content["tried"] = [dict(zip(columns, row, strict=True)) for row in rows]
+    shown = [dict(zip(columns, row, strict=True)) for row in rows]
+    content = {"command": command, "reasons": reasons, "suggestion": asdict(found), "tried": shown}
     note = "A linear model on features of the training split, on examples that it has not seen."
     _show(options, content, Table("Tried", columns, rows, note), *reasons, command)
     return 0

@@ -118,9 +118,12 @@ class Constants:
 
     @cached_property
     def digest(self) -> str:
-        """Which outputs these are: `features.digest_of`, with that of `lower`."""
-        own = features.digest_of(self._network, self._chunk or features.BATCH) + "-bfloat16" * self.bfloat16
-        return f"{self.lower.digest}-{own}" if self.lower else own
+        """Which outputs these are: `features.digest_of`, with that of `lower`; "" if one of them is not known."""
+        parts = [
+            *([self.lower.digest] if self.lower else ()),
+            features.digest_of(self._network, self._chunk or features.BATCH),
+        ]
+        return "-".join([*parts, *(["bfloat16"] if self.bfloat16 else ())]) if all(parts) else ""
 
 
 @dataclass(frozen=True)

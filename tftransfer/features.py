@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -20,10 +21,10 @@ import tensorflow as tf
 from tftransfer import __version__
 from tftransfer.data import Examples, order, shared
 from tftransfer.data.augment import Augmentation
-from tftransfer.shelf import Hold, Shelf, payload_of
+from tftransfer.shelf import Hold, Shelf
 
 MEMORY_SHARE = 0.25
-"""Share of the available memory that kept features may take, unless a `Room` says otherwise."""
+"""Share of the available memory that the features which a run keeps may take together."""
 
 BATCH = 32  # of examples that are computed at once
 
@@ -55,11 +56,6 @@ class Room:
     shelf: Shelf | None = None
 
 
-def room(shelf: Shelf | None = None) -> Room:
-    """Return what room there is now: a share of the available memory, and the files that are given."""
-    return Room(int(psutil.virtual_memory().available * MEMORY_SHARE), shelf)
-
-
 @dataclass(frozen=True)
 class Kept:
     """Features that are at hand.
@@ -83,16 +79,34 @@ class Kept:
         return f"kept {place}, {self.size / 2**20:,.1f} MB, {self.computed} computed"
 
 
+def room(shelf: Shelf | None = None, held: Iterable[Kept] = ()) -> Room:
+    """Return what room there is now: a share of the memory that is available but for what is held, and some files.
+
+    Args:
+        shelf: The files. Defaults to none.
+        held: What is kept already, each once or more. Defaults to nothing.
+    """
+    taken = sum({id(kept.read): kept.size for kept in held if kept.in_memory}.values())
+    return Room(int((psutil.virtual_memory().available + taken) * MEMORY_SHARE) - taken, shelf)
+
+
 def digest_of(frozen: keras.Model, chunk: int = BATCH) -> str:
     """Return the SHA-256 over a network's layers and weights, how it is run, and the versions that run it.
 
-    Names are replaced by their order, as Keras numbers layers anew in each session; what trains makes no difference.
+    Layers' names are replaced by their order, as Keras numbers layers anew in each session; what trains makes no
+    difference. Of classes that are not Keras' own the source is part of it.
+
+    Returns:
+        "" for a network that cannot be told from others: a layer has no `get_config`, or its class no source.
     """
-    described = json.loads(frozen.to_json())
+    try:
+        described = json.loads(frozen.to_json())
+        sources = sorted({inspect.getsource(kind) for kind in _own_kinds(frozen)})
+    except (NotImplementedError, TypeError, ValueError, OSError):
+        return ""
     for ends in ("input_layers", "output_layers"):  # a single tensor may be in a list of one or not
         described["config"][ends] = keras.tree.flatten(described["config"][ends])
-    names = {name: f"#{number}" for number, name in enumerate(dict.fromkeys(_names_in(described)))}
-    text = json.dumps(_renamed(described, names), sort_keys=True)
+    text = json.dumps([_renamed(described, {}), sources], sort_keys=True)
     versions = f"{__version__} {tf.__version__} {keras.__version__}"
     digest = hashlib.sha256(f"{versions} {chunk} {text}".encode())
     for variable in frozen.weights:  # and not the states of random layers, which are off
@@ -100,23 +114,37 @@ def digest_of(frozen: keras.Model, chunk: int = BATCH) -> str:
     return digest.hexdigest()
 
 
-def _names_in(described: Any) -> Iterator[str]:
-    if isinstance(described, dict):
-        if isinstance(described.get("name"), str):
-            yield described["name"]
-        for value in described.values():
-            yield from _names_in(value)
-    elif isinstance(described, list):
-        for value in described:
-            yield from _names_in(value)
+def _own_kinds(network: keras.Model) -> set[type]:
+    """Return the classes of a network's operations that neither Keras nor this project defines."""
+    own = {type(one) for one in (*network._flatten_layers(), *network.operations)}
+    return {kind for kind in own if kind.__module__.partition(".")[0] not in ("keras", "tftransfer")}
 
 
-def _renamed(described: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(described, dict):
-        return {key: _renamed(value, names) for key, value in described.items() if key != "trainable"}
+_HISTORIES = ("keras_history", "input_layers", "output_layers")  # where layers are named beside their own `name`
+
+
+def _renamed(described: Any, numbers: dict[str, str], named: bool = True) -> Any:
+    """Return a description with layers numbered as they come, and without what trains.
+
+    Args:
+        described: Of a network, or a part of that.
+        numbers: Names that have come; it is added to.
+        named: Whether its `name` is a layer's, and not one that means something. Defaults to True.
+    """
     if isinstance(described, list):
-        return [_renamed(value, names) for value in described]
-    return names.get(described, described) if isinstance(described, str) else described
+        return [_renamed(value, numbers) for value in described]
+    if not isinstance(described, dict):
+        return described
+    named = "DTypePolicy" not in described.get("class_name", "") if "class_name" in described else named
+    found = {}
+    for key, value in described.items():
+        if key in _HISTORIES:
+            found[key] = keras.tree.map_structure(lambda part: numbers.get(part, part), value)
+        elif key == "name" and named:
+            found[key] = numbers.setdefault(value, f"#{len(numbers)}")
+        elif key != "trainable":
+            found[key] = _renamed(value, numbers, named)
+    return found
 
 
 def keep(
@@ -229,25 +257,39 @@ class _Work:
         for places, tensors in self._computed(missing):
             if not self._write(places, tensors):
                 return None
-        paths = tf.constant([str(shelf.path(self.key, name)) for name in self.names])
-        specs = [tf.TensorSpec(row.shape, row.dtype) for row in self.rows]
+        types = [row.dtype for row in self.rows]
 
         def read(chosen: tf.Tensor, view: tf.Tensor) -> list[tf.Tensor]:
-            return tf.map_fn(
-                self._parts, tf.gather(paths, chosen + view % self.views * count), fn_output_signature=specs
-            )
+            tensors = tf.numpy_function(self._read, [chosen + view % self.views * count], types, stateful=False)
+            return [
+                tf.ensure_shape(tensor, (*chosen.shape, *row.shape))
+                for tensor, row in zip(tf.nest.flatten(tensors), self.rows, strict=True)  # one is not in a list
+            ]
 
         return Kept(read, len(missing), self.size, in_memory=False, held=held)
 
-    def _found(self, place: int, arrays: Sequence[np.ndarray] = ()) -> bool:
-        """Whether a file holds an example's view, which goes into the arrays if there are any."""
+    def _read(self, places: np.ndarray) -> list[np.ndarray]:
+        """Read some places from files; one that somebody has removed or damaged since is computed again."""
+        found = [np.empty((len(places), *row.shape), row.dtype.as_numpy_dtype) for row in self.rows]
+        for number, place in enumerate(places):
+            rows = [array[number : number + 1] for array in found]
+            if self._found(place, rows, 0):
+                continue
+            for again, tensors in self._computed([place]):
+                for row, tensor in zip(rows, tensors, strict=True):
+                    row[:] = tensor
+                self._write(again, tensors)
+        return found
+
+    def _found(self, place: int, arrays: Sequence[np.ndarray] = (), at: int | None = None) -> bool:
+        """Whether a file holds an example's view, which goes into the arrays if there are any, at its place or `at`."""
         payload = self.shelf.get(self.key, self.names[place]) if self.shelf else None
         if payload is None or len(payload) != sum(row.size for row in self.rows):
             return False
         start = 0
         for row, array in zip(self.rows, arrays, strict=bool(arrays)):
             part = np.frombuffer(payload, row.dtype.as_numpy_dtype, math.prod(row.shape), start)
-            array[place] = part.reshape(row.shape)
+            array[place if at is None else at] = part.reshape(row.shape)
             start += row.size
         return True
 
@@ -256,6 +298,8 @@ class _Work:
         count = len(self.examples)
         for view in range(self.views):
             own = np.array([place - view * count for place in places if place // count == view], np.int64)
+            if not len(own):
+                continue
             given = self._from_below(self.lower, own, view) if self.lower else self._from_pictures(own, view)
             for chosen, tensors in given:
                 yield chosen + view * count, [tensor.numpy() for tensor in tensors]
@@ -295,12 +339,3 @@ class _Work:
             self.shelf.put(self.key, self.names[place], b"".join(tensor[row].tobytes() for tensor in tensors))
             for row, place in enumerate(places)
         )
-
-    def _parts(self, path: tf.Tensor) -> list[tf.Tensor]:
-        """Read one file's tensors inside a graph."""
-        payload, start, found = payload_of(path), 0, []
-        for row in self.rows:
-            part = tf.io.decode_raw(tf.strings.substr(payload, start, row.size), row.dtype)
-            found.append(tf.reshape(part, row.shape))
-            start += row.size
-        return found

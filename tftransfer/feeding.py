@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import tensorflow as tf
@@ -54,6 +54,50 @@ class Steps:
     def at_once(self) -> int:
         """How many steps a graph takes in one call, where they are small: a divisor of those of an epoch."""
         return next(count for count in range(min(_AT_ONCE, self.per_epoch), 0, -1) if self.per_epoch % count == 0)
+
+
+@dataclass(frozen=True)
+class Use:
+    """A phase as a user of what is frozen in it.
+
+    Args:
+        phase: What is to run.
+        epochs: How many it will have.
+        share: Of the network's work that is frozen in it, in [0, 1].
+    """
+
+    phase: Phase
+    epochs: int
+    share: float
+
+    @property
+    def views(self) -> tuple[str, int]:
+        """Which views of the training examples it sees, and how many of each."""
+        return self.phase.augmentation, max(self.phase.views, 1)
+
+    def pays(self, views: int) -> bool:
+        """Whether so many views of each example are used often enough to keep what is frozen of them."""
+        return self.epochs / (1 if self.phase.average_views else views) * self.share > _PAYS
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what is frozen of the training examples is worth keeping."""
+        return _repeats(self.phase) and self.pays(self.views[1])
+
+
+def pays_to_share(uses: Sequence[Use], share: float) -> bool:
+    """Whether what is frozen in all of several phases should be kept apart, and what only some freeze computed from it.
+
+    Each later phase that sees the same views then saves that much of one epoch; where it is little, the frozen part of
+    each phase stays in one piece, which is also what other runs find.
+
+    Args:
+        uses: The phases; the first is about to run.
+        share: Of the network's work that is frozen in all of them.
+    """
+    first, *later = uses
+    again = [use for use in later if use.keeps and use.views == first.views]
+    return first.keeps and bool(again) and share * len(again) > _PAYS - 1
 
 
 @dataclass(frozen=True)
@@ -114,7 +158,8 @@ def feed(
         shared: What is kept so for several phases; it is added to. Defaults to nothing.
     """
     began, noted = time.monotonic(), len(shelf.notes) if shelf else 0
-    keeper = _Keeper(steps, parts, below, shelf, (phase, *later), {} if shared is None else shared)
+    use = Use(phase, steps.epochs, parts.work_share)
+    keeper = _Keeper(steps, use, below, shelf, later, _still_used({} if shared is None else shared, below))
     training, summary = _kept_training(data, phase, keeper, cache)
     validation = keeper.keep("validation", data.validation, "none", 1) if cache == "auto" else None
     if below and not (training and validation):
@@ -169,10 +214,9 @@ def _kept_training(data: Data, phase: Phase, keeper: _Keeper, cache: str) -> tup
         return None, "computed in every epoch: switched off"
     if not _repeats(phase):
         return None, "computed in every epoch: each has new views of the examples"
-    views = max(phase.views, 1)
-    if not keeper.pays(views):
+    if not keeper.use.keeps:
         return None, "computed in every epoch: to keep it would not pay"
-    kept = keeper.keep("train", data.train, phase.augmentation, views)
+    kept = keeper.keep("train", data.train, *keeper.use.views)
     return kept, str(kept or "computed in every epoch: there is no room to keep it")
 
 
@@ -187,59 +231,67 @@ def _repeats(phase: Phase) -> bool:
     return named(phase.augmentation) == named("none") or phase.views > 0
 
 
+def _still_used(shared: Shared, below: Constants | None) -> Shared:
+    """Let go of what this phase does not use, so that none after it does either."""
+    if shared:
+        used = [part.digest for part in (below, below and below.lower) if part]
+        for name in [name for name in shared if name[0] not in used]:
+            del shared[name]
+    return shared
+
+
 @dataclass(frozen=True)
 class _Keeper:
     """Keeps what is frozen in a phase, and what is frozen below that in later ones too."""
 
     steps: Steps
-    parts: Cut
+    use: Use
     below: Constants | None
     shelf: Shelf | None
-    phases: Sequence[Phase]
+    later: Sequence[Phase]
     shared: Shared
-
-    def pays(self, views: int) -> bool:
-        """Whether so many views of each example are used often enough to keep what is frozen of them."""
-        in_turn = 1 if self.phases[0].average_views else views
-        return self.steps.epochs / in_turn * self.parts.work_share > _PAYS
+    held: list[Kept] = field(default_factory=list)
 
     def keep(self, split: str, examples: Examples, augmentation: str, views: int) -> Kept | None:
         """Return what is kept of one split, computed now unless it is at hand; None if it does not pay or fit."""
         below = self.below
-        if below is None or not self.pays(views):
+        if below is None or not self.use.pays(views):
             return None
-        if not (below.lower or self.shared):
+        if not (below.lower or self.shared) or not below.digest:
             return self._computed(below, examples, augmentation, views)
         name = (split, augmentation, views)
         if (below.digest, *name) in self.shared:
             return replace(self.shared[below.digest, *name], computed=0)
         lower = None
-        if below.lower and self._uses(*name) > 1:
+        if below.lower and self._is_used_again(*name):
             lower = self.shared.get((below.lower.digest, *name))
             lower = lower or self._computed(below.lower, examples, augmentation, views)
             if lower:
                 self.shared[below.lower.digest, *name] = lower
         return self._computed(below, examples, augmentation, views, lower)
 
-    def _uses(self, split: str, augmentation: str, views: int) -> int:
-        """Count the phases that see these views of a split."""
-        if split == "validation":
-            return len(self.phases)
-        return sum((one.augmentation, max(one.views, 1)) == (augmentation, views) for one in self.phases)
+    def _is_used_again(self, split: str, augmentation: str, views: int) -> bool:
+        """Whether a later phase sees these views of a split."""
+        return any(
+            split == "validation" or (one.augmentation, max(one.views, 1)) == (augmentation, views)
+            for one in self.later
+        )
 
     def _computed(
         self, below: Constants, examples: Examples, augmentation: str, views: int, lower: Kept | None = None
     ) -> Kept | None:
-        return features.keep(
+        kept = features.keep(
             below,
             examples,
             named(augmentation),
             views=views,
             seed=self.steps.seed,
-            room=features.room(self.shelf),
+            room=features.room(self.shelf, (*self.shared.values(), *self.held)),
             key=below.digest if self.shelf else "",
             lower=lower,
         )
+        self.held.extend([kept] if kept else [])
+        return kept
 
 
 def _read(kept: Kept | None) -> order.Read | None:

@@ -18,6 +18,7 @@ from tftransfer.tasks import Task
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 DECAYS = (0.1, 1.0, 10.0)
 _AT_ONCE = 2**24  # weights of heads that are trained side by side
+Numbers = float | Sequence[float]
 _FIRST, _SECOND, _TINY = 0.9, 0.999, 1e-7  # AdamW's
 
 
@@ -47,6 +48,7 @@ def search(
     rates: Sequence[float] = RATES,
     decays: Sequence[float] = DECAYS,
     dropout: float = 0.0,
+    units: tuple[Numbers, Numbers] = (1.0, 0.0),
     folds: int = 5,
     batch_size: int = 32,
     seed: int = 0,
@@ -61,6 +63,8 @@ def search(
         phase: Gives epochs and schedule, and says whether views are averaged.
         rates, decays: What is tried, each with each. Default to `RATES` and `DECAYS`.
         dropout: Share of features that is dropped in each step, in [0, 1). Defaults to 0.
+        units: What a head gives is multiplied by the first, and the second is added, as `builders.in_units_of` does.
+            Default to 1 and 0.
         folds: From 2; see `transferability.divided`. Defaults to 5.
         batch_size: Examples per step. Defaults to 32.
         seed: Decides folds, first weights, order and dropout. Defaults to 0.
@@ -81,7 +85,7 @@ def search(
     at_once = max(_AT_ONCE // (len(held_out) * features.shape[2] * task.num_outputs), 1)
     tried: list[Tried] = []
     for start in range(0, len(candidates), at_once):
-        heads = _Heads(features, targets, weights, held_out, task, candidates[start : start + at_once], seed)
+        heads = _Heads(features, targets, weights, held_out, task, candidates[start : start + at_once], units, seed)
         tried += heads.trained(phase, dropout, batch_size)
     return tuple(sorted(tried, key=lambda one: one.loss if math.isfinite(one.loss) else math.inf))
 
@@ -107,6 +111,7 @@ class _Heads:
         held_out: np.ndarray,
         task: Task,
         candidates: Sequence[tuple[float, float]],
+        units: tuple[Numbers, Numbers],
         seed: int,
     ) -> None:
         self._candidates, self._outside, self._seed, self._task = candidates, held_out, seed, task
@@ -115,6 +120,7 @@ class _Heads:
         self._targets = tf.constant(np.concatenate([targets] * self._views))
         self._weights = tf.constant(np.tile(weights * (1 - held_out), (len(candidates), self._views)), tf.float32)
         self._every = tf.constant(weights, tf.float32)
+        self._units = [tf.constant(part, tf.float32) for part in units]
         self._loss = task.loss(True, targets)
         count = len(candidates) * len(held_out)
         limit = math.sqrt(6 / (size + task.num_outputs))
@@ -166,7 +172,8 @@ class _Heads:
 
     def _losses(self, inputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         """Return `(heads, n)`."""
-        logits = tf.matmul(inputs[None], self._kernel) + self._bias
+        scale, offset = self._units
+        logits = (tf.matmul(inputs[None], self._kernel) + self._bias) * scale + offset
         heads, count = logits.shape[0], tf.shape(inputs)[0]
         again = tf.tile(targets, [heads, *[1] * (len(targets.shape) - 1)])
         found = self._loss.call(again, tf.reshape(logits, (-1, logits.shape[-1])))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 
-from tftransfer import mixing, prefix, trainable
+from tftransfer import feeding, mixing, prefix, trainable
 from tftransfer.adapters import Adapter, Attached
 from tftransfer.data import Data
 from tftransfer.errors import InputError, check
@@ -43,22 +43,31 @@ def plan(
     return rows, parts
 
 
-def still_frozen(model: keras.Model, strategy: Strategy) -> tuple[tuple[Phase, ...], list[keras.Variable]]:
-    """Return the phases that follow the first and leave something frozen that it does, and what trains in them.
+def still_frozen(
+    model: keras.Model, strategy: Strategy, epochs_of: Callable[[Phase], int]
+) -> tuple[tuple[Phase, ...], list[keras.Variable]]:
+    """Return the phases after the first whose frozen part is worth to be kept for both, and what trains in all of them.
 
     An adapter changes kernels that are below what trains, and a phase that trains everything leaves nothing: no phase
     from there on counts. What trains is set as one of the phases has it.
+
+    Args:
+        model: A functional model.
+        strategy: What is left of it; the first phase is about to run.
+        epochs_of: How many epochs a phase will have.
     """
-    phases, variables = [], []
-    for phase in strategy[1:]:
-        if strategy[0].adapter or phase.adapter:
-            break
+    uses: list[feeding.Use] = []
+    variables: list[keras.Variable] = []
+    for phase in strategy:
         trainable.set_trainable(model, phase.selector, train_batch_norm=phase.train_batch_norm)
-        if not prefix.leaves_something_frozen(model):
+        share = 0.0 if phase.adapter else prefix.work_below(model)
+        if not share:
             break
-        phases.append(phase)
+        uses.append(feeding.Use(phase, epochs_of(phase), share))
         variables += model.trainable_variables
-    return tuple(phases), variables
+    if len(uses) < 2 or not feeding.pays_to_share(uses, prefix.work_below(model, variables)):
+        return (), []
+    return tuple(use.phase for use in uses[1:]), variables
 
 
 def check_strategy(model: keras.Model, strategy: Strategy, task: Task, adapter: Adapter | None = None) -> None:

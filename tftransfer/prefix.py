@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -55,8 +55,8 @@ class Cut:
         """Share of the network's multiplications that lie below the cut, in [0, 1], by its layers' own sizes."""
         if self.frozen is None:
             return 0.0
-        below = _work(self.frozen)
-        return below / max(below + _work(self.trained), 1)
+        below = _work(nodes_in_order(self.frozen))
+        return below / max(below + _work(nodes_in_order(self.trained)), 1)
 
 
 def cut(model: keras.Model, adapted: Sequence[keras.Variable] = (), later: Sequence[keras.Variable] = ()) -> Cut:
@@ -121,11 +121,17 @@ def of_shapes(network: keras.Model, shapes: Sequence[tuple[int | None, ...]]) ->
     return keras.Model(inputs, network(inputs[0] if len(inputs) == 1 else inputs))
 
 
-def leaves_something_frozen(model: keras.Model) -> bool:
-    """Whether some operation of a network comes before all that train."""
-    model = _inlined(model, set())
-    above = _operations_above(model, set())
-    return any(_could_train(layer) for layer in model.layers if id(layer) not in above)
+def work_below(model: keras.Model, changed: Sequence[keras.Variable] = ()) -> float:
+    """Return the share of a network's multiplications that come before all that trains, in [0, 1], without cutting it.
+
+    Args:
+        model: A functional model whose `trainable` flags are set.
+        changed: Variables that count as if they trained too. Defaults to none.
+    """
+    ids = {id(variable) for variable in changed}
+    model = _inlined(model, ids)
+    nodes, above = nodes_in_order(model), _operations_above(model, ids)
+    return _work(node for node in nodes if id(node.operation) not in above) / max(_work(nodes), 1)
 
 
 def features(model: keras.Model, part: keras.Model | None = None) -> keras.KerasTensor:
@@ -246,14 +252,14 @@ def _network(inputs: list[keras.KerasTensor], outputs: list[keras.KerasTensor]) 
     return keras.Model(*(tensors[0] if len(tensors) == 1 else tensors for tensors in (inputs, outputs)))
 
 
-def _work(network: keras.Model) -> int:
-    """Estimate a network's multiplications per example: each kernel's size times the places that it is applied at."""
+def _work(nodes: Iterable[Any]) -> int:
+    """Estimate multiplications per example: each kernel's size times the places that it is applied at."""
     total = 0
-    for node in nodes_in_order(network):
+    for node in nodes:
         operation = node.operation
         inner = _graph_of(operation)
         if hasattr(inner, "_nodes_by_depth"):
-            total += _work(inner)
+            total += _work(nodes_in_order(inner))
         elif isinstance(operation, keras.Layer):
             places = math.prod(side or 1 for side in node.output_tensors[0].shape[1:-1])
             kernels = (variable for variable in operation.weights if len(variable.shape) > 1)

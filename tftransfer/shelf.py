@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import tensorflow as tf
 
 from tftransfer.errors import InputError
 
 LIMIT = 20 * 2**30
-"""Bytes that a shelf may take on the disk, unless its user says otherwise."""
+"""Bytes that a shelf may take on the disk, unless it is given another limit."""
 
 OWN = "tftransfer-cache"
 """The folder inside a `cache_dir` that is ours: what else lies there is never counted or removed."""
@@ -28,6 +27,7 @@ _MAGIC = b"tftransfer item\n"
 _HEADER = len(_MAGIC) + 24  # length and CRC-32 of what follows, in digits
 _USERS = ".in_use"  # holds an empty file KEY.NUMBER.PROCESS for each key whose files a process reads
 _BLOCK = 4096  # bytes of which a disk gives a file whole ones
+_IN_MEMORY = ("tmpfs", "ramfs")  # file systems that are no disk
 _SPARE = 2**28  # bytes that stay free on the disk
 PathLike = str | os.PathLike[str]
 
@@ -122,6 +122,8 @@ class Shelf:
     def make_room(self, count: int, size: int, needs: Collection[Path] = ()) -> bool:
         """Remove the items that were used longest ago until new ones fit; returns whether they do.
 
+        Where they would not fit all the same, nothing is removed.
+
         Args:
             count, size: How many will come, and bytes of each.
             needs: Items that stay, beside those that are held.
@@ -133,20 +135,22 @@ class Shelf:
         except OSError as error:
             return self._fails(error)
         needed, items = count * _on_disk(size + _HEADER), self._items()
-        taken, free = sum(item.size for item in items), self._free()
+        over = max(sum(item.size for item in items) + needed - self.limit, needed + _SPARE - self._free())
         kept, since = set(needs), self._held_since()
-        for item in sorted(items, key=lambda item: item.used):
-            if taken + needed <= self.limit and needed + _SPARE <= free:
+        spare = [
+            item
+            for item in sorted(items, key=lambda item: item.used)
+            if item.path not in kept and item.used < since.get(item.path.parent.parent.name, math.inf)
+        ]
+        for item in spare if sum(item.size for item in spare) >= over else ():
+            if over <= 0:
                 break
-            if item.path in kept or item.used >= since.get(item.path.parent.parent.name, math.inf):
-                continue
             with contextlib.suppress(OSError):
                 item.path.unlink()
-                taken, free = taken - item.size, free + item.size
-        fits = taken + needed <= self.limit and needed + _SPARE <= free
-        if not fits:
+                over -= item.size
+        if over > 0:
             self._note(f"{self.folder} has no room for {needed / 2**20:,.0f} MB within its limit: nothing is kept")
-        return fits
+        return over <= 0
 
     def _held_since(self) -> dict[str, float]:
         """Return from when on the items of keys are held; the marks of processes that ended are removed."""
@@ -194,11 +198,6 @@ class Shelf:
             self.notes.append(text)
 
 
-def payload_of(path: tf.Tensor) -> tf.Tensor:
-    """Read an item's payload inside a graph, as a scalar string; `Shelf.get` has checked it before."""
-    return tf.strings.substr(tf.io.read_file(path), _HEADER, -1)
-
-
 def shelf_at(folder: PathLike | None, limit: int = LIMIT) -> Shelf | None:
     """Return the shelf in a folder of the user's, where it takes a folder of its own; None for none.
 
@@ -213,17 +212,26 @@ def shelf_at(folder: PathLike | None, limit: int = LIMIT) -> Shelf | None:
     return Shelf(path / OWN, limit)
 
 
+def is_memory(folder: Path) -> bool:
+    """Whether what lies in a folder takes memory, and not room on a disk."""
+    whole = folder.resolve()
+    inside = [part for part in psutil.disk_partitions(all=True) if whole.is_relative_to(Path(part.mountpoint))]
+    innermost = max(inside, key=lambda part: len(part.mountpoint), default=None)
+    return innermost is not None and innermost.fstype in _IN_MEMORY
+
+
 @contextlib.contextmanager
 def folder_or_temporary(folder: PathLike | None, *, needed: bool) -> Iterator[PathLike | None]:
     """Give a folder, and where there is none but one is needed, a temporary one that is removed at the end.
 
+    Where the system's folder for such files takes memory, there is none all the same.
+
     Example:
-        >>> with folder_or_temporary(None, needed=True) as folder:
-        ...     found = Path(folder).is_dir()
-        >>> found, Path(folder).exists()
-        (True, False)
+        >>> with folder_or_temporary("kept", needed=True) as folder:
+        ...     folder
+        'kept'
     """
-    if folder is not None or not needed:
+    if folder is not None or not needed or is_memory(Path(tempfile.gettempdir())):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="tftransfer", ignore_cleanup_errors=True) as temporary:

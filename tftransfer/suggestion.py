@@ -49,7 +49,7 @@ class Facts:
         mirrored: The same as `probe` on mirrored pictures, by its models.
         logme: Of the network's features, see `transferability.logme`; it compares networks on the same examples.
         error: Standard error of `probe`; None unless each example has one class.
-        milliseconds: What one picture takes as constants; None if all features were found in files.
+        milliseconds: What one picture takes as constants, measured on the mirrored ones, which are never in files.
     """
 
     examples: int
@@ -61,7 +61,7 @@ class Facts:
     mirrored: float
     logme: float
     error: float | None
-    milliseconds: float | None
+    milliseconds: float
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class Suggestion:
         strategy: As `--strategy` takes it.
         epochs: Over all phases.
         batch_size: Examples per step.
-        minutes: What training is expected to take on this machine; None if its speed was not measured.
+        minutes: What training is expected to take on this machine.
         reasons: Why, in plain sentences.
     """
 
     strategy: str
     epochs: int
     batch_size: int
-    minutes: float | None
+    minutes: float
     reasons: tuple[str, ...]
 
 
@@ -121,7 +121,7 @@ def measure(
         mirrored,
         transferability.logme(found.values[0], targets),
         math.sqrt(max(score * (1 - score), 1 / len(examples)) / len(examples)) if single else None,
-        found.milliseconds,
+        other.milliseconds or 0.0,
     )
 
 
@@ -184,13 +184,13 @@ def choose(several: Sequence[Facts]) -> tuple[int, str]:
         return best, "nothing else was given."
     slack = several[best].error or 0.0
     good = [place for place, one in enumerate(several) if sign * (several[best].probe - one.probe) <= slack]
-    fastest = min(good, key=lambda place: (several[place].milliseconds or math.inf, place != best))
+    fastest = min(good, key=lambda place: (several[place].milliseconds, place != best))
     if fastest == best:
         return best, f"its features serve a linear model best, {several[best].metric} {several[best].probe:.3f}."
     return fastest, (
         f"its features serve a linear model as well as the best ({several[fastest].probe:.3f} against "
         f"{several[best].probe:.3f}, standard error {slack:.3f}), and take {several[fastest].milliseconds:.1f} instead "
-        f"of {several[best].milliseconds or math.nan:.1f} milliseconds."
+        f"of {several[best].milliseconds:.1f} milliseconds."
     )
 
 
@@ -230,8 +230,9 @@ def _is_solved(facts: Facts) -> bool:
 def _flips(facts: Facts) -> tuple[bool, str]:
     """Whether mirrored pictures are the same thing, and how one sees that."""
     loss = facts.mirrored - facts.probe if "error" in facts.metric else facts.probe - facts.mirrored
-    bound = max(_SPREAD * (facts.error or 0.02 * abs(facts.probe)), 0.02)
-    if loss > bound:
+    error = 0.02 * abs(facts.probe) if facts.error is None else facts.error
+    least = 0.0 if "error" in facts.metric else 0.02  # an error may have any unit
+    if loss > max(_SPREAD * error, least):
         return False, f"Mirrored pictures are known less well ({facts.mirrored:.3f}), so none is mirrored in training."
     return True, f"Mirrored pictures are known as well ({facts.mirrored:.3f}), so half are mirrored in training."
 
@@ -245,9 +246,9 @@ def _batch_size(facts: Facts) -> int:
     return 32 if facts.examples < 20_000 else 64
 
 
-def _minutes(facts: Facts, passes: float) -> float | None:
+def _minutes(facts: Facts, passes: float) -> float:
     """Return what so many passes of constants over the examples take."""
-    return None if facts.milliseconds is None else passes * facts.examples * facts.milliseconds / 60_000
+    return passes * facts.examples * facts.milliseconds / 60_000
 
 
 def _mirrored(examples: Examples) -> Examples:

@@ -281,7 +281,7 @@ def _run_phases(run: _Run, strategy: Strategy, call: checkpoints.Call, kept: che
 def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, carried: _Carried) -> _Carried:
     """Train one phase, add it to the history, and return what the next one may go on with."""
     began, phase = time.monotonic(), strategy[number]
-    later, variables = still_frozen(run.model, strategy[number:])
+    later, variables = still_frozen(run.model, strategy[number:], lambda one: run.steps(one)[1])
     audit, parts = plan(run.model, phase, carried.attached, variables)
     if not run.quiet:
         print_table(literal_console(), audit_table(f"What trains: {phase.name}", audit, _penalty_basis(run, phase)))

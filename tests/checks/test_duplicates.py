@@ -124,6 +124,12 @@ def test_removing_leaves_test_whole_and_nothing_double(originals):
     np.testing.assert_array_equal(cleaned.train.pictures.load(0), data.train.pictures.load(3))
     assert cleaned.splits["notes"][-1] == "4 copies of pictures of other splits were removed"
     assert duplicates.copies(cleaned) == ()
+    gone = [item.file for item in cleaned.quarantined]
+    assert sorted(gone) == sorted(
+        {*data.train.names[:3], *(set(data.validation.names) - set(cleaned.validation.names))}
+    )
+    assert "a copy of test[0] of the test split" in {item.reason for item in cleaned.quarantined}
+    assert cleaned.fingerprint != data.fingerprint
 
 
 def test_removing_a_whole_class_is_refused(originals):

@@ -64,6 +64,7 @@ def test_two_classes_are_probed(small_network, make_examples):
     assert forgetting.source_accuracy(model, probe) == 1.0
 
 
+@pytest.mark.slow
 def test_the_built_in_task_is_known_to_the_embedded_backbone():
     from tftransfer import builders
 

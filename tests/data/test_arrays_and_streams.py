@@ -33,6 +33,12 @@ def test_arrays_of_every_shape_and_type_are_the_same():
     assert task.labels == ("0", "1", "2")
 
 
+def test_the_same_bytes_in_another_shape_are_other_pictures():
+    both = [PICTURES.reshape(24, *sides, 3) for sides in ((4, 9), (9, 4))]
+    digests = [set(load((part, LABELS), image_size=SIZE)[0].train.pictures.digests) for part in both]
+    assert not digests[0] & digests[1]
+
+
 def test_arrays_with_splits_names_and_many_classes():
     parts = {
         "train": (PICTURES, LABELS),

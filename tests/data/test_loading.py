@@ -54,7 +54,7 @@ def test_class_folders(make_folder):
 
 
 def test_pictures_that_fit_neither_memory_nor_disk_are_decoded_again(make_folder, monkeypatch):
-    monkeypatch.setattr(room, "_is_memory", lambda _: True)
+    monkeypatch.setattr(room, "is_memory", lambda _: True)
     root = make_folder({"cat": 5, "dog": 5})
     kept, _ = load(root, image_size=SIZE)
     again, _ = load(root, image_size=SIZE, memory_budget=0)

@@ -75,7 +75,7 @@ def test_pictures_that_change_behind_a_second_run_are_refused(folder, tmp_path):
 
 
 def test_what_fits_neither_memory_nor_disk_is_remembered_too(folder, tmp_path, decoded, monkeypatch):
-    monkeypatch.setattr(room, "_is_memory", lambda _: True)
+    monkeypatch.setattr(room, "is_memory", lambda _: True)
     for expected in (26, 0):
         decoded.clear()
         data, _ = load(folder, image_size=(6, 8), cache_dir=tmp_path / "kept", memory_budget=0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import fine_tune, strategies
+from tftransfer import fine_tune, shelf, strategies
 from tftransfer.data import load, room
 
 SIZE = (6, 5)
@@ -72,9 +72,9 @@ def test_files_in_memory_are_not_taken_for_a_disk(tmp_path, monkeypatch):
         types.SimpleNamespace(mountpoint="/", fstype="ext4"),
         types.SimpleNamespace(mountpoint=str(tmp_path.resolve()), fstype="tmpfs"),
     ]
-    monkeypatch.setattr(room.psutil, "disk_partitions", lambda all: partitions)
+    monkeypatch.setattr(shelf.psutil, "disk_partitions", lambda all: partitions)
     assert room.room(7, SIZE, 0, tmp_path / "deeper") is None
-    monkeypatch.setattr(room.psutil, "disk_partitions", lambda all: partitions[:1])
+    monkeypatch.setattr(shelf.psutil, "disk_partitions", lambda all: partitions[:1])
     assert isinstance(room.room(7, SIZE, 0, tmp_path / "deeper"), room.InFile)
 
 
@@ -82,7 +82,7 @@ def test_data_on_the_disk_are_those_in_memory(tmp_path, monkeypatch):
     source = (_pictures(40), list("ab" * 20))
     memory, _ = load(source, image_size=(8, 8))
     disk, _ = load(source, image_size=(8, 8), memory_budget=0, cache_dir=tmp_path)
-    monkeypatch.setattr(room, "_is_memory", lambda _: True)
+    monkeypatch.setattr(room, "is_memory", lambda _: True)
     neither, _ = load(source, image_size=(8, 8), memory_budget=0)
     assert [data.train.pictures.at_once for data in (memory, disk, neither)] == [True, True, False]
     assert memory.fingerprint == disk.fingerprint == neither.fingerprint

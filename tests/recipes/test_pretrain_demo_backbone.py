@@ -24,6 +24,7 @@ def card(packaged):
     return json.loads((packaged / "demo_backbone.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_smoke_run_writes_every_file(repository, tmp_path):
     recipe = repository / "recipes" / "pretrain_demo_backbone.py"
     command = [

@@ -12,6 +12,7 @@ Scale-Invariant Keypoints" (a match must stand out from the next ones).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,6 +23,7 @@ from scipy.ndimage import gaussian_filter1d
 
 from tftransfer.checks.gallery import gallery
 from tftransfer.data import Data, Examples, order
+from tftransfer.data.examples import Quarantined
 from tftransfer.errors import InputError
 from tftransfer.report import DATA, Check, Findings, Table
 
@@ -129,10 +131,10 @@ def without_copies(data: Data, found: tuple[Copy, ...]) -> Data:
     Raises:
         InputError: If training or validation would lose a class, or all examples.
     """
-    parts = {}
+    parts, gone = {}, []
     for name in ("train", "validation"):
         examples = getattr(data, name)
-        drop = {copy.other_index for copy in found if copy.other == name}
+        drop = {copy.other_index: copy for copy in found if copy.other == name}
         left = examples.subset(np.array([number for number in range(len(examples)) if number not in drop], int))
         lost = examples.targets.ndim == 1 and len(np.unique(left.targets)) < len(np.unique(examples.targets))
         if lost or not len(left):
@@ -141,9 +143,18 @@ def without_copies(data: Data, found: tuple[Copy, ...]) -> Data:
                 "pictures are in other splits too: divide the data anew"
             )
         parts[name] = left
-    count = sum(len(getattr(data, name)) - len(left) for name, left in parts.items())
-    said = [*data.splits.get("notes", []), f"{count} copies of pictures of other splits were removed"]
-    return replace(data, **parts, splits={**data.splits, "notes": said})
+        for number, copy in drop.items():
+            original = getattr(data, copy.split).names[copy.index]
+            gone.append(Quarantined(examples.names[number], f"a copy of {original} of the {copy.split} split"))
+    said = [*data.splits.get("notes", []), f"{len(gone)} copies of pictures of other splits were removed"]
+    fingerprint = hashlib.sha256(f"{data.fingerprint} without {sorted(one.file for one in gone)}".encode()).hexdigest()
+    return replace(
+        data,
+        **parts,
+        quarantined=(*data.quarantined, *gone),
+        splits={**data.splits, "notes": said},
+        fingerprint=fingerprint,
+    )
 
 
 def duplicates(data: Data, found: tuple[Copy, ...], *, removed: bool = False) -> Findings:

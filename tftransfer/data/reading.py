@@ -162,7 +162,12 @@ def _read_one(
 
 
 def _digest(stored: Any) -> str:
-    return hashlib.sha256(stored if isinstance(stored, bytes) else np.ascontiguousarray(stored).data).hexdigest()
+    """Return the SHA-256 of a picture as it is stored; of pixels with their shape, as the same may be a turned one."""
+    if isinstance(stored, bytes):
+        return hashlib.sha256(stored).hexdigest()
+    digest = hashlib.sha256(f"{stored.dtype} {stored.shape}".encode())
+    digest.update(np.ascontiguousarray(stored).data)
+    return digest.hexdigest()
 
 
 def _misnamed_note(names: Sequence[str]) -> tuple[str, ...]:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import tensorflow as tf
 
 from tftransfer.data import shared
+from tftransfer.shelf import is_memory
 
 _SPARE = 2**30  # bytes that stay free on the disk
-_IN_MEMORY = ("tmpfs", "ramfs")  # file systems that are no disk
 
 
 class InMemory:
@@ -92,17 +91,8 @@ def room(count: int, image_size: tuple[int, int], memory: int, folder: Path | No
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         place = folder or Path(tempfile.gettempdir())
-        if not _is_memory(place) and shutil.disk_usage(place).free >= size + _SPARE:
+        if not is_memory(place) and shutil.disk_usage(place).free >= size + _SPARE:
             return InFile(count, image_size, folder)
     except OSError:  # then they are decoded again and again
         pass
     return None
-
-
-def _is_memory(place: Path) -> bool:
-    """Whether what lies in a folder takes memory."""
-    inside = [
-        part for part in psutil.disk_partitions(all=True) if place.resolve().is_relative_to(Path(part.mountpoint))
-    ]
-    innermost = max(inside, key=lambda part: len(part.mountpoint), default=None)
-    return innermost is not None and innermost.fstype in _IN_MEMORY

@@ -36,4 +36,6 @@ def tensor(array: np.ndarray) -> tf.Tensor:
     with tf.init_scope():
         if array.dtype == bool or not array.size:  # which DLPack does not take
             return tf.constant(array)
+        if array.dtype == tf.bfloat16.as_numpy_dtype:  # nor this, by name
+            return tf.bitcast(tensor(array.view(np.int16)), tf.bfloat16)
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
