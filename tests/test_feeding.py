@@ -1,5 +1,6 @@
 import time
 
+import keras
 import pytest
 import tensorflow as tf
 
@@ -46,3 +47,10 @@ def test_a_phase_says_what_was_kept(small_network, small_task, small_data, phase
     assert 0 <= record.waited_share < 1
     assert 0 <= record.extract_seconds < record.seconds
     assert {"store", "waited_share", "extract_seconds"} <= set(record.to_json())
+
+
+def test_where_a_callback_looks_at_every_batch_nothing_is_kept(small_network, small_task, small_data):
+    phase = (Phase("head", "head", 5),)
+    looks = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: None)
+    history = training.fine_tune(small_network(), small_task, small_data, phase, batch_size=12, callbacks=[looks])
+    assert history.phases[0].store == "computed in every epoch: a callback looks at every batch"

@@ -21,6 +21,10 @@ from tftransfer.strategies import Phase
 from tftransfer.trainee import Below, unpacked
 
 CACHES = ("auto", "off")
+WATCHED = "watched"
+"""In their place, where a callback looks at the model at every batch: nothing is kept then either."""
+
+_OFF = {"off": "switched off", WATCHED: "a callback looks at every batch"}
 _AT_ONCE = 64  # steps in one call of a graph at the most, so that a signal is heard soon
 _PAYS = 1.5  # keep features that are used so many times, weighted by the share of the work that they save
 
@@ -151,7 +155,7 @@ def feed(
         steps: Which part of it.
         parts: The network in two parts.
         below: The frozen one as a function, if there is one.
-        cache: One of `CACHES`.
+        cache: One of `CACHES`, or `WATCHED`.
         shelf: Where it is kept beyond the run.
         later: Phases to come that leave the lowest stage of `below` frozen too: what that gives for views that both
             need is kept as well, so that the rest is computed from it. Defaults to none.
@@ -210,8 +214,8 @@ def _kept_training(data: Data, phase: Phase, keeper: _Keeper, cache: str) -> tup
     """Return what is kept of the training split, and what there is to say about it."""
     if keeper.below is None:
         return None, "nothing is frozen"
-    if cache == "off":
-        return None, "computed in every epoch: switched off"
+    if cache in _OFF:
+        return None, f"computed in every epoch: {_OFF[cache]}"
     if not _repeats(phase):
         return None, "computed in every epoch: each has new views of the examples"
     if not keeper.use.keeps:

@@ -80,7 +80,8 @@ def fine_tune(
         strategy: A tuple of phases, from `strategies`.
         output: A folder for `history.csv`, TensorBoard `logs/` and, after each phase, `checkpoints/`. Defaults to None:
             nothing is written.
-        callbacks: Keras callbacks; each sees the whole model. Keras calls them once more per phase.
+        callbacks: Keras callbacks; each sees the whole model. Keras calls them once more per phase. Where one does
+            something at every batch, nothing that is frozen is kept, as for `cache="off"`.
         seed: Decides the order of the examples, augmentation and dropout. Defaults to 0.
         batch_size: Examples per step over all devices, at least 1. Defaults to 32.
         max_steps: Steps per phase at the most, to try things out. Defaults to None: no bound.
@@ -327,11 +328,12 @@ def _fed(
     trainee: Trainee,
 ) -> feeding.Feed:
     """Prepare a phase's batches, and the part that trains for them."""
+    cache = feeding.WATCHED if hears_of_batches(run.callbacks) and run.cache == "auto" else run.cache
     feed = feeding.feed(
-        run.data, phase, steps, parts, below, cache=run.cache, shelf=run.shelf, later=later, shared=run.shared
+        run.data, phase, steps, parts, below, cache=cache, shelf=run.shelf, later=later, shared=run.shared
     )
     trainee.add_below(training=feed.below_training, validation=feed.below_validation)
-    if parts.frozen and not feed.computes and steps.replicas == 1 and not hears_of_batches(run.callbacks):
+    if parts.frozen and not feed.computes and steps.replicas == 1:
         trainee.run_at_once(steps.at_once)
     if parts.frozen and not run.quiet:
         literal_console().print(f"What is frozen: {feed.summary}", soft_wrap=True)
