@@ -141,6 +141,38 @@ def test_another_network_cannot_go_on(small_network, small_task, small_data, tmp
             np.testing.assert_array_equal(one, two)
 
 
+class _Scale(keras.layers.Layer):
+    """A layer whose variable has no name, as those of ConvNeXt, which Keras numbers anew in each session."""
+
+    def build(self, shape):
+        self.factor = self.add_weight(shape=shape[-1:], initializer="ones")
+
+    def call(self, inputs):
+        return inputs * self.factor
+
+
+def _scaled():
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((32, 32, 3), name="image")
+    x = _Scale()(keras.layers.Conv2D(4, 3, strides=4, name="conv_1")(inputs))
+    x = keras.layers.GlobalAveragePooling2D(name="head_pool")(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="logits")(x))
+
+
+def test_variables_without_a_name_go_on_too(small_task, small_data, tmp_path):
+    strategy = (Phase("probe", "head", 1), Phase("all", "all", 1, carry_moments=True))
+    whole = _scaled()
+    training.fine_tune(whole, small_task, small_data, strategy)
+    interrupted = {"output": tmp_path, "callbacks": [_Interrupt(1)]}
+    with pytest.raises(KeyboardInterrupt):
+        training.fine_tune(_scaled(), small_task, small_data, strategy, **interrupted)
+    resumed = _scaled()
+    assert [v.name for v in resumed.variables] != [v.name for v in whole.variables]
+    training.fine_tune(resumed, small_task, small_data, strategy, output=tmp_path)
+    for one, two in zip(_weights(whole), _weights(resumed), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
 def test_fewer_examples_are_another_call(small_task, small_data):
     data = dataclasses.replace(small_data, fingerprint="of what was read")
     fewer = dataclasses.replace(data, train=data.train.subset(np.arange(20)))

@@ -18,7 +18,7 @@ import tensorflow as tf
 from tftransfer import tensor_files
 from tftransfer.errors import InputError, check, is_number, nearest
 from tftransfer.optimizers import Moment
-from tftransfer.trainable import all_groups, is_generator, weight_layers
+from tftransfer.trainable import all_groups, is_generator, own_name, weight_layers
 
 KINDS = {
     "dense": (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Embedding),
@@ -306,7 +306,7 @@ def base_digest(model: keras.Model) -> str:
     head = {id(variable) for variable in _head_variables(model)}
     for variable in model.variables:
         if id(variable) not in head and not is_generator(variable):
-            digest.update(f"{variable.name} {tuple(variable.shape)};".encode())
+            digest.update(f"{own_name(variable)} {tuple(variable.shape)};".encode())
             digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
     return digest.hexdigest()
 

@@ -58,7 +58,7 @@ def still_frozen(
     """
     uses: list[feeding.Use] = []
     variables: list[keras.Variable] = []
-    for phase in strategy:
+    for phase in strategy if len(strategy) > 1 else ():
         trainable.set_trainable(model, phase.selector, train_batch_norm=phase.train_batch_norm)
         share = 0.0 if phase.adapter else prefix.work_below(model)
         if not share:

@@ -124,7 +124,17 @@ def places(model: keras.Model) -> dict[str, str]:
         {'logits/kernel': '0.kernel', 'logits/bias': '1.bias'}
     """
     kept = (variable for variable in model.variables if not is_generator(variable))
-    return {variable.path: f"{number}.{variable.name}" for number, variable in enumerate(kept)}
+    return {variable.path: f"{number}.{own_name(variable)}" for number, variable in enumerate(kept)}
+
+
+def own_name(variable: keras.Variable) -> str:
+    """Return a variable's name; without the number that Keras gives in each session to those that have none.
+
+    Example:
+        >>> own_name(keras.Variable(1.0, name="gamma")), own_name(keras.Variable(1.0))
+        ('gamma', 'variable')
+    """
+    return re.sub(r"^variable_\d+$", "variable", variable.name)
 
 
 def is_generator(variable: keras.Variable) -> bool:
