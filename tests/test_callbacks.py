@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tftransfer.callbacks import HeedStop, KeepBest, LearningRateLog, Progress, callback_list, hears_of_batches
+from tftransfer.callbacks import (
+    HeedStop,
+    KeepBest,
+    LearningRateLog,
+    Progress,
+    callback_list,
+    hears_of_batches,
+    looks_at_batches,
+)
 
 
 @pytest.fixture
@@ -113,16 +121,20 @@ class _OfTests(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize(
-    ("callback", "hears"),
+    ("callback", "hears", "looks"),
     [
-        (keras.callbacks.EarlyStopping(), False),
-        (keras.callbacks.LambdaCallback(on_epoch_end=print), False),
-        (keras.callbacks.LambdaCallback(on_train_batch_end=print), True),
-        (keras.callbacks.TerminateOnNaN(), True),
-        (_OfTests(), True),
+        (keras.callbacks.EarlyStopping(), False, False),
+        (keras.callbacks.LambdaCallback(on_epoch_end=print), False, False),
+        (keras.callbacks.LambdaCallback(on_train_batch_end=print), True, True),
+        (keras.callbacks.TerminateOnNaN(), True, False),
+        (keras.callbacks.ModelCheckpoint("best.keras"), False, False),
+        (keras.callbacks.ModelCheckpoint("best.keras", save_freq=10), True, True),
+        (keras.callbacks.BackupAndRestore("backup"), False, False),
+        (_OfTests(), True, True),
     ],
 )
-def test_who_hears_of_batches_is_known(callback, hears):
+def test_who_hears_of_batches_and_looks_at_the_model_is_known(callback, hears, looks):
     assert hears_of_batches([callback]) == hears
+    assert looks_at_batches([callback]) == looks
     assert hears_of_batches([keras.callbacks.EarlyStopping(), callback]) == hears
     assert not hears_of_batches([])

@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import gc
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 import tensorflow as tf
 
 from tftransfer import constants, features, feeding, planning, prefix, strategies, trainable, training
+from tftransfer.data import order
 from tftransfer.data.augment import named
 from tftransfer.errors import InputError
 from tftransfer.features import Room
@@ -125,7 +127,24 @@ def test_a_run_goes_on_when_the_disk_is_full(small_network, small_task, data, tm
     for one, two in zip(expected, found, strict=True):
         np.testing.assert_array_equal(one, two)
     assert "No space left" in said
-    assert said.startswith("kept in memory" if place == "memory" else "computed in every epoch")
+    assert said.startswith(f"kept in {place}")
+
+
+def test_a_disk_without_room_for_what_training_reads_is_gone_without(
+    small_network, small_task, data, tmp_path, monkeypatch
+):
+    expected, _ = _tuned(small_network, small_task, data, None)
+    monkeypatch.setattr(features, "MEMORY_SHARE", 0.0)
+
+    def full(*given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    found, said = _tuned(small_network, small_task, data, tmp_path)
+    for one, two in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert said.startswith("computed in every epoch")
+    assert "has no room for what training reads: No space left" in said
 
 
 class _Damages(keras.callbacks.Callback):
@@ -140,7 +159,7 @@ class _Damages(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize("kind", ["a flipped bit", "removed"])
-def test_files_that_are_damaged_while_they_are_read_are_computed_again(
+def test_files_that_are_damaged_while_training_runs_are_nothing_to_it(
     small_network, small_task, data, tmp_path, monkeypatch, kind
 ):
     expected, _ = _tuned(small_network, small_task, data, None)
@@ -261,6 +280,22 @@ def test_tensors_of_several_types_come_back(data, tmp_path, place):
         np.testing.assert_array_equal(mask.numpy(), numbers.numpy() > 128.0)
         np.testing.assert_array_equal(halves.numpy(), tf.cast(numbers, tf.bfloat16).numpy())
         assert 0 < mask.numpy().mean() < 1
+        first = next(iter(order.in_order(data.train, 24, feeding._read(kept))))[0]
+        for one, two in zip(first, (numbers, mask, halves), strict=True):
+            np.testing.assert_array_equal(one.numpy(), two.numpy())
+
+
+def test_a_file_of_features_is_gone_with_what_reads_it(data, tmp_path, small_network):
+    below, room = constants.Constants(_frozen(small_network), 32), Room(0, Shelf(tmp_path))
+    gc.collect()
+    opened = len(os.listdir("/proc/self/fd"))
+    kept = features.keep(below, data.train, named("none"), views=1, seed=0, room=room, key="key")
+    batches = order.in_order(data.train, 8, feeding._read(kept))
+    assert len(list(batches)) == 3
+    assert len(os.listdir("/proc/self/fd")) == opened + 1
+    del kept, batches
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
 def test_a_run_that_was_stopped_while_it_computed_goes_on(small_network, small_task, data, tmp_path, monkeypatch):
@@ -303,6 +338,7 @@ def test_the_lowest_cut_that_a_later_phase_needs_is_computed_once(
     small_network, small_task, data, tmp_path, monkeypatch, place
 ):
     monkeypatch.setattr(feeding, "_PAYS", 0.0)
+    monkeypatch.setattr(feeding, "_SHARED", 0.0)
     if place == "files":
         monkeypatch.setattr(features, "MEMORY_SHARE", 0.0)
     start, ended = small_network().get_weights(), []
@@ -330,6 +366,7 @@ def _epochs(phase):
 
 def test_nothing_is_shared_beyond_a_phase_that_trains_all(small_network, monkeypatch):
     monkeypatch.setattr(feeding, "_PAYS", 0.0)
+    monkeypatch.setattr(feeding, "_SHARED", 0.0)
     model = small_network()
     every = Phase("all", "all", 1, 0.01)
     phases, variables = planning.still_frozen(model, (GRADUAL[0], every, GRADUAL[2]), _epochs)
@@ -487,14 +524,36 @@ def test_networks_that_differ_have_different_digests():
     assert features.digest_of(_activated(policy="mixed_bfloat16")) != features.digest_of(_activated())
 
 
-def test_the_source_of_somebodys_own_layer_counts(monkeypatch):
-    class Own(keras.layers.Activation):
-        pass
+def _own_layer(factor):
+    """Return a class whose parent's code has a constant in it."""
+    space = {"keras": keras, "__name__": "somebodys"}
+    text = f"""
+class Parent(keras.layers.Activation):
+    def call(self, inputs):
+        return {factor} * super().call(inputs)
 
-    before = features.digest_of(_activated(layer=Own))
-    assert before == features.digest_of(_activated(layer=Own))
-    monkeypatch.setattr(features.inspect, "getsource", lambda kind: "another")
-    assert features.digest_of(_activated(layer=Own)) not in (before, "")
+class Child(Parent):
+    pass
+"""
+    exec(textwrap.dedent(text), space)
+    return space["Child"]
+
+
+def _own_function(factor):
+    space = {"__name__": "somebodys"}
+    exec(f"def given(inputs):\n    return {factor} * inputs", space)
+    return space["given"]
+
+
+def test_the_code_of_somebodys_own_layers_and_functions_counts():
+    layers = [features.digest_of(_activated(layer=_own_layer(factor))) for factor in (2, 2, 3)]
+    assert layers[0] == layers[1] != layers[2]
+    functions = []
+    for factor in (2, 2, 3):
+        inputs = keras.Input((4,))
+        network = keras.Model(inputs, keras.layers.Activation(_own_function(factor))(inputs))
+        functions.append(features.digest_of(network))
+    assert functions[0] == functions[1] != functions[2]
 
 
 def test_a_network_that_cannot_be_described_is_kept_for_the_run_alone(small_task, data, tmp_path):
@@ -536,9 +595,10 @@ def test_views_that_are_all_in_files_need_no_picture(small_network, data, tmp_pa
 def test_what_is_frozen_in_several_phases_is_kept_apart_where_that_saves_something():
     often = Phase("often", "last:1", 20, 0.01)
     uses = [feeding.Use(often, often.epochs, 0.9)] * 3
-    assert feeding.pays_to_share(uses, 0.4)  # two epochs of 0.4 are saved
+    assert feeding.pays_to_share(uses, 0.4)
+    assert feeding.pays_to_share(uses[:2], 0.4)  # so that all phases but the last come to the same
     assert not feeding.pays_to_share(uses, 0.2)
-    assert not feeding.pays_to_share(uses[:2], 0.4)
+    assert not feeding.pays_to_share(uses[:1], 0.4)
     assert not feeding.pays_to_share([uses[0], *(dataclasses.replace(use, share=0.05) for use in uses[1:])], 0.4)
     other = dataclasses.replace(often, augmentation="light", views=2)
     assert not feeding.pays_to_share([uses[0], *[dataclasses.replace(uses[0], phase=other)] * 2], 0.4)

@@ -85,7 +85,7 @@ def test_a_write_that_fails_leaves_nothing_behind(shelf, monkeypatch, fault):
 
 
 def _names(shelf):
-    return sorted(path.name for path in shelf.folder.rglob("*") if path.is_file() and path.parent.name != ".in_use")
+    return sorted(path.name for path in shelf.folder.rglob("*") if path.is_file())
 
 
 def _age(shelf, key, name, seconds):
@@ -123,45 +123,35 @@ def test_nothing_to_come_needs_no_room(tmp_path):
     assert _names(shelf) == ["name"]
 
 
-def test_what_somebody_reads_stays_as_long_as_they_do(tmp_path):
-    shelf = Shelf(tmp_path, limit=2 * 4096)
-    shelf.put("key", "before", b"1")
-    _age(shelf, "key", "before", 10)
-    held = shelf.hold("key")
-    shelf.put("key", "during", b"2")
-    assert not shelf.make_room(2, 1000)
-    assert _names(shelf) == ["before", "during"]  # what would not be enough is not removed
-    assert shelf.make_room(1, 1000)
-    assert _names(shelf) == ["during"]
-    del held
-    assert shelf.make_room(2, 1000)
-    assert _names(shelf) == []
-    assert not list((tmp_path / ".in_use").iterdir())
-
-
-def test_what_another_living_process_reads_stays(tmp_path):
-    shelf = Shelf(tmp_path, limit=2 * 4096)
+def test_what_ended_processes_left_half_written_goes(tmp_path):
+    shelf = Shelf(tmp_path, limit=4096)
     shelf.put("theirs", "name", bytes(1000))
-    _age(shelf, "theirs", "name", -10)
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    half = tmp_path / "theirs" / "na" / f".half.{other.pid}"
     try:
-        (tmp_path / ".in_use").mkdir()
-        (tmp_path / ".in_use" / f"theirs.0.{other.pid}").touch()
-        (tmp_path / ".in_use" / ".nfs0001").touch()  # as network file systems leave it
-        (tmp_path / "theirs" / "na" / f".half.{other.pid}").touch()
+        half.touch()
         assert not shelf.make_room(2, 1500)
-        assert shelf.get("theirs", "name") == bytes(1000)
-        _age(shelf, "theirs", "name", -10)
+        assert half.exists()
     finally:
         other.communicate(b"\n")
-    assert shelf.make_room(2, 1500)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # nor what it left half-written
+    assert shelf.make_room(1, 1500)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_comes_beside_needs_room_on_the_disk_alone(tmp_path, monkeypatch):
+    shelf = Shelf(tmp_path, limit=4096)
+    shelf.put("key", "name", bytes(1000))
+    monkeypatch.setattr(Shelf, "_free", lambda self: shelves._SPARE + 8192)
+    assert shelf.make_room(0, 1000, beside=8192)
+    assert shelf.make_room(1, 1000, beside=4096)  # in the place of the other
+    assert _names(shelf) == []
+    assert not shelf.make_room(1, 1000, beside=8192)
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_a_temporary_folder_that_takes_memory_is_none(tmp_path, monkeypatch, kind):
     disks = [types.SimpleNamespace(mountpoint="/", fstype="ext4")]
-    disks += [types.SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    disks += [types.SimpleNamespace(mountpoint=place, fstype=kind) for place in (str(tmp_path), "/var/tmp")]
     monkeypatch.setattr(shelves.psutil, "disk_partitions", lambda all: disks)
     monkeypatch.setattr(shelves.tempfile, "tempdir", str(tmp_path))
     with shelves.folder_or_temporary(None, needed=True) as folder:
@@ -196,7 +186,6 @@ def test_a_cache_that_nobody_may_look_into_keeps_nothing(tmp_path, monkeypatch):
     for function in ("stat", "mkdir", "utime", "scandir", "listdir"):
         monkeypatch.setattr(os, function, refuse)
     shelf = shelves.shelf_at(tmp_path / "theirs")
-    shelf.hold("key")
     assert not shelf.put("key", "name", b"1")
     assert not shelf.make_room(1, 1)
     assert "cannot be written (Permission denied)" in shelf.notes[0]

@@ -172,13 +172,21 @@ _OF_BATCHES = tuple(f"on_{name}_{end}" for name in ("train_batch", "test_batch",
 def hears_of_batches(callbacks: Sequence[keras.callbacks.Callback]) -> bool:
     """Whether one of a user's callbacks does something at every batch.
 
+    Keras' own that could save then, but are to do so after epochs, do not.
+
     Example:
-        >>> hears_of_batches([keras.callbacks.EarlyStopping()])
+        >>> hears_of_batches([keras.callbacks.EarlyStopping(), keras.callbacks.ModelCheckpoint("best.keras")])
         False
     """
-    stock = keras.callbacks.Callback
-    own = ((getattr(one, name), getattr(stock, name)) for one in callbacks for name in _OF_BATCHES)
+    stock, savers = keras.callbacks.Callback, (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore)
+    awake = [one for one in callbacks if not (type(one) in savers and one.save_freq == "epoch")]
+    own = ((getattr(one, name), getattr(stock, name)) for one in awake for name in _OF_BATCHES)
     return any(getattr(method, "__func__", method) is not inherited for method, inherited in own)
+
+
+def looks_at_batches(callbacks: Sequence[keras.callbacks.Callback]) -> bool:
+    """Whether one of a user's callbacks may look at the model at every batch, and not at the logs alone."""
+    return hears_of_batches([one for one in callbacks if type(one) is not keras.callbacks.TerminateOnNaN])
 
 
 def callback_list(

@@ -74,7 +74,11 @@ def call_of(
     cache_dtype: str = "float32",
 ) -> Call:
     """Describe a call of `fine_tune`; see `Call`."""
-    parts = (part for split in (data.train, data.validation) for part in (split.targets, np.array(split.names)))
+    parts = (
+        part
+        for split in (data.train, data.validation)
+        for part in (split.targets, split.weights, np.array(split.names))
+    )
     examples = _digest([np.array(data.fingerprint), *parts])  # splits may have been changed since they were read
     return Call(
         tuple(strategy),

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,8 @@ import tensorflow as tf
 from tftransfer import __version__
 from tftransfer.data import Examples, order, shared
 from tftransfer.data.augment import Augmentation
-from tftransfer.shelf import Hold, Shelf
+from tftransfer.data.room import Rows
+from tftransfer.shelf import Shelf
 
 MEMORY_SHARE = 0.25
 """Share of the available memory that the features which a run keeps may take together."""
@@ -65,14 +67,12 @@ class Kept:
         computed: How many of them were computed, and not found in files.
         size: Bytes of all.
         in_memory: Whether they are held in memory.
-        held: What keeps their files from being removed. Defaults to None.
     """
 
     read: Callable[[tf.Tensor, tf.Tensor], list[tf.Tensor]]
     computed: int
     size: int
     in_memory: bool
-    held: Hold | None = None
 
     def __str__(self) -> str:
         place = "in memory" if self.in_memory else "in files"
@@ -94,19 +94,18 @@ def digest_of(frozen: keras.Model, chunk: int = BATCH) -> str:
     """Return the SHA-256 over a network's layers and weights, how it is run, and the versions that run it.
 
     Layers' names are replaced by their order, as Keras numbers layers anew in each session; what trains makes no
-    difference. Of classes that are not Keras' own the source is part of it.
+    difference. The code of layers and functions that are not Keras' own is part of it, but not what that calls.
 
     Returns:
-        "" for a network that cannot be told from others: a layer has no `get_config`, or its class no source.
+        "" for a network with a layer that Keras cannot describe.
     """
     try:
         described = json.loads(frozen.to_json())
-        sources = sorted({inspect.getsource(kind) for kind in _own_kinds(frozen)})
-    except (NotImplementedError, TypeError, ValueError, OSError):
+    except (NotImplementedError, TypeError, ValueError):
         return ""
     for ends in ("input_layers", "output_layers"):  # a single tensor may be in a list of one or not
         described["config"][ends] = keras.tree.flatten(described["config"][ends])
-    text = json.dumps([_renamed(described, {}), sources], sort_keys=True)
+    text = json.dumps([_renamed(described, {}), _own_code(frozen)], sort_keys=True)
     versions = f"{__version__} {tf.__version__} {keras.__version__}"
     digest = hashlib.sha256(f"{versions} {chunk} {text}".encode())
     for variable in frozen.weights:  # and not the states of random layers, which are off
@@ -114,10 +113,30 @@ def digest_of(frozen: keras.Model, chunk: int = BATCH) -> str:
     return digest.hexdigest()
 
 
-def _own_kinds(network: keras.Model) -> set[type]:
-    """Return the classes of a network's operations that neither Keras nor this project defines."""
-    own = {type(one) for one in (*network._flatten_layers(), *network.operations)}
-    return {kind for kind in own if kind.__module__.partition(".")[0] not in ("keras", "tftransfer")}
+def _own_code(network: keras.Model) -> list[str]:
+    """Return the code of a network's classes and functions that neither Keras nor TensorFlow defines."""
+    operations = {id(one): one for one in (*network._flatten_layers(), *network.operations)}.values()
+    kinds = {kind for one in operations for kind in type(one).__mro__}
+    defined = [value for kind in kinds for value in vars(kind).values() if _is_own(kind.__module__)]
+    held = [value for one in operations for value in vars(one).values()]
+    functions = {inspect.unwrap(one) for one in (*defined, *held) if isinstance(one, types.FunctionType)}
+    own = {one for one in functions if _is_own(one.__module__ or "")}
+    return sorted(f"{one.__qualname__} {_code(one.__code__)}" for one in own)
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] not in ("keras", "tensorflow", "tftransfer", "builtins", "functools")
+
+
+def _code(code: types.CodeType) -> str:
+    """Describe what a function does, wherever its text stands."""
+    return f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {[_constant(one) for one in code.co_consts]}"
+
+
+def _constant(value: Any) -> str:
+    if isinstance(value, types.CodeType):
+        return _code(value)
+    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)  # whose order means nothing
 
 
 _HISTORIES = ("keras_history", "input_layers", "output_layers")  # where layers are named beside their own `name`
@@ -176,8 +195,9 @@ def keep(
     rows = tuple(_Row(tuple(output.shape), output.dtype) for output in below.outputs)
     shelf = room.shelf if examples.pictures.digests and key else None
     work = _Work(below, examples, augmentation, views, seed, rows, shelf, key, lower)
-    on_shelf = shelf is not None and work.fits(shelf)
-    if work.size <= room.memory:
+    in_memory = work.size <= room.memory
+    on_shelf = shelf is not None and work.fits(shelf, 0 if in_memory else work.size)
+    if in_memory:
         return (work if on_shelf else dataclasses.replace(work, shelf=None)).in_memory()
     return work.in_files(shelf) if on_shelf and shelf else None
 
@@ -192,6 +212,13 @@ class _Row:
     @property
     def size(self) -> int:
         return math.prod(self.shape) * self.dtype.size
+
+    def decoded(self, payloads: tf.Tensor) -> tf.Tensor:
+        """Return `(n, size)` bytes as `(n, *shape)` of the type."""
+        if self.dtype == tf.bool:
+            return tf.reshape(tf.cast(payloads, tf.bool), (-1, *self.shape))
+        width = (self.dtype.size,) if self.dtype.size > 1 else ()
+        return tf.bitcast(tf.reshape(payloads, (-1, *self.shape, *width)), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -216,12 +243,12 @@ class _Work:
     @property
     def size(self) -> int:
         """Bytes of all."""
-        return self.places * sum(row.size for row in self.rows)
+        return self.places * self._width
 
-    def fits(self, shelf: Shelf) -> bool:
-        """Whether a shelf has the room for those that do not lie on it yet; it is made if need be."""
+    def fits(self, shelf: Shelf, beside: int) -> bool:
+        """Whether a shelf has the room for those that do not lie on it yet, and its disk for some bytes beside them."""
         there = [path for name in self.names if os.path.exists(path := shelf.path(self.key, name))]
-        return shelf.make_room(self.places - len(there), sum(row.size for row in self.rows), there)
+        return shelf.make_room(self.places - len(there), self._width, there, beside)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -236,9 +263,14 @@ class _Work:
 
     def in_memory(self) -> Kept:
         """Hold all of it as one array per tensor."""
-        count = len(self.examples)
+        count, missing = len(self.examples), []
         arrays = [shared.empty((self.places, *row.shape), row.dtype.as_numpy_dtype) for row in self.rows]
-        missing = [place for place in range(self.places) if not self._found(place, arrays)]
+        for place in range(self.places):
+            if (payload := self._payload(place)) is None:
+                missing.append(place)
+                continue
+            for array, row, part in zip(arrays, self.rows, self._parts(payload), strict=True):
+                array[place] = np.frombuffer(part, row.dtype.as_numpy_dtype).reshape(row.shape)
         for places, tensors in self._computed(missing):
             for array, tensor in zip(arrays, tensors, strict=True):
                 array[places] = tensor
@@ -251,47 +283,45 @@ class _Work:
         return Kept(read, len(missing), self.size, in_memory=True)
 
     def in_files(self, shelf: Shelf) -> Kept | None:
-        """Leave all of it in files, which are read when they are asked for."""
-        count, held = len(self.examples), shelf.hold(self.key)
-        missing = [place for place in range(self.places) if not self._found(place)]
+        """Hold all of it in a file of this process, whatever happens to those on the shelf."""
+        try:
+            return self._in_file(Rows(self.places, self._width, shelf.folder))
+        except OSError as error:
+            shelf.notes.append(f"{shelf.folder} has no room for what training reads: {error.strerror or error}")
+            return None
+
+    def _in_file(self, file: Rows) -> Kept:
+        count, views, kinds, missing = len(self.examples), self.views, self.rows, []
+        for place in range(self.places):
+            if (payload := self._payload(place)) is None:
+                missing.append(place)
+            else:
+                file.put(place, payload)
         for places, tensors in self._computed(missing):
-            if not self._write(places, tensors):
-                return None
-        types = [row.dtype for row in self.rows]
+            for place, payload in self._write(places, tensors):
+                file.put(place, payload)
 
         def read(chosen: tf.Tensor, view: tf.Tensor) -> list[tf.Tensor]:
-            tensors = tf.numpy_function(self._read, [chosen + view % self.views * count], types, stateful=False)
-            return [
-                tf.ensure_shape(tensor, (*chosen.shape, *row.shape))
-                for tensor, row in zip(tf.nest.flatten(tensors), self.rows, strict=True)  # one is not in a list
-            ]
+            payloads = file.read(chosen + view % views * count)
+            parts = tf.split(payloads, [row.size for row in kinds], axis=-1)
+            return [row.decoded(part) for row, part in zip(kinds, parts, strict=True)]
 
-        return Kept(read, len(missing), self.size, in_memory=False, held=held)
+        return Kept(read, len(missing), self.size, in_memory=False)
 
-    def _read(self, places: np.ndarray) -> list[np.ndarray]:
-        """Read some places from files; one that somebody has removed or damaged since is computed again."""
-        found = [np.empty((len(places), *row.shape), row.dtype.as_numpy_dtype) for row in self.rows]
-        for number, place in enumerate(places):
-            rows = [array[number : number + 1] for array in found]
-            if self._found(place, rows, 0):
-                continue
-            for again, tensors in self._computed([place]):
-                for row, tensor in zip(rows, tensors, strict=True):
-                    row[:] = tensor
-                self._write(again, tensors)
-        return found
-
-    def _found(self, place: int, arrays: Sequence[np.ndarray] = (), at: int | None = None) -> bool:
-        """Whether a file holds an example's view, which goes into the arrays if there are any, at its place or `at`."""
+    def _payload(self, place: int) -> bytes | None:
+        """Return what a file on the shelf holds of an example's view."""
         payload = self.shelf.get(self.key, self.names[place]) if self.shelf else None
-        if payload is None or len(payload) != sum(row.size for row in self.rows):
-            return False
+        return payload if payload is not None and len(payload) == self._width else None
+
+    @property
+    def _width(self) -> int:
+        return sum(row.size for row in self.rows)
+
+    def _parts(self, payload: bytes) -> Iterator[bytes]:
         start = 0
-        for row, array in zip(self.rows, arrays, strict=bool(arrays)):
-            part = np.frombuffer(payload, row.dtype.as_numpy_dtype, math.prod(row.shape), start)
-            array[place if at is None else at] = part.reshape(row.shape)
+        for row in self.rows:
+            yield payload[start : start + row.size]
             start += row.size
-        return True
 
     def _computed(self, places: Sequence[int]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
         """Compute some places, batch by batch."""
@@ -331,11 +361,11 @@ class _Work:
         for chosen, inputs in batches.map(tf.autograph.experimental.do_not_convert(read)).prefetch(2):
             yield chosen.numpy(), inputs
 
-    def _write(self, places: np.ndarray, tensors: list[np.ndarray]) -> bool:
-        """Put computed rows on the shelf; returns whether all of them lie there."""
-        if not self.shelf:
-            return False
-        return all(
-            self.shelf.put(self.key, self.names[place], b"".join(tensor[row].tobytes() for tensor in tensors))
-            for row, place in enumerate(places)
-        )
+    def _write(self, places: np.ndarray, tensors: list[np.ndarray]) -> list[tuple[int, bytes]]:
+        """Put computed rows on the shelf, if there is one, and return them."""
+        if self.shelf is None:
+            return []
+        rows = [(int(place), b"".join(tensor[row].tobytes() for tensor in tensors)) for row, place in enumerate(places)]
+        for place, payload in rows:
+            self.shelf.put(self.key, self.names[place], payload)
+        return rows

@@ -26,6 +26,7 @@ WATCHED = "watched"
 
 _OFF = {"off": "switched off", WATCHED: "a callback looks at every batch"}
 _AT_ONCE = 64  # steps in one call of a graph at the most, so that a signal is heard soon
+_SHARED = 0.25  # of the network's work that is worth keeping apart for later phases
 _PAYS = 1.5  # keep features that are used so many times, weighted by the share of the work that they save
 
 
@@ -93,7 +94,8 @@ def pays_to_share(uses: Sequence[Use], share: float) -> bool:
     """Whether what is frozen in all of several phases should be kept apart, and what only some freeze computed from it.
 
     Each later phase that sees the same views then saves that much of one epoch; where it is little, the frozen part of
-    each phase stays in one piece, which is also what other runs find.
+    each phase stays in one piece, which is also what other runs find. How many phases there are makes no difference:
+    all of them must come to the same.
 
     Args:
         uses: The phases; the first is about to run.
@@ -101,7 +103,7 @@ def pays_to_share(uses: Sequence[Use], share: float) -> bool:
     """
     first, *later = uses
     again = [use for use in later if use.keeps and use.views == first.views]
-    return first.keeps and bool(again) and share * len(again) > _PAYS - 1
+    return first.keeps and bool(again) and share > _SHARED
 
 
 @dataclass(frozen=True)

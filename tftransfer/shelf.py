@@ -1,13 +1,14 @@
-"""A folder of computed tensors that outlives a run: one file per item, checked when read, bounded in size."""
+"""A folder of computed tensors that outlives a run: one file per item, checked when read, bounded in size.
+
+Who needs an item for longer copies it: any process may remove it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 import tempfile
-import weakref
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,6 @@ OWN = "tftransfer-cache"
 
 _MAGIC = b"tftransfer item\n"
 _HEADER = len(_MAGIC) + 24  # length and CRC-32 of what follows, in digits
-_USERS = ".in_use"  # holds an empty file KEY.NUMBER.PROCESS for each key whose files a process reads
 _BLOCK = 4096  # bytes of which a disk gives a file whole ones
 _IN_MEMORY = ("tmpfs", "ramfs")  # file systems that are no disk
 _SPARE = 2**28  # bytes that stay free on the disk
@@ -39,10 +39,6 @@ class _Item:
     path: Path
     size: int
     used: float
-
-
-class Hold:
-    """What keeps items on a shelf while somebody reads them: as long as this object lives, and its process."""
 
 
 @dataclass
@@ -109,39 +105,28 @@ class Shelf:
             return self._fails(error)
         return True
 
-    def hold(self, key: str) -> Hold:
-        """Keep the items of a key that are read or written from now on, until what is returned is gone."""
-        held = Hold()
-        mark = self.folder / _USERS / f"{key}.{id(held)}.{os.getpid()}"
-        with contextlib.suppress(OSError):
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
-            weakref.finalize(held, mark.unlink, missing_ok=True)
-        return held
-
-    def make_room(self, count: int, size: int, needs: Collection[Path] = ()) -> bool:
+    def make_room(self, count: int, size: int, needs: Collection[Path] = (), beside: int = 0) -> bool:
         """Remove the items that were used longest ago until new ones fit; returns whether they do.
 
         Where they would not fit all the same, nothing is removed.
 
         Args:
             count, size: How many will come, and bytes of each.
-            needs: Items that stay, beside those that are held.
+            needs: Items that stay. Default to none.
+            beside: Bytes that something else will take on the same disk. Defaults to 0.
         """
-        if not count:
+        if not count + beside:
             return True
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             return self._fails(error)
         needed, items = count * _on_disk(size + _HEADER), self._items()
-        over = max(sum(item.size for item in items) + needed - self.limit, needed + _SPARE - self._free())
-        kept, since = set(needs), self._held_since()
-        spare = [
-            item
-            for item in sorted(items, key=lambda item: item.used)
-            if item.path not in kept and item.used < since.get(item.path.parent.parent.name, math.inf)
-        ]
+        over = needed + beside + _SPARE - self._free()
+        if count:
+            over = max(over, sum(item.size for item in items) + needed - self.limit)
+        kept = set(needs)
+        spare = [item for item in sorted(items, key=lambda item: item.used) if item.path not in kept]
         for item in spare if sum(item.size for item in spare) >= over else ():
             if over <= 0:
                 break
@@ -152,25 +137,10 @@ class Shelf:
             self._note(f"{self.folder} has no room for {needed / 2**20:,.0f} MB within its limit: nothing is kept")
         return over <= 0
 
-    def _held_since(self) -> dict[str, float]:
-        """Return from when on the items of keys are held; the marks of processes that ended are removed."""
-        since: dict[str, float] = {}
-        for mark in _files(self.folder / _USERS):
-            key, _, process = mark.name.rpartition(".")
-            if not _lives(process):
-                with contextlib.suppress(OSError):
-                    mark.unlink()
-                continue
-            key = key.rpartition(".")[0]
-            since[key] = min(since.get(key, math.inf), _used(mark))
-        return since
-
     def _items(self) -> list[_Item]:
         """Return all that lies here; what a process that ended has left half-written is removed."""
         found = []
         for path in _files(self.folder):
-            if path.parent.name == _USERS:
-                continue
             if path.name.startswith("."):
                 if not _lives(path.name.rpartition(".")[2]):
                     with contextlib.suppress(OSError):
@@ -224,17 +194,20 @@ def is_memory(folder: Path) -> bool:
 def folder_or_temporary(folder: PathLike | None, *, needed: bool) -> Iterator[PathLike | None]:
     """Give a folder, and where there is none but one is needed, a temporary one that is removed at the end.
 
-    Where the system's folder for such files takes memory, there is none all the same.
+    A folder that takes memory is none.
 
     Example:
         >>> with folder_or_temporary("kept", needed=True) as folder:
         ...     folder
         'kept'
     """
-    if folder is not None or not needed or is_memory(Path(tempfile.gettempdir())):
+    disks = [
+        place for place in (tempfile.gettempdir(), "/var/tmp") if os.path.isdir(place) and not is_memory(Path(place))
+    ]
+    if folder is not None or not needed or not disks:
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="tftransfer", ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(prefix="tftransfer", dir=disks[0], ignore_cleanup_errors=True) as temporary:
         yield temporary
 
 
@@ -261,10 +234,3 @@ def _on_disk(size: int) -> int:
 def _lives(process: str) -> bool:
     """Whether a process of this machine, by its number in digits, is running."""
     return process.isdecimal() and psutil.pid_exists(int(process))
-
-
-def _used(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return math.inf

@@ -28,7 +28,14 @@ from tftransfer import (
 )
 from tftransfer.adapters import Adapter, Attached, Reached, adapter_of, base_digest
 from tftransfer.averages import Ema, WiseFt
-from tftransfer.callbacks import KeepBest, LearningRateLog, Progress, callback_list, hears_of_batches
+from tftransfer.callbacks import (
+    KeepBest,
+    LearningRateLog,
+    Progress,
+    callback_list,
+    hears_of_batches,
+    looks_at_batches,
+)
 from tftransfer.console import audit_table, literal_console, print_table
 from tftransfer.data import Data, order
 from tftransfer.errors import check
@@ -80,8 +87,8 @@ def fine_tune(
         strategy: A tuple of phases, from `strategies`.
         output: A folder for `history.csv`, TensorBoard `logs/` and, after each phase, `checkpoints/`. Defaults to None:
             nothing is written.
-        callbacks: Keras callbacks; each sees the whole model. Keras calls them once more per phase. Where one does
-            something at every batch, nothing that is frozen is kept, as for `cache="off"`.
+        callbacks: Keras callbacks; each sees the whole model. Keras calls them once more per phase. Where one may
+            look at the model at every batch, nothing that is frozen is kept, as for `cache="off"`.
         seed: Decides the order of the examples, augmentation and dropout. Defaults to 0.
         batch_size: Examples per step over all devices, at least 1. Defaults to 32.
         max_steps: Steps per phase at the most, to try things out. Defaults to None: no bound.
@@ -328,12 +335,12 @@ def _fed(
     trainee: Trainee,
 ) -> feeding.Feed:
     """Prepare a phase's batches, and the part that trains for them."""
-    cache = feeding.WATCHED if hears_of_batches(run.callbacks) and run.cache == "auto" else run.cache
+    cache = feeding.WATCHED if looks_at_batches(run.callbacks) and run.cache == "auto" else run.cache
     feed = feeding.feed(
         run.data, phase, steps, parts, below, cache=cache, shelf=run.shelf, later=later, shared=run.shared
     )
     trainee.add_below(training=feed.below_training, validation=feed.below_validation)
-    if parts.frozen and not feed.computes and steps.replicas == 1:
+    if parts.frozen and not feed.computes and steps.replicas == 1 and not hears_of_batches(run.callbacks):
         trainee.run_at_once(steps.at_once)
     if parts.frozen and not run.quiet:
         literal_console().print(f"What is frozen: {feed.summary}", soft_wrap=True)

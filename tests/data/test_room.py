@@ -50,7 +50,7 @@ def test_several_threads_read_in_a_pipeline(kept):
 def test_a_file_has_no_name_and_is_gone_afterwards(tmp_path):
     place = room.room(7, SIZE, 0, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert os.fstat(place._file.fileno()).st_size == 7 * 90
+    assert os.fstat(place._rows._file.fileno()).st_size == 7 * 90
 
 
 def test_no_room_is_no_error(tmp_path, monkeypatch):

@@ -39,37 +39,67 @@ class InMemory:
         return shared.tensor(self._array)  # not a copy: one for each split would be several times the budget
 
 
-class InFile:
-    """Pictures of one size in a file without a name, which is gone when the process ends, however it ends.
+class Rows:
+    """Bytes of one length each in a file without a name, which is gone when the process ends, however it ends.
 
-    It is read and not mapped, so that a process does not seem to grow by what the system keeps of the file.
+    Nobody else can damage or remove it. It is read and not mapped, so that a process does not seem to grow by what the
+    system keeps of the file.
+
+    Args:
+        count: How many rows.
+        size: Bytes of each.
+        folder: Where the file lies. Defaults to the system's folder for such files.
+
+    Raises:
+        OSError: If there is no room, or the folder cannot be written.
     """
 
-    def __init__(self, count: int, image_size: tuple[int, int], folder: Path | None) -> None:
-        self._shape = (*image_size, 3)
-        self._size = math.prod(self._shape)
+    def __init__(self, count: int, size: int, folder: Path | None = None) -> None:
+        self._size = size
         self._file = tempfile.TemporaryFile(dir=folder, prefix="tftransfer-")  # noqa: SIM115, as long as this object
         weakref.finalize(self, self._file.close)
         if hasattr(os, "posix_fallocate"):  # so that a full disk is found now
-            os.posix_fallocate(self._file.fileno(), 0, count * self._size)
+            os.posix_fallocate(self._file.fileno(), 0, max(count * size, 1))
 
-    def put(self, number: int, picture: np.ndarray) -> None:
-        """Store one picture; several threads may."""
-        os.pwrite(self._file.fileno(), np.ascontiguousarray(picture).data, number * self._size)
+    def put(self, number: int, row: Any) -> None:
+        """Store one row, anything with a buffer; several threads may."""
+        os.pwrite(self._file.fileno(), row, number * self._size)
 
     def read(self, numbers: tf.Tensor) -> tf.Tensor:
-        """Return the pictures with the given numbers, a scalar or `(n,)`, also inside a graph."""
-        numbers = tf.convert_to_tensor(numbers)
-        found = tf.numpy_function(self._rows, [numbers], tf.uint8, stateful=False)
-        return tf.ensure_shape(found, (*numbers.shape, *self._shape))
+        """Return the rows with the given numbers, a scalar or `(n,)`, as uint8 `(..., size)`, also inside a graph."""
+        alive = weakref.ref(self)  # TensorFlow keeps what it calls until the process ends
 
-    def _rows(self, numbers: Any) -> np.ndarray:
+        def rows(numbers: Any) -> np.ndarray:
+            return alive()._read(numbers)  # type: ignore[union-attr]
+
+        numbers = tf.convert_to_tensor(numbers)
+        found = tf.numpy_function(rows, [numbers], tf.uint8, stateful=False)
+        return tf.ensure_shape(found, (*numbers.shape, self._size))
+
+    def _read(self, numbers: Any) -> np.ndarray:
         numbers = np.asarray(numbers)
         found = np.empty((numbers.size, self._size), np.uint8)
         for row, number in zip(found, numbers.ravel(), strict=True):
             if os.preadv(self._file.fileno(), [row.data], int(number) * self._size) != self._size:
-                raise OSError("the file of decoded pictures is shorter than it was")
-        return found.reshape(*numbers.shape, *self._shape)
+                raise OSError("a temporary file of pictures or features is shorter than it was")
+        return found.reshape(*numbers.shape, self._size)
+
+
+class InFile:
+    """Pictures of one size in `Rows`."""
+
+    def __init__(self, count: int, image_size: tuple[int, int], folder: Path | None) -> None:
+        self._shape = (*image_size, 3)
+        self._rows = Rows(count, math.prod(self._shape), folder)
+
+    def put(self, number: int, picture: np.ndarray) -> None:
+        """Store one picture; several threads may."""
+        self._rows.put(number, np.ascontiguousarray(picture).data)
+
+    def read(self, numbers: tf.Tensor) -> tf.Tensor:
+        """Return the pictures with the given numbers, a scalar or `(n,)`, also inside a graph."""
+        found = self._rows.read(numbers)
+        return tf.reshape(found, (*(-1 if side is None else side for side in found.shape[:-1]), *self._shape))
 
 
 def room(count: int, image_size: tuple[int, int], memory: int, folder: Path | None = None) -> InMemory | InFile | None:
