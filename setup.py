@@ -26,6 +26,7 @@ setup(
         "numpy>=2.0",
         "scikit-learn>=1.6",
         "scipy>=1.14",
+        "threadpoolctl>=3.5",
         "h5py>=3.12",
         "safetensors>=0.5",
         "Pillow>=11",

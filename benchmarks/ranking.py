@@ -3,7 +3,8 @@
     python benchmarks/ranking.py --data digits FLOWERS CELLS --backbones MobileNetV2-0.35=FILE MobileNet-0.25=FILE \\
         MobileNet-0.25=demo MobileNet-0.25=none MobileNetV2-0.35=none
 
-Every network is ranked on the training split, and then fine-tuned with the same strategy and budget; accuracies are
+Every network is ranked on the training split, and then tuned with the same budget: by the recipes' default or, from
+random weights, all of it at once with BatchNorm that moves, as it has no statistics to begin with; accuracies are
 those on the test split. A pair of networks counts if these differ by more than three points; it agrees if LogME says
 the same. Runs of `recipes/compare_strategies.py` that were stopped go on with the same --out. Writes
 results/ranking.json.
@@ -30,9 +31,12 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "compare_strategies.py"
 DIFFERENT = 0.03
 
 
-def strategy(data: str) -> str:
-    """Return what every network is tuned by: the recipes' default."""
-    return f"freeze_then_unfreeze:augmentation={'light_no_flip' if data in NO_FLIPS else 'light'}"
+def strategy(data: str, weights: str) -> str:
+    """Return what a network is tuned by."""
+    augmentation = f"augmentation={'light_no_flip' if data in NO_FLIPS else 'light'}"
+    if weights == "none":
+        return f"full:{augmentation},train_batch_norm=true"
+    return f"freeze_then_unfreeze:{augmentation}"
 
 
 def tuned(options: argparse.Namespace, data: Path, backbone: str, weights: str) -> dict[str, Any]:
@@ -42,7 +46,7 @@ def tuned(options: argparse.Namespace, data: Path, backbone: str, weights: str) 
         sys.executable, str(RECIPE), "--data", "demo" if data.name == "digits" else str(data), "--backbone", backbone,
         "--weights", weights, "--image-size", str(side_of(data.name, options.image_size)), "--epochs",
         str(options.epochs),
-        "--seeds", options.seeds, "--strategy", strategy(data.name), "--out", str(folder), "--quiet",
+        "--seeds", options.seeds, "--strategy", strategy(data.name, weights), "--out", str(folder), "--quiet",
     ]  # fmt: skip
     subprocess.run(command, check=True)
     trials = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["trials"]

@@ -42,6 +42,8 @@ def test_options_reach_the_strategy():
     averaged = strategies.parse("linear_probe:augmentation=light,views=2,average_views=true")[0]
     assert (averaged.views, averaged.average_views, averaged.to_json()["average_views"]) == (2, True, True)
     assert not strategies.parse("full:views=2,average_views=False")[0].average_views
+    moving = strategies.parse("freeze_then_unfreeze:train_batch_norm=true")
+    assert [phase.train_batch_norm for phase in moving] == [False, True]
     assert strategies.parse("partial:last=3")[0].selector == "last:3"
     assert strategies.parse("full:layer_decay=0.8")[0].layer_decay == 0.8
 

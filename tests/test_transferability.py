@@ -109,3 +109,12 @@ def test_classes_are_divided_as_scikit_learn_stratifies_them():
 def test_features_that_do_not_fit_are_refused(features):
     with pytest.raises(InputError, match="`features`"):
         transferability.logme(features, np.array([0, 1, 0, 1]))
+
+
+def test_little_linear_algebra_takes_one_thread_and_much_all(monkeypatch):
+    taken = []
+    monkeypatch.setattr(transferability, "threadpool_limits", lambda limit: taken.append(limit))
+    transferability.threads_for(np.zeros((10, 10)))
+    monkeypatch.setattr(transferability, "_MANY", 100)
+    transferability.threads_for(np.zeros((10, 10)))
+    assert taken == [1, None]

@@ -181,7 +181,7 @@ def strategies(options: argparse.Namespace) -> int:
     rows = (*map(describe, strategy_names()), *map(describe, asking()))
     content = [dict(zip(columns, row, strict=True)) for row in rows]
     title = f"{len(rows)} strategies, --strategy NAME[:OPTION=VALUE,...]"
-    note = "Each takes views, average_views, mixup, cutmix and stochastic_depth too."
+    note = "Each takes views, average_views, mixup, cutmix, stochastic_depth and train_batch_norm too."
     _show(options, content, Table(title, columns, rows, note))
     return 0
 

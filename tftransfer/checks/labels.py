@@ -20,6 +20,7 @@ from tftransfer.data.examples import Examples
 from tftransfer.errors import check
 from tftransfer.report import DATA, Check, Findings, Table
 from tftransfer.tasks import Task
+from tftransfer.transferability import threads_for
 
 _C = 1.0  # inverse strength of the penalty, on features of mean squared length 1
 _SMALLEST = 1e-9  # probability
@@ -86,7 +87,8 @@ def out_of_fold(
     for repeat in range(repeats):
         parts = StratifiedKFold(min(folds, smallest), shuffle=True, random_state=np.random.RandomState([seed, repeat]))
         for inside, outside in parts.split(scaled, targets):
-            model = LogisticRegression(C=_C, max_iter=300).fit(scaled[inside], targets[inside])
+            with threads_for(scaled):
+                model = LogisticRegression(C=_C, max_iter=300).fit(scaled[inside], targets[inside])
             found[np.ix_(outside, model.classes_)] += model.predict_proba(scaled[outside]) / repeats
     return found
 

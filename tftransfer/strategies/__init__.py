@@ -91,8 +91,8 @@ def parse(
 
     Args:
         text: For instance `"partial:last=3"`. Beside its own options every strategy takes `views`,
-            `average_views`, `mixup`, `cutmix` and `stochastic_depth` of `Phase`, for all its phases but a probe that
-            others follow.
+            `average_views`, `mixup`, `cutmix`, `stochastic_depth` and `train_batch_norm` of `Phase`, for all its
+            phases but a probe that others follow.
         epochs: Total epochs, shared out by the phases' own. Defaults to the strategy's.
         learning_rate: Peak rate of the last phase; earlier ones keep their ratio to it. Defaults to the strategy's.
         also: Names that the caller knows beside these, for the message. Defaults to none.
@@ -184,6 +184,7 @@ _COMMON: dict[str, Callable[[str], Any]] = {
     "mixup": float,
     "cutmix": float,
     "stochastic_depth": float,
+    "train_batch_norm": _truth,
 }
 _SHARED_OPTIONS = ("epochs", "learning_rate")
 _TYPES: dict[str, Callable[[str], Any]] = {
