@@ -287,7 +287,7 @@ class _Work:
         try:
             return self._in_file(Rows(self.places, self._width, shelf.folder))
         except OSError as error:
-            shelf.notes.append(f"{shelf.folder} has no room for what training reads: {error.strerror or error}")
+            shelf.note(f"{shelf.folder} has no room for what training reads: {error.strerror or error}")
             return None
 
     def _in_file(self, file: Rows) -> Kept:

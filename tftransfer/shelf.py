@@ -82,7 +82,7 @@ class Shelf:
             os.utime(path)  # it is used now
         if (payload := _checked(contents)) is not None:
             return payload
-        self._note(f"{path} is damaged: computed again")
+        self.note(f"{path} is damaged: computed again")
         with contextlib.suppress(OSError):
             path.unlink()
         return None
@@ -134,7 +134,7 @@ class Shelf:
                 item.path.unlink()
                 over -= item.size
         if over > 0:
-            self._note(f"{self.folder} has no room for {needed / 2**20:,.0f} MB within its limit: nothing is kept")
+            self.note(f"{self.folder} has no room for {needed / 2**20:,.0f} MB within its limit: nothing is kept")
         return over <= 0
 
     def _items(self) -> list[_Item]:
@@ -160,10 +160,11 @@ class Shelf:
     def _fails(self, error: OSError) -> bool:
         """Keep nothing more, and say so once."""
         self._writes = False
-        self._note(f"{self.folder} cannot be written ({error.strerror or error}): what is computed is not kept")
+        self.note(f"{self.folder} cannot be written ({error.strerror or error}): what is computed is not kept")
         return False
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Remember what a report should say, once."""
         if text not in self.notes:
             self.notes.append(text)
 
