@@ -4,8 +4,8 @@
         MobileNet-0.25=demo MobileNet-0.25=none MobileNetV2-0.35=none
 
 Every network is ranked on the training split, and then tuned with the same budget: by the recipes' default or, from
-random weights, all of it at once with BatchNorm that moves, as it has no statistics to begin with; accuracies are
-those on the test split. A pair of networks counts if these differ by more than three points; it agrees if LogME says
+random weights, all of it at once at ten times the rate, with BatchNorm that moves, as it has no statistics to begin
+with; accuracies are those on the test split. A pair of networks counts if these differ by more than three points; it agrees if LogME says
 the same. Runs of `recipes/compare_strategies.py` that were stopped go on with the same --out. Writes
 results/ranking.json.
 """
@@ -48,7 +48,7 @@ def tuned(options: argparse.Namespace, data: Path, backbone: str, weights: str) 
         str(options.epochs),
         "--seeds", options.seeds, "--strategy", strategy(data.name, weights), "--out", str(folder), "--quiet",
     ]  # fmt: skip
-    subprocess.run(command, check=True)
+    subprocess.run([*command, *(["--learning-rate", "3e-3"] if weights == "none" else [])], check=True)
     trials = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["trials"]
     return {name: float(np.mean([trial[name] for trial in trials])) for name in ("metric", "seconds")}
 

@@ -231,7 +231,7 @@ def build(
         name: A row of `names()`.
         image_size: `(height, width)` in pixels.
         weights: `"imagenet"` (downloaded by Keras), `"demo"` (the embedded weights; one row only), None
-            (random; BatchNorm's momentum is then 0.99 at the most) or a file: `.h5`, `.weights.h5` or
+            (random; BatchNorm's momentum is then 0.9 at the most) or a file: `.h5`, `.weights.h5` or
             `.keras`. Defaults to None.
         weights_kind: `"imagenet"` says that a file holds Keras' ImageNet weights. It matters for
             EfficientNet V1, whose ImageNet weights expect one more rescaling (tensorflow#49930, #62193);
@@ -266,10 +266,12 @@ def build(
 
 
 def _quicken_batch_norm(network: keras.Model) -> None:
-    """Let statistics follow within hundreds of steps; the MobileNets' momentum of 0.999 takes thousands."""
+    """Let statistics follow within tens of steps, as PyTorch's do: random weights give features of a tiny variance, and
+    what is left of the first value, 1, makes nothing of them in layer after layer; 0.99 takes a thousand steps.
+    """
     for layer in network._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = min(layer.momentum, 0.99)
+            layer.momentum = min(layer.momentum, 0.9)
 
 
 def _check_image_size(row: Backbone, image_size: tuple[int, int]) -> None:
