@@ -5,9 +5,9 @@
 
 Every network is ranked on the training split, and then tuned with the same budget: by the recipes' default or, from
 random weights, all of it at once at ten times the rate, with BatchNorm that moves, as it has no statistics to begin
-with; accuracies are those on the test split. A pair of networks counts if these differ by more than three points; it agrees if LogME says
-the same. Runs of `recipes/compare_strategies.py` that were stopped go on with the same --out. Writes
-results/ranking.json.
+with; accuracies are those on the test split. A pair of networks counts if these differ by more than three points; it
+agrees if LogME says the same. Runs of `recipes/compare_strategies.py` that were stopped go on with the same --out.
+Writes results/ranking.json.
 """
 
 from __future__ import annotations
