@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import constants, features, feeding, planning, prefix, strategies, trainable, training
+from tftransfer import constants, features, feeding, prefix, strategies, trainable, training
 from tftransfer.data import order
 from tftransfer.data.augment import named
 from tftransfer.errors import InputError
@@ -369,9 +369,9 @@ def test_nothing_is_shared_beyond_a_phase_that_trains_all(small_network, monkeyp
     monkeypatch.setattr(feeding, "_SHARED", 0.0)
     model = small_network()
     every = Phase("all", "all", 1, 0.01)
-    phases, variables = planning.still_frozen(model, (GRADUAL[0], every, GRADUAL[2]), _epochs)
+    phases, variables = feeding.still_frozen(model, (GRADUAL[0], every, GRADUAL[2]), _epochs)
     assert (phases, variables) == ((), [])
-    phases, variables = planning.still_frozen(model, GRADUAL, _epochs)
+    phases, variables = feeding.still_frozen(model, GRADUAL, _epochs)
     assert phases == GRADUAL[1:]
     assert {variable.path.split("/")[0] for variable in variables} >= {"conv_2", "conv_3"}
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import keras
 import tensorflow as tf
 
-from tftransfer import features
+from tftransfer import features, prefix, trainable
 from tftransfer.constants import Constants
 from tftransfer.data import Data, Examples, order
 from tftransfer.data.augment import named
@@ -17,7 +18,7 @@ from tftransfer.features import Kept
 from tftransfer.inference import chunk_of, even_batch
 from tftransfer.prefix import Cut
 from tftransfer.shelf import Shelf
-from tftransfer.strategies import Phase
+from tftransfer.strategies import Phase, Strategy
 from tftransfer.trainee import Below, unpacked
 
 CACHES = ("auto", "off")
@@ -104,6 +105,33 @@ def pays_to_share(uses: Sequence[Use], share: float) -> bool:
     first, *later = uses
     again = [use for use in later if use.keeps and use.views == first.views]
     return first.keeps and bool(again) and share > _SHARED
+
+
+def still_frozen(
+    model: keras.Model, strategy: Strategy, epochs_of: Callable[[Phase], int]
+) -> tuple[tuple[Phase, ...], list[keras.Variable]]:
+    """Return the phases after the first whose frozen part is worth to be kept for both, and what trains in all of them.
+
+    An adapter changes kernels that are below what trains, and a phase that trains everything leaves nothing: no phase
+    from there on counts. What trains is set as one of the phases has it.
+
+    Args:
+        model: A functional model.
+        strategy: What is left of it; the first phase is about to run.
+        epochs_of: How many epochs a phase will have.
+    """
+    uses: list[Use] = []
+    variables: list[keras.Variable] = []
+    for phase in strategy if len(strategy) > 1 else ():
+        trainable.set_trainable(model, phase.selector, train_batch_norm=phase.train_batch_norm)
+        share = 0.0 if phase.adapter else prefix.work_below(model)
+        if not share:
+            break
+        uses.append(Use(phase, epochs_of(phase), share))
+        variables += model.trainable_variables
+    if len(uses) < 2 or not pays_to_share(uses, prefix.work_below(model, variables)):
+        return (), []
+    return tuple(use.phase for use in uses[1:]), variables
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import keras
 
-from tftransfer import feeding, mixing, prefix, trainable
+from tftransfer import mixing, prefix, trainable
 from tftransfer.adapters import Adapter, Attached
 from tftransfer.data import Data
 from tftransfer.errors import InputError, check
@@ -24,7 +24,7 @@ def plan(
         phase: What is about to run.
         attached: The phase's adapter, if it is beside the model already. Defaults to None: one is made for the
             question and thrown away.
-        later: Variables that train in phases to come, see `still_frozen`. Defaults to none.
+        later: Variables that train in phases to come, see `feeding.still_frozen`. Defaults to none.
 
     Raises:
         InputError: If the network does not have what the phase asks for.
@@ -41,33 +41,6 @@ def plan(
     parts = prefix.cut(model, attached.kernels if attached else (), later)
     _check_fits(model, phase, parts.trained)
     return rows, parts
-
-
-def still_frozen(
-    model: keras.Model, strategy: Strategy, epochs_of: Callable[[Phase], int]
-) -> tuple[tuple[Phase, ...], list[keras.Variable]]:
-    """Return the phases after the first whose frozen part is worth to be kept for both, and what trains in all of them.
-
-    An adapter changes kernels that are below what trains, and a phase that trains everything leaves nothing: no phase
-    from there on counts. What trains is set as one of the phases has it.
-
-    Args:
-        model: A functional model.
-        strategy: What is left of it; the first phase is about to run.
-        epochs_of: How many epochs a phase will have.
-    """
-    uses: list[feeding.Use] = []
-    variables: list[keras.Variable] = []
-    for phase in strategy if len(strategy) > 1 else ():
-        trainable.set_trainable(model, phase.selector, train_batch_norm=phase.train_batch_norm)
-        share = 0.0 if phase.adapter else prefix.work_below(model)
-        if not share:
-            break
-        uses.append(feeding.Use(phase, epochs_of(phase), share))
-        variables += model.trainable_variables
-    if len(uses) < 2 or not feeding.pays_to_share(uses, prefix.work_below(model, variables)):
-        return (), []
-    return tuple(use.phase for use in uses[1:]), variables
 
 
 def check_strategy(model: keras.Model, strategy: Strategy, task: Task, adapter: Adapter | None = None) -> None:

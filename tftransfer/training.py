@@ -43,7 +43,7 @@ from tftransfer.history import History, PhaseRecord
 from tftransfer.metrics import LossError
 from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD, Moment, renamed
 from tftransfer.penalties import Source
-from tftransfer.planning import below_the_head, check_call, check_strategy, functional, plan, still_frozen
+from tftransfer.planning import below_the_head, check_call, check_strategy, functional, plan
 from tftransfer.shelf import Shelf, shelf_at
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
@@ -289,7 +289,7 @@ def _run_phases(run: _Run, strategy: Strategy, call: checkpoints.Call, kept: che
 def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, carried: _Carried) -> _Carried:
     """Train one phase, add it to the history, and return what the next one may go on with."""
     began, phase = time.monotonic(), strategy[number]
-    later, variables = still_frozen(run.model, strategy[number:], lambda one: run.steps(one)[1])
+    later, variables = feeding.still_frozen(run.model, strategy[number:], lambda one: run.steps(one)[1])
     audit, parts = plan(run.model, phase, carried.attached, variables)
     if not run.quiet:
         print_table(literal_console(), audit_table(f"What trains: {phase.name}", audit, _penalty_basis(run, phase)))
