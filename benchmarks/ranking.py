@@ -5,9 +5,10 @@
 
 Every network is ranked on the training split, and then tuned with the same budget: by the recipes' default or, from
 random weights, all of it at once at ten times the rate, with BatchNorm that moves, as it has no statistics to begin
-with; accuracies are those on the test split. A pair of networks counts if these differ by more than three points; it
-agrees if LogME says the same. Runs of `recipes/compare_strategies.py` that were stopped go on with the same --out.
-Writes results/ranking.json.
+with; accuracies are those on the test split. A pair of networks truly differs if the lower end of the one-sided 95 %
+interval of their accuracies' difference is above three points; it agrees if LogME says the same. `all_pairs` counts
+those too that a test split of some hundreds tells apart by chance. Runs of `recipes/compare_strategies.py` that were
+stopped go on with the same --out. Writes results/ranking.json.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import subprocess
 import sys
 import time
@@ -28,7 +30,7 @@ from wide_comparison import NO_FLIPS, side_of
 from tftransfer import cli
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "compare_strategies.py"
-DIFFERENT = 0.03
+DIFFERENT, SURE = 0.03, 1.645  # a difference that matters, and standard errors that make it sure
 
 
 def strategy(data: str, weights: str) -> str:
@@ -49,8 +51,23 @@ def tuned(options: argparse.Namespace, data: Path, backbone: str, weights: str) 
         "--seeds", options.seeds, "--strategy", strategy(data.name, weights), "--out", str(folder), "--quiet",
     ]  # fmt: skip
     subprocess.run([*command, *(["--learning-rate", "3e-3"] if weights == "none" else [])], check=True)
-    trials = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["trials"]
-    return {name: float(np.mean([trial[name] for trial in trials])) for name in ("metric", "seconds")}
+    found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    means = {name: float(np.mean([trial[name] for trial in found["trials"]])) for name in ("metric", "seconds")}
+    return {**means, "examples": found["about"]["test"]}
+
+
+def agreement(networks: dict[str, list[dict[str, Any]]], sure: float) -> dict[str, Any]:
+    """Return how many pairs differ by so many standard errors more than what matters, and which share agrees."""
+    right, count = {"logme": 0, "probe": 0}, 0
+    for first, second in itertools.chain.from_iterable(itertools.combinations(rows, 2) for rows in networks.values()):
+        gap = first["metric"] - second["metric"]
+        error = math.sqrt(sum(one["metric"] * (1 - one["metric"]) / one["examples"] for one in (first, second)))
+        if abs(gap) - sure * error <= DIFFERENT:
+            continue
+        count += 1
+        for score in right:
+            right[score] += (first["ranking"][score] > second["ranking"][score]) == (gap > 0)
+    return {"pairs": count, "agree": {score: round(number / max(count, 1), 3) for score, number in right.items()}}
 
 
 def ranked(options: argparse.Namespace, data: Path, backbones: list[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -86,7 +103,6 @@ def main() -> None:
     backbones = [entry.partition("=")[::2] for entry in options.backbones]
     cli.import_tensorflow()
     found: dict[str, list[dict[str, Any]]] = {}
-    agree = {"logme": [0, 0], "probe": [0, 0]}
     for data in options.data:
         scores = ranked(options, data, backbones)
         rows = [
@@ -95,19 +111,12 @@ def main() -> None:
             for (backbone, weights), own in [(pair, scores[backbones.index(pair)])]
         ]
         found[data.name] = rows
-        for first, second in itertools.combinations(rows, 2):
-            gap = first["metric"] - second["metric"]
-            if abs(gap) <= DIFFERENT:
-                continue
-            for score, counts in agree.items():
-                counts[0] += (first["ranking"][score] > second["ranking"][score]) == (gap > 0)
-                counts[1] += 1
         print(data.name, json.dumps(rows), flush=True)
     every = [row for rows in found.values() for row in rows]
     cost = sum(row["ranking"]["seconds"] for row in every) / sum(row["seconds"] for row in every)
     measured = {
-        "pairs_that_differ": agree["logme"][1],
-        "agree": {score: round(right / max(total, 1), 3) for score, (right, total) in agree.items()},
+        "pairs_that_truly_differ": agreement(found, SURE),
+        "all_pairs": agreement(found, 0.0),
         "cost_against_fine_tuning": round(cost, 3),
         "networks": found,
     }
