@@ -41,8 +41,10 @@ def settings(options: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
             targets = every.train.targets
             if count and count >= len(targets) - len(task.labels):
                 continue
-            some = train_test_split(np.arange(len(targets)), train_size=count, stratify=targets, random_state=0)[0]
-            chosen = every.train.subset(np.sort(some)) if count else every.train
+            chosen = every.train
+            if count:
+                some = train_test_split(np.arange(len(targets)), train_size=count, stratify=targets, random_state=0)[0]
+                chosen = chosen.subset(np.sort(some))
             found[f"{path.name}, {len(chosen)}"] = (dataclasses.replace(every, train=chosen), task)
     return found
 
