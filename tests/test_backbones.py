@@ -281,6 +281,7 @@ def _assert_loads_elsewhere(model, folder):
     assert _distance(np.load(folder / "features.npy"), model(pictures)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_saved_backbone_loads_without_tftransfer(tmp_path):
     _assert_loads_elsewhere(backbones.build("VGG16", (32, 32)), tmp_path)
 

@@ -71,6 +71,7 @@ def test_names_that_are_not_utf8_are_answered(run, tmp_path, capsys, form, monke
     assert "caf\\udce9.png" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_the_trained_one_fails_verification(run, capsys):
     assert cli.main(["export", str(run), "--quiet"]) == 0
     (run / "model.keras").write_bytes(b"changed")

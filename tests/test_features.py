@@ -45,11 +45,10 @@ def data(small_data):
     return dataclasses.replace(small_data, **splits)
 
 
-BOTH = ("top", "views")  # whose places are both tried by default
+BY_DEFAULT = {("top", "memory"), ("top", "files"), ("views", "files"), ("averaged", "memory"), ("endless", "memory")}
 CASES = [
-    pytest.param(name, place, marks=() if place == "memory" or name in BOTH else pytest.mark.slow)
-    for name in PHASES
-    for place in ("memory", "files")
+    pytest.param(*case, marks=() if case in BY_DEFAULT else pytest.mark.slow)
+    for case in itertools.product(PHASES, ("memory", "files"))
 ]
 
 
@@ -95,8 +94,14 @@ def _damage(folder, kind):
             file.unlink()
 
 
-@pytest.mark.parametrize("place", ["memory", "files"])
-@pytest.mark.parametrize("kind", ["cut short", "a flipped bit", "removed"])
+DAMAGE_BY_DEFAULT = {("cut short", "memory"), ("a flipped bit", "files")}
+DAMAGE = [
+    pytest.param(*case, marks=() if case in DAMAGE_BY_DEFAULT else pytest.mark.slow)
+    for case in itertools.product(("cut short", "a flipped bit", "removed"), ("memory", "files"))
+]
+
+
+@pytest.mark.parametrize(("kind", "place"), DAMAGE)
 def test_a_run_goes_on_with_damaged_files(small_network, small_task, data, tmp_path, monkeypatch, kind, place):
     if place == "files":
         monkeypatch.setattr(features, "MEMORY_SHARE", 0.0)
@@ -158,7 +163,7 @@ class _Damages(keras.callbacks.Callback):
         _damage(self.folder, self.kind)
 
 
-@pytest.mark.parametrize("kind", ["a flipped bit", "removed"])
+@pytest.mark.parametrize("kind", [pytest.param("a flipped bit", marks=pytest.mark.slow), "removed"])
 def test_files_that_are_damaged_while_training_runs_are_nothing_to_it(
     small_network, small_task, data, tmp_path, monkeypatch, kind
 ):

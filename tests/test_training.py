@@ -92,6 +92,7 @@ def test_history_holds_one_list_per_metric_over_all_phases(small_network, small_
     assert list((tmp_path / "logs").rglob("events.*"))
 
 
+@pytest.mark.slow
 def test_overfits_a_batch(small_network, small_task, small_data):
     model = small_network()
     phase = Phase("all", "all", 40, 0.02, warmup=0)

@@ -71,6 +71,7 @@ def test_packaged_weights_load_and_tell_pictures_apart(packaged, card):
     assert np.isfinite(features).all()
 
 
+@pytest.mark.slow
 def test_packaged_backbone_earns_its_place(card):
     """Measured here and now, and what the card says."""
     size = (card["image_size"], card["image_size"])
