@@ -386,8 +386,8 @@ def auto(
     found = suggestion.suggest(facts, epochs)
     choice = Choice(found.strategy, found.epochs, learning_rate)
     settled = choice(model, task, data, seed=seed, batch_size=batch_size, max_steps=max_steps, cache_dir=cache_dir)
-    minutes = f"Training is expected to take {found.minutes:.1f} minutes."
-    reasons = (f"Chosen: {found.strategy}, {choice.epochs} epochs.", *found.reasons, minutes, *settled.reasons)
+    chosen = f"Chosen: {found.strategy}, {choice.epochs} epochs."
+    reasons = (chosen, *found.reasons, found.duration, *settled.reasons)
     decision = f"{choice.epochs} {found.strategy} {settled.decision}"
     return Advice(settled.strategy, reasons, suggestion.table(facts), decision)
 

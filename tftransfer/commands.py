@@ -147,8 +147,7 @@ def suggest(options: argparse.Namespace) -> int:
         )
         for (name, one), own in zip(tried, facts, strict=True)
     )
-    minutes = f"Training is expected to take {found.minutes:.1f} minutes."
-    reasons = [f"Begin with {tried[best][0]} at {size} pixels: {why}", *found.reasons, minutes]
+    reasons = [f"Begin with {tried[best][0]} at {size} pixels: {why}", *found.reasons, found.duration]
     reasons += shelf.notes if shelf else ()
     shown = [dict(zip(columns, row, strict=True)) for row in rows]
     content = {"command": command, "reasons": reasons, "suggestion": asdict(found), "tried": shown}

@@ -79,7 +79,7 @@ class Use:
     @property
     def views(self) -> tuple[str, int]:
         """Which views of the training examples it sees, and how many of each."""
-        return self.phase.augmentation, max(self.phase.views, 1)
+        return _views(self.phase)
 
     def pays(self, views: int) -> bool:
         """Whether so many views of each example are used often enough to keep what is frozen of them."""
@@ -265,6 +265,10 @@ def _repeats(phase: Phase) -> bool:
     return named(phase.augmentation) == named("none") or phase.views > 0
 
 
+def _views(phase: Phase) -> tuple[str, int]:
+    return phase.augmentation, max(phase.views, 1)
+
+
 def _still_used(shared: Shared, below: Constants | None) -> Shared:
     """Let go of what this phase does not use, so that none after it does either."""
     if shared:
@@ -306,10 +310,7 @@ class _Keeper:
 
     def _is_used_again(self, split: str, augmentation: str, views: int) -> bool:
         """Whether a later phase sees these views of a split."""
-        return any(
-            split == "validation" or (one.augmentation, max(one.views, 1)) == (augmentation, views)
-            for one in self.later
-        )
+        return any(split == "validation" or _views(one) == (augmentation, views) for one in self.later)
 
     def _computed(
         self, below: Constants, examples: Examples, augmentation: str, views: int, lower: Kept | None = None

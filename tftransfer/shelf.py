@@ -202,14 +202,18 @@ def folder_or_temporary(folder: PathLike | None, *, needed: bool) -> Iterator[Pa
         ...     folder
         'kept'
     """
-    disks = [
-        place for place in (tempfile.gettempdir(), "/var/tmp") if os.path.isdir(place) and not is_memory(Path(place))
-    ]
-    if folder is not None or not needed or not disks:
+    place = _temporary_place() if needed and folder is None else None
+    if place is None:
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="tftransfer", dir=disks[0], ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(prefix="tftransfer", dir=place, ignore_cleanup_errors=True) as temporary:
         yield temporary
+
+
+def _temporary_place() -> str | None:
+    """Return the system's folder for temporary files that lies on a disk."""
+    places = (tempfile.gettempdir(), "/var/tmp")
+    return next((place for place in places if os.path.isdir(place) and not is_memory(Path(place))), None)
 
 
 def _header(payload: bytes) -> bytes:

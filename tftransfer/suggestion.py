@@ -82,6 +82,11 @@ class Suggestion:
     minutes: float
     reasons: tuple[str, ...]
 
+    @property
+    def duration(self) -> str:
+        """The minutes as a sentence."""
+        return f"Training is expected to take {self.minutes:.1f} minutes."
+
 
 def measure(
     network: keras.Model,
