@@ -11,6 +11,7 @@ from tftransfer.callbacks import (
     KeepBest,
     LearningRateLog,
     Progress,
+    SwapAverages,
     callback_list,
     hears_of_batches,
     looks_at_batches,
@@ -24,6 +25,29 @@ def line():
     model = keras.Model(inputs, keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")(inputs))
     model.compile(optimizer=keras.optimizers.SGD(0.1), loss="mse")
     return model
+
+
+def test_averages_come_and_go_without_rounding():
+    """Keras' own adds and subtracts, after which the weights are not quite those that training left."""
+    inputs = keras.Input((7,))
+    model = keras.Model(inputs, keras.layers.Dense(5)(inputs))
+    model.compile(optimizer=keras.optimizers.AdamW(0.1, use_ema=True, ema_momentum=0.9), loss="mse")
+    model.fit(np.ones((4, 7), np.float32), np.arange(20, dtype=np.float32).reshape(4, 5), epochs=3, verbose=0)
+    generator = np.random.default_rng(0)
+    weights, averages = ([generator.normal(size=w.shape).astype(np.float32) for w in model.weights] for _ in range(2))
+    for kept, value in zip(model.optimizer._model_variables_moving_average, averages, strict=True):
+        kept.assign(value)
+    for swap, exact in ((SwapAverages(), True), (keras.callbacks.SwapEMAWeights(swap_on_epoch=True), False)):
+        model.set_weights(weights)
+        swap.set_model(model)
+        swap.set_params({"epochs": 9})
+        swap.on_train_begin()
+        swap.on_test_begin()
+        for value, average in zip(model.get_weights(), averages, strict=True):
+            np.testing.assert_allclose(value, average, rtol=0 if exact else 1e-4)
+        swap.on_test_end()
+        same = all(map(np.array_equal, model.get_weights(), weights))
+        assert same is exact
 
 
 def _weight(model: keras.Model) -> float:

@@ -32,6 +32,7 @@ from tftransfer.callbacks import (
     KeepBest,
     LearningRateLog,
     Progress,
+    SwapAverages,
     callback_list,
     hears_of_batches,
     looks_at_batches,
@@ -518,7 +519,7 @@ def _callbacks(
 ) -> keras.callbacks.CallbackList:
     own: list[keras.callbacks.Callback] = [LearningRateLog(), keep]
     if isinstance(phase.average, Ema):
-        own.insert(0, keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
+        own.insert(0, SwapAverages())
     if run.output:
         own.append(keras.callbacks.TensorBoard(str(run.output / "logs"), write_graph=False))
     if not run.quiet:
