@@ -27,9 +27,9 @@ def test_where_there_is_more_to_gain_the_network_is_tuned():
 
 
 def test_minutes_are_those_of_the_epochs_that_are_asked_for():
-    found = suggestion.suggest(FACTS, 6)
-    assert found.epochs == 6
-    assert found.minutes == pytest.approx((1 + 5 * 4) * 500 * 0.003 / 60)
+    found = suggestion.suggest(FACTS, 18)
+    assert found.epochs == 18
+    assert found.minutes == pytest.approx((1 + 5 * 12) * 500 * 0.003 / 60)
     head = suggestion.suggest(dataclasses.replace(FACTS, smallest=5), 6)
     assert (head.epochs, head.minutes) == (6, pytest.approx(500 * 0.003 / 60))
 
@@ -43,6 +43,18 @@ def test_pictures_that_mean_something_else_mirrored_are_not_mirrored():
 @pytest.mark.parametrize("change", [{"smallest": 5}, {"probe": 0.998, "mirrored": 0.998}])
 def test_few_or_solved_examples_train_a_head_alone(change):
     assert suggestion.suggest(dataclasses.replace(FACTS, **change)).strategy == "tuned_probe"
+
+
+@pytest.mark.parametrize(
+    ("examples", "epochs", "batch_size", "head"),
+    [(500, 14, 32, True), (500, 15, 32, False), (500, 15, 64, True), (256, None, 32, True), (300, None, 32, False)],
+)
+def test_few_steps_train_a_head_alone(examples, epochs, batch_size, head):
+    found = suggestion.suggest(dataclasses.replace(FACTS, examples=examples), epochs, batch_size)
+    assert (found.strategy == "tuned_probe") is head
+    assert found.batch_size == batch_size
+    steps = f"{found.epochs} epochs are {found.epochs * -(-examples // batch_size)} steps of {batch_size} examples"
+    assert any(steps in reason for reason in found.reasons) is head
 
 
 def test_numbers_are_never_solved():
@@ -151,7 +163,8 @@ def test_other_tasks_are_measured_too(small_network, small_data, kind):
     examples = dataclasses.replace(small_data.train, targets=targets)
     facts = suggestion.measure(prefix.body(small_network(2)), task, examples)
     assert facts.smallest is None
-    assert suggestion.suggest(facts).strategy.startswith("freeze_then_unfreeze")
+    assert suggestion.suggest(facts).strategy == "tuned_probe"
+    assert suggestion.suggest(facts, 225).strategy.startswith("freeze_then_unfreeze")
 
 
 def test_mirrored_pictures_are_never_taken_for_the_others(small_data):
@@ -173,8 +186,8 @@ def test_auto_settles_on_a_strategy_and_keeps_to_it(small_network, small_task, s
         assert again.strategy == found.strategy
         assert sum(phase.epochs for phase in found.strategy) == 6
         assert found.strategy[-1].mixup == 0.1
-        assert found.reasons[0].startswith(f"Chosen: {suggestion.suggest(facts).strategy}, 6 epochs")
-        minutes = suggestion.suggest(facts, 6).minutes
+        assert found.reasons[0].startswith(f"Chosen: {suggestion.suggest(facts, 6, 8).strategy}, 6 epochs")
+        minutes = suggestion.suggest(facts, 6, 8).minutes
         assert f"Training is expected to take {minutes:.1f} minutes." in found.reasons
         assert found.table
     for variable, old in zip(model.variables, before, strict=True):

@@ -383,7 +383,7 @@ def auto(
     """
     shelf, chunk = shelf_at(cache_dir), _chunk(model, batch_size)
     facts = suggestion.measure(prefix.body(model), task, data.train, seed=seed, chunk=chunk, shelf=shelf)
-    found = suggestion.suggest(facts, epochs)
+    found = suggestion.suggest(facts, epochs, batch_size)
     choice = Choice(found.strategy, found.epochs, learning_rate)
     settled = choice(model, task, data, seed=seed, batch_size=batch_size, max_steps=max_steps, cache_dir=cache_dir)
     chosen = f"Chosen: {found.strategy}, {choice.epochs} epochs."
