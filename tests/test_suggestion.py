@@ -10,7 +10,18 @@ import tensorflow as tf
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
-from tftransfer import advice, cli, commands, data, inference, prefix, strategies, suggestion, transferability
+from tftransfer import (
+    advice,
+    cli,
+    commands,
+    constants,
+    data,
+    inference,
+    prefix,
+    strategies,
+    suggestion,
+    transferability,
+)
 from tftransfer.errors import InputError
 from tftransfer.shelf import Shelf
 
@@ -107,6 +118,13 @@ def test_facts_are_the_same_when_features_are_found(small_network, small_task, s
     first, second = (suggestion.measure(network, small_task, examples, shelf=Shelf(tmp_path)) for _ in range(2))
     assert second.milliseconds > 0
     assert dataclasses.replace(second, milliseconds=first.milliseconds) == first
+
+
+def test_the_network_is_made_constant_once(small_network, small_task, small_data, monkeypatch):
+    made, make = [], constants.as_constant_function
+    monkeypatch.setattr(constants, "as_constant_function", lambda *given: (made.append(given), make(*given))[1])
+    suggestion.measure(prefix.body(small_network()), small_task, small_data.train)
+    assert len(made) == 1
 
 
 def test_facts_are_measured_on_the_training_split(small_network, small_task, small_data):

@@ -72,34 +72,67 @@ def pooled_features(
     chunk: int = features.BATCH,
     shelf: Shelf | None = None,
 ) -> Features:
-    """Compute what a headless network gives for examples, maps averaged over their places.
+    """Compute what a headless network gives for examples: `Pooled`, used once.
 
     Args:
-        network: From `backbones.build`, or any network from pictures to maps or vectors.
-        examples: Pictures with random access.
-        augmentation: Makes the views. Defaults to `"none"`.
-        views: How many of each example, from 1. Defaults to 1.
-        seed: Of the augmentation. Defaults to 0.
-        chunk: How many go through the network at once, see `chunk_of`: training finds them if it takes as many.
-            Defaults to 32.
-        shelf: Where they are kept beyond the run. Defaults to None.
+        network, chunk: As for `Pooled`.
+        examples, augmentation, views, seed, shelf: As for calling it.
 
     Raises:
         InputError: If there is no room for them in memory.
     """
-    output = network.outputs[0]
-    if len(output.shape) == 4:
-        network = keras.Model(network.inputs, keras.layers.GlobalAveragePooling2D()(output))
-    below = _Clocked(constants.Constants(network, chunk))
-    key = features.digest_of(network, chunk) if shelf else ""
-    room = features.Room(psutil.virtual_memory().available, shelf)
-    kept = features.keep(below, examples, named(augmentation), views=views, seed=seed, room=room, key=key)
-    if kept is None:
-        count = f"{views} views of {len(examples)} pictures" if views > 1 else f"{len(examples)} pictures"
-        raise InputError(f"the features of {count} do not fit into memory: take fewer, or a network that gives fewer")
-    numbers = tf.range(len(examples), dtype=tf.int64)
-    values = np.stack([kept.read(numbers, tf.constant(view, tf.int64))[0] for view in range(views)])
-    return Features(values, kept.computed, below.milliseconds)
+    return Pooled(network, chunk)(examples, augmentation=augmentation, views=views, seed=seed, shelf=shelf)
+
+
+class Pooled:
+    """What a headless network gives, maps averaged over their places; its graph is made once, and only if needed.
+
+    Args:
+        network: From `backbones.build`, or any network from pictures to maps or vectors; its weights must not change.
+        chunk: How many go through the network at once, see `chunk_of`: training finds them if it takes as many.
+            Defaults to 32.
+    """
+
+    def __init__(self, network: keras.Model, chunk: int = features.BATCH) -> None:
+        output = network.outputs[0]
+        if len(output.shape) == 4:
+            network = keras.Model(network.inputs, keras.layers.GlobalAveragePooling2D()(output))
+        self._network, self._chunk = network, chunk
+        self._below = constants.Constants(network, chunk)
+
+    def __call__(
+        self,
+        examples: Examples,
+        *,
+        augmentation: str = "none",
+        views: int = 1,
+        seed: int = 0,
+        shelf: Shelf | None = None,
+    ) -> Features:
+        """Compute the features of examples.
+
+        Args:
+            examples: Pictures with random access.
+            augmentation: Makes the views. Defaults to `"none"`.
+            views: How many of each example, from 1. Defaults to 1.
+            seed: Of the augmentation. Defaults to 0.
+            shelf: Where they are kept beyond the run. Defaults to None.
+
+        Raises:
+            InputError: If there is no room for them in memory.
+        """
+        below = _Clocked(self._below)
+        key = features.digest_of(self._network, self._chunk) if shelf else ""
+        room = features.Room(psutil.virtual_memory().available, shelf)
+        kept = features.keep(below, examples, named(augmentation), views=views, seed=seed, room=room, key=key)
+        if kept is None:
+            count = f"{views} views of {len(examples)} pictures" if views > 1 else f"{len(examples)} pictures"
+            raise InputError(
+                f"the features of {count} do not fit into memory: take fewer, or a network that gives fewer"
+            )
+        numbers = tf.range(len(examples), dtype=tf.int64)
+        values = np.stack([kept.read(numbers, tf.constant(view, tf.int64))[0] for view in range(views)])
+        return Features(values, kept.computed, below.milliseconds)
 
 
 class _Clocked:

@@ -108,8 +108,8 @@ def measure(
         chunk: As for `inference.pooled_features`. Defaults to 32.
         shelf: Where features are kept for later. Defaults to None.
     """
-    found = inference.pooled_features(network, examples, chunk=chunk, shelf=shelf)
-    other = inference.pooled_features(network, _mirrored(examples), chunk=chunk)
+    pooled = inference.Pooled(network, chunk)
+    found, other = pooled(examples, shelf=shelf), pooled(_mirrored(examples))
     targets, single = examples.targets, examples.targets.ndim == 1
     own, flipped = transferability.probe_on((found.values[0], other.values[0]), targets, seed=seed)
     filtered, thumbnails = _untrained(examples, seed)
