@@ -5,8 +5,8 @@
 A setting is a data set and a number of its training examples (0 for all, the others stratified). All strategies get
 the same epochs and seeds. What the advice loses is measured against the strategy that is best on the *other* seeds, so
 that no one is compared with the luckiest. Seconds are of the clock and of the processor. Settings that are in
-results/advice.json already are not measured again, nor are trials that are in results/wide_comparison/, but for `full`
-with the first seed, whose cost is compared: remove them there to do so. `digits` are the embedded ones, at 64 pixels.
+results/advice.json already are not measured again, nor are trials that are in results/wide_comparison/, but for `full`,
+whose cost is compared: remove them there to do so. `digits` are the embedded ones, at 64 pixels.
 """
 
 from __future__ import annotations
@@ -95,7 +95,6 @@ def judged(found: dict[str, dict[str, dict[str, float]]], seeds: list[int]) -> d
         lost.append(float(metrics[best][place] - metrics[AUTO][place]))
     everything = next(name for name in fixed if plain(name) == "full")
     both = [(found[f"{AUTO} {seed}"], found[f"{everything} {seed}"]) for seed in seeds]
-    both = [pair for pair in both if "seconds" in pair[1]]
     cost = {
         kind: float(np.median([own[kind] / other[kind] for own, other in both])) for kind in ("seconds", "processor")
     }
@@ -123,10 +122,10 @@ def main() -> None:
         texts = (*strategies(setting.split(",")[0]), AUTO)
         there = known(options, setting, data)
         own = {
-            key: trial(options, text, seed, data, task) if timed or key not in there else there[key]
+            key: trial(options, text, seed, data, task) if text.startswith("full") or key not in there else there[key]
             for seed in options.seeds
             for text in texts
-            for key, timed in ((f"{text} {seed}", text.startswith("full") and seed == options.seeds[0]),)
+            for key in (f"{text} {seed}",)
         }
         found[setting] = {**judged(own, options.seeds), "trials": own}
         measured = {
