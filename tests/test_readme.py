@@ -145,3 +145,14 @@ def test_ranking_agrees_with_tuning_as_often_as_is_asked_and_the_readme_says_so(
     assert agree >= 0.85
     assert cost < 0.1
     assert (len(found["networks"]), {len(rows) for rows in found["networks"].values()}) == (4, {5})
+
+
+def test_the_advice_is_good_and_never_dearer_than_training_everything_and_the_readme_says_so(repository):
+    text = " ".join((repository / "README.md").read_text(encoding="utf-8").split())
+    found = json.loads((repository / "benchmarks" / "results" / "advice.json").read_text())
+    lost, costs = found["lost_on_average"], [one["cost"]["seconds"] for one in found["settings"].values()]
+    assert f"{-100 * lost:.1f} points better on average than the strategy that is best on the other seeds" in text
+    assert f"takes {min(costs):.0%} to {max(costs):.0%} of the time of `full`" in text
+    assert lost <= 0.02
+    assert max(*costs, *(one["cost"]["processor"] for one in found["settings"].values())) <= 1
+    assert len(found["settings"]) >= 8
