@@ -93,7 +93,8 @@ def test_speed_and_labels_are_the_committed_numbers(repository):
     speeds = re.findall(r"\| ([\d.]+) \(([\d.]+) to ([\d.]+)\) \|", text)
     names = [
         *(f"frozen_training_0.35_{side}" for side in ("ours", "warm", "views")),
-        *(f"partial_training_0.35_{side}" for side in ("ours", "views")),
+        *(f"frozen_training_1_{side}" for side in ("ours", "warm")),
+        *(f"partial_training_0.35_{side}" for side in ("ours", "files", "views")),
         *(f"full_training_0.35_ours_against_{rival}" for rival in ("keras", "keras_cached")),
     ]
     measured = [json.loads((results / f"{name}.json").read_text()) for name in names]
