@@ -1,4 +1,5 @@
 import gc
+from collections import Counter
 
 import keras
 import numpy as np
@@ -70,6 +71,30 @@ def test_folding_leaves_no_factor_behind_a_depthwise_convolution_that_is_used_on
     scaled = [node for node in graph.node if node.op == "Mul" and _depthwise_input(node, operations)]
     assert len(scaled) <= 1, scaled
     assert sum("Depthwise" in operation for operation in operations.values()) == 3
+
+
+def test_a_portable_graph_has_batch_norm_in_filters_and_biases_and_nothing_for_one_machine():
+    network = _depthwise_network()
+    infer = constants.as_portable_function(network)
+    for count in (1, 5):
+        (expected,) = tf.nest.flatten(network(_pictures(count, 16), training=False))
+        np.testing.assert_allclose(infer(tf.constant(_pictures(count, 16)))[0], expected, rtol=1e-5)
+    traced = tf.function(infer, input_signature=[tf.TensorSpec((None, 16, 16, 3))]).get_concrete_function()
+    library = traced.graph.as_graph_def().library.function
+    nodes = [node for function in library for node in function.node_def]
+    assert not any(node.op.startswith("_") or node.device for node in nodes)
+    operations = Counter(node.op for node in nodes)
+    assert (operations["Conv2D"], operations["DepthwiseConv2dNative"]) == (1, 3)
+    assert operations["BiasAdd"] == 2  # the third convolution is used twice, once without BatchNorm
+    assert operations["Mul"] == 1
+
+
+def test_what_cannot_be_constants_says_why():
+    words = keras.Input((1,), dtype="int64")
+    looked_up = keras.layers.IntegerLookup(vocabulary=[3, 5], output_mode="one_hot")(words)
+    network = keras.Model(words, keras.layers.Dense(2)(looked_up))
+    with pytest.raises(constants.NotConstant, match="lookup table"):
+        constants.as_portable_function(network)
 
 
 def _depthwise_input(node, operations: dict[str, str]) -> bool:

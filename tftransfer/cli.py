@@ -278,6 +278,13 @@ def _parser() -> Parser:
     evaluate.add_argument("--data", required=True, help="demo, tfds:NAME, a folder or a table")
     export = _command(commands, "export", "write, verify and publish the next SavedModel of a finished run")
     export.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    export.add_argument(
+        "--optimise",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="variables become constants, BatchNorm goes into the convolutions (default: yes)",
+    )
+    export.add_argument("--keep", type=at_least(1), default=5, help="versions that stay (default: %(default)s)")
     verify = _command(commands, "verify", "compare what serves with what was trained")
     verify.add_argument("path", type=Path, metavar="RUN|VERSION_DIR", help="a run's folder or one serving/N")
     verify.add_argument("--repeats", type=at_least(2), default=50, help="identical requests (default: %(default)s)")

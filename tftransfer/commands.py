@@ -232,7 +232,8 @@ def export(options: argparse.Namespace) -> int:
     """Write the next SavedModel version of a run, verified before it is published."""
     bundle = bundles.load(options.run)
     samples = bundles.read_samples(bundle.folder)
-    version, verification = serving.publish(bundle.model, bundle.task, bundle.folder / "serving", samples)
+    how = {"optimise": options.optimise, "keep": options.keep}
+    version, verification = serving.publish(bundle.model, bundle.task, bundle.folder / "serving", samples, **how)
     if version:
         bundles.refresh(bundle.folder, current=version.name)
     _show_verification(options, verification)

@@ -20,6 +20,7 @@ from tftransfer import features
 
 _ON = rewriter_config_pb2.RewriterConfig.ON
 _BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")  # of processors that multiply such numbers
+_MOST_BYTES = 2**30  # of constants in a graph; Protocol Buffers end at 2 GiB
 Run = Callable[..., list[tf.Tensor]]
 
 
@@ -59,6 +60,37 @@ def as_constant_function(network: keras.Model, chunk: int | None = None, *, bflo
 
     outputs = [tf.TensorSpec(output.shape, output.dtype) for output in infer.outputs]
     return run if chunk is None else _in_chunks(run, chunk, outputs)
+
+
+class NotConstant(Exception):
+    """A network that cannot be a graph of constants; the message says why, as the end of a sentence."""
+
+
+def as_portable_function(network: keras.Model) -> Run:
+    """Turn a network in inference mode into a graph of constants for a file, which another machine may read.
+
+    BatchNorm is folded into the convolutions, as in `as_constant_function`, but every operation stays one that any
+    device has: what reads the graph fuses them for its own.
+
+    Args:
+        network: A functional model.
+
+    Returns:
+        A function from a batch of inputs, of any size, to the list of outputs.
+
+    Raises:
+        NotConstant: If the network holds lookup tables or the like, or its numbers are more than a graph may hold.
+    """
+    size = sum(variable.numpy().nbytes for variable in network.variables)
+    if size > _MOST_BYTES:
+        raise NotConstant(f"its variables take {size / 2**30:.1f} GiB, and a graph holds {_MOST_BYTES / 2**30:.0f}")
+    signature = [tf.TensorSpec((None, *source.shape[1:]), source.dtype) for source in network.inputs]
+    graph = _graph_of_constants(network, signature)
+    folded = _with_biases(_with_scaled_filters(_rewritten(graph, remapping=rewriter_config_pb2.RewriterConfig.OFF)))
+    for node in folded.node:
+        node.device = ""
+    infer = _function_of(replace(graph, definition=folded), signature)
+    return lambda *batch: list(infer(*batch))
 
 
 class Constants:
@@ -152,6 +184,8 @@ def _graph_of_constants(network: keras.Model, signature: list[tf.TensorSpec]) ->
     nodes = {node.name: node for node in definition.node}
     for held, placeholder in traced.graph.captures:  # tensors that layers hold beside their variables
         node = nodes[placeholder.op.name]
+        if held.dtype in (tf.resource, tf.variant):
+            raise NotConstant(f"it holds a {held.dtype.name} that is no variable, such as a lookup table")
         node.Clear()
         node.name, node.op = placeholder.op.name, "Const"
         node.attr["dtype"].type = held.dtype.as_datatype_enum
@@ -221,6 +255,33 @@ def _with_scaled_filters(graph: GraphDef) -> GraphDef:
         node.ClearField("input")
         node.input.append(convolution.name)
         node.op = "Identity"
+    return graph
+
+
+def _with_biases(graph: GraphDef) -> GraphDef:
+    """Call a constant that is added to each channel of a convolution its bias: only so is it fused on any device."""
+    nodes = {node.name: node for node in graph.node}
+    uses = Counter(name for node in graph.node for name in node.input)
+
+    def behind(name: str) -> Any:
+        node = nodes.get(name)
+        return behind(node.input[0]) if node is not None and node.op == "Identity" else node
+
+    for node in graph.node:
+        if node.op not in ("Add", "AddV2") or len(node.input) != 2:
+            continue
+        pair = sorted(map(behind, node.input), key=lambda found: found.op if found else "")
+        bias, convolution = pair  # "Const" comes before "Conv..." and "Depthwise..."
+        if not (bias and bias.op == "Const" and convolution.op in ("Conv2D", "DepthwiseConv2dNative")):
+            continue
+        values, layout = tf.make_ndarray(bias.attr["value"].tensor), convolution.attr["data_format"].s
+        if uses[bias.name] > 1 or layout != b"NHWC" or values.ndim == 0 or values.size != values.shape[-1]:
+            continue
+        bias.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values.ravel()))
+        node.op = "BiasAdd"
+        node.attr["data_format"].s = layout
+        node.ClearField("input")
+        node.input.extend([convolution.name, bias.name])
     return graph
 
 

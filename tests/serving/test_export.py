@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import InputError, serving, tasks
+from tftransfer import InputError, constants, serving, tasks
 from tftransfer.data.images import decode_picture
 from tftransfer.serving import loaders, structure
 
@@ -22,13 +24,50 @@ def answer(directory, signature, values):
         return session(loaders.Request(signature, values))
 
 
+@pytest.mark.parametrize("optimise", [True, False])
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
-def test_every_task_serves_what_keras_answers(task, model, pictures, tmp_path):
-    serving.export_savedmodel(model, task, tmp_path / "1")
+def test_every_task_serves_what_keras_answers(task, optimise, model, pictures, tmp_path):
+    serving.export_savedmodel(model, task, tmp_path / "1", optimise=optimise)
     verification = serving.verify(tmp_path / "1", pictures, model=model, task=task, repeats=3)
     assert verification.passed, verification.lines()
-    assert all(check.metrics.get("maximum difference", 0) == 0 for check in verification.checks)
     assert all(check.passed for check in verification.checks)
+    most = 1e-5 if optimise else 0
+    assert all(check.metrics.get("maximum difference", 0) <= most for check in verification.checks)
+
+
+def test_an_optimised_export_holds_no_variables(model, exported, task, tmp_path):
+    serving.export_savedmodel(model, task, tmp_path / "1", optimise=False)
+    kept, gone = (_operations(directory) for directory in (tmp_path / "1", exported))
+    assert kept["ReadVariableOp"] > 0 < kept["Rsqrt"]  # of BatchNorm
+    assert gone["ReadVariableOp"] == gone["VarHandleOp"] == gone["Rsqrt"] == 0
+    assert gone["Conv2D"] == kept["Conv2D"] == 2
+    sizes = [sum(file.stat().st_size for file in (one / "variables").iterdir()) for one in (tmp_path / "1", exported)]
+    assert sizes[1] < sizes[0]
+
+
+def _operations(directory):
+    graph = structure.read(directory).meta_graphs[0].graph_def
+    bodies = [graph.node, *(function.node_def for function in graph.library.function)]
+    return Counter(node.op for body in bodies for node in body)
+
+
+def test_a_network_with_a_lookup_table_keeps_its_variables_and_says_so(task, tmp_path, pictures):
+    image = keras.Input((16, 24, 3))
+    brightness = keras.layers.GlobalAveragePooling2D()(image)
+    row = keras.layers.Dense(1)(brightness)
+    found = keras.layers.IntegerLookup(vocabulary=[1, 2, 3], output_mode="one_hot")(keras.ops.cast(row > 0, "int64"))
+    model = keras.Model(image, keras.layers.Dense(3, name="logits")(keras.layers.Concatenate()([brightness, found])))
+    version, verification = serving.publish(model, task, tmp_path, pictures, repeats=2)
+    assert version, verification.lines()
+    assert verification.checks[-1].name == "graph of constants"
+    assert "lookup table" in verification.checks[-1].metrics["reason"]
+    assert _operations(version)["ReadVariableOp"] > 0
+
+
+def test_a_network_that_no_graph_can_hold_keeps_its_variables(model, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "_MOST_BYTES", 1000)
+    assert "GiB" in serving.export_savedmodel(model, task, tmp_path / "1")
+    assert _operations(tmp_path / "1")["ReadVariableOp"] > 0
 
 
 def test_answers_are_those_of_the_decoder_the_model_and_softmax(exported, model, task, pictures):

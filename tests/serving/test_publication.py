@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import threading
 
 import pytest
 
@@ -81,6 +83,53 @@ def test_an_error_leaves_the_older_versions_alone(problem, tmp_path):
     with pytest.raises(problem):
         publication.publish_directory(build, tmp_path, lambda folder: stop(folder / "variables"))
     assert sorted(os.listdir(tmp_path)) == ["1"]
+
+
+def test_what_a_killed_process_left_is_gone_after_the_next(tmp_path):
+    build_in(tmp_path / ".new-0123")
+    publication.publish_directory(build, tmp_path, lambda _: PASSED)
+    assert sorted(os.listdir(tmp_path)) == ["1"]
+
+
+def build_in(folder):
+    folder.mkdir(parents=True)
+    build(folder)
+
+
+def test_the_newest_versions_are_kept(tmp_path, monkeypatch):
+    seen = []
+    remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **given: (seen.append(path.name), remove(path, **given)))
+    for _ in range(4):
+        publication.publish_directory(build, tmp_path, lambda _: PASSED, keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["3", "4"]
+    assert all(name.startswith(".new-") for name in seen), "half of a version must never bear a number"
+
+
+def test_one_process_publishes_at_a_time(tmp_path):
+    began, released, order = threading.Event(), threading.Event(), []
+
+    def slow(folder):
+        began.set()
+        released.wait(10)
+        order.append("first")
+        build(folder)
+
+    first = threading.Thread(target=publication.publish_directory, args=(slow, tmp_path, lambda _: PASSED))
+    first.start()
+    began.wait(10)
+    second = threading.Thread(
+        target=publication.publish_directory,
+        args=(lambda folder: (order.append("second"), build(folder)), tmp_path, lambda _: PASSED),
+    )
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    released.set()
+    first.join()
+    second.join()
+    assert order == ["first", "second"]
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
 
 
 def test_the_server_may_be_another_user(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
@@ -17,6 +18,9 @@ from tftransfer.serving.export import export_savedmodel
 from tftransfer.serving.verification import Verification, verify
 from tftransfer.tasks import Task
 
+KEPT_VERSIONS = 5
+_HIDDEN = ".new-"  # no server takes it for a version
+
 
 def publish(
     model: keras.Model,
@@ -26,6 +30,8 @@ def publish(
     *,
     from_logits: bool | None = None,
     repeats: int = 50,
+    optimise: bool = True,
+    keep: int = KEPT_VERSIONS,
 ) -> tuple[Path | None, Verification]:
     """Export a network, verify the SavedModel and publish it as the next version.
 
@@ -36,6 +42,8 @@ def publish(
         samples: Encoded pictures to verify with. Defaults to none: pictures are made up.
         from_logits: Whether the network gives logits. Defaults to what its last layer says.
         repeats: How often the same request is sent to each signature. Defaults to 50.
+        optimise: As for `export_savedmodel`. Defaults to True.
+        keep: How many versions stay, the newest ones. Defaults to 5.
 
     Returns:
         The version's folder, or None if it did not pass and was not published; and what was checked.
@@ -44,33 +52,42 @@ def publish(
         InputError: If the network does not suit the task, or the folder cannot be written.
     """
 
-    def check(directory: Path) -> Verification:
-        return verify(directory, samples, model=model, task=task, from_logits=from_logits, repeats=repeats)
+    kept = ""
 
-    return publish_directory(
-        lambda directory: export_savedmodel(model, task, directory, from_logits=from_logits),
-        serving_dir,
-        check,
-    )
+    def build(directory: Path) -> None:
+        nonlocal kept
+        kept = export_savedmodel(model, task, directory, from_logits=from_logits, optimise=optimise)
+
+    def check(directory: Path) -> Verification:
+        found = verify(directory, samples, model=model, task=task, from_logits=from_logits, repeats=repeats)
+        return found.with_check("graph of constants", None, {"reason": kept}) if kept else found
+
+    return publish_directory(build, serving_dir, check, keep)
 
 
 def publish_directory(
     build: Callable[[Path], object],
     serving_dir: str | os.PathLike[str],
     check: Callable[[Path], Verification],
+    keep: int = KEPT_VERSIONS,
 ) -> tuple[Path | None, Verification]:
     """Build a version beside its place, check it, and move it there if it passes.
 
     A model server loads a version as soon as its folder appears, so it appears complete, by one rename. What
-    fails, in whatever way, is removed.
+    fails, in whatever way, is removed, and so is what a process that was killed has left; of several processes one
+    publishes at a time.
 
     Args:
         build: Writes the version into the empty folder that it is given.
         serving_dir: The folder of versions.
         check: Judges the folder that was built.
+        keep: How many versions stay, the newest ones. Defaults to 5.
 
     Returns:
         The version's folder, or None if it did not pass; and the judgement.
+
+    Raises:
+        InputError: If the folder cannot be written.
     """
     parent = Path(serving_dir)
     with _scratch_folder(parent) as scratch:
@@ -83,6 +100,8 @@ def publish_directory(
         os.rename(scratch, target)
         for folder in (parent, parent.parent):
             tensor_files.sync(folder)
+        for number in versions(parent)[:-keep]:
+            _remove(parent / str(number))
         return target, verification
 
 
@@ -112,23 +131,46 @@ def sync_tree(folder: Path) -> None:
         tensor_files.sync(Path(path))
 
 
+def _remove(version: Path) -> None:
+    """Remove a version, out of servers' sight first: half of one must never bear a number."""
+    hidden = version.with_name(f"{_HIDDEN}{version.name}")
+    os.rename(version, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def _scratch_folder(parent: Path) -> Iterator[Path]:
     """Make a hidden folder inside `parent`: on the same file system, and not a number, so no server loads it.
 
     Whatever is still there at the end is removed, and so is every folder made for it that stayed empty.
     """
-    scratch = parent / f".new-{secrets.token_hex(8)}"
+    scratch = parent / f"{_HIDDEN}{secrets.token_hex(8)}"
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
-        # Not `tempfile`: its folders can be read by their owner only, and a server may run as somebody else.
-        try:
-            scratch.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"{parent} cannot be written: {error.strerror}") from None
-        yield scratch
+        with contextlib.ExitStack() as alone:
+            # Not `tempfile`: its folders can be read by their owner only, and a server may run as somebody else.
+            try:
+                parent.mkdir(parents=True, exist_ok=True)
+                alone.enter_context(_alone(parent))
+                scratch.mkdir(parents=True)
+            except OSError as error:
+                raise InputError(f"{parent} cannot be written: {error.strerror}") from None
+            yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    """Wait until no other process publishes here, and remove what one that was killed has left."""
+    descriptor = os.open(parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for left in parent.glob(f"{_HIDDEN}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(descriptor)
