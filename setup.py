@@ -34,6 +34,7 @@ setup(
         "rich>=13.9",
         "psutil>=6",
         "tensorboard>=2.20",
+        "tensorflow-serving-api>=2.21,<2.22",
     ],
     extras_require={
         "gpu": ["tensorflow[and-cuda]>=2.21,<2.22"],

@@ -118,6 +118,16 @@ def at_least(smallest: int, largest: int | None = None) -> Callable[[str], int]:
     return whole_number
 
 
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Read a comma list of batch sizes; `none` for none.
+
+    Example:
+        >>> batch_sizes("1,8"), batch_sizes("none")
+        ((1, 8), ())
+    """
+    return () if text == "none" else tuple(map(at_least(1), text.split(",")))
+
+
 def seeds(text: str) -> tuple[int, ...]:
     """Read a comma list of seeds.
 
@@ -285,6 +295,13 @@ def _parser() -> Parser:
         help="variables become constants, BatchNorm goes into the convolutions (default: yes)",
     )
     export.add_argument("--keep", type=at_least(1), default=5, help="versions that stay (default: %(default)s)")
+    export.add_argument(
+        "--warm-up",
+        type=batch_sizes,
+        default=(1, 8),
+        metavar="N,N|none",
+        help="batch sizes that a model server answers before it serves (default: 1,8)",
+    )
     verify = _command(commands, "verify", "compare what serves with what was trained")
     verify.add_argument("path", type=Path, metavar="RUN|VERSION_DIR", help="a run's folder or one serving/N")
     verify.add_argument("--repeats", type=at_least(2), default=50, help="identical requests (default: %(default)s)")

@@ -232,8 +232,15 @@ def export(options: argparse.Namespace) -> int:
     """Write the next SavedModel version of a run, verified before it is published."""
     bundle = bundles.load(options.run)
     samples = bundles.read_samples(bundle.folder)
-    how = {"optimise": options.optimise, "keep": options.keep}
-    version, verification = serving.publish(bundle.model, bundle.task, bundle.folder / "serving", samples, **how)
+    version, verification = serving.publish(
+        bundle.model,
+        bundle.task,
+        bundle.folder / "serving",
+        samples,
+        optimise=options.optimise,
+        keep=options.keep,
+        warm_up_sizes=options.warm_up,
+    )
     if version:
         bundles.refresh(bundle.folder, current=version.name)
     _show_verification(options, verification)

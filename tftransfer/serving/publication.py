@@ -14,8 +14,9 @@ import keras
 
 from tftransfer import tensor_files
 from tftransfer.errors import InputError
+from tftransfer.serving import warm_up
 from tftransfer.serving.export import export_savedmodel
-from tftransfer.serving.verification import Verification, verify
+from tftransfer.serving.verification import Verification, made_up_pictures, verify
 from tftransfer.tasks import Task
 
 KEPT_VERSIONS = 5
@@ -32,6 +33,7 @@ def publish(
     repeats: int = 50,
     optimise: bool = True,
     keep: int = KEPT_VERSIONS,
+    warm_up_sizes: Sequence[int] = warm_up.BATCH_SIZES,
 ) -> tuple[Path | None, Verification]:
     """Export a network, verify the SavedModel and publish it as the next version.
 
@@ -44,6 +46,8 @@ def publish(
         repeats: How often the same request is sent to each signature. Defaults to 50.
         optimise: As for `export_savedmodel`. Defaults to True.
         keep: How many versions stay, the newest ones. Defaults to 5.
+        warm_up_sizes: Batch sizes of the requests that a model server answers before any other, see `warm_up.write`;
+            none for no such file. Defaults to 1 and 8.
 
     Returns:
         The version's folder, or None if it did not pass and was not published; and what was checked.
@@ -57,6 +61,8 @@ def publish(
     def build(directory: Path) -> None:
         nonlocal kept
         kept = export_savedmodel(model, task, directory, from_logits=from_logits, optimise=optimise)
+        if warm_up_sizes:
+            warm_up.write(directory, samples or made_up_pictures(), warm_up_sizes)
 
     def check(directory: Path) -> Verification:
         found = verify(directory, samples, model=model, task=task, from_logits=from_logits, repeats=repeats)

@@ -80,6 +80,11 @@ def signatures(saved_model: Any) -> dict[str, Signature]:
     return {name: _signature(definitions[name], _INPUTS[name][0]) for name in (BYTES, PIXELS)}
 
 
+def input_name(signature: str) -> str:
+    """Return what a signature's input is called."""
+    return _INPUTS[signature][0]
+
+
 def image_size(saved_model: Any) -> tuple[int, int]:
     """Return `(height, width)` of the `tensor` signature."""
     shape = saved_model.meta_graphs[0].signature_def[PIXELS].inputs[_INPUTS[PIXELS][0]].tensor_shape

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tftransfer.errors import InputError
 from tftransfer.report import Check
-from tftransfer.serving import comparison, loaders, structure
+from tftransfer.serving import comparison, loaders, structure, warm_up
 from tftransfer.serving.comparison import Answers
 from tftransfer.serving.loaders import Request
 from tftransfer.serving.structure import BYTES, PIXELS
@@ -22,6 +22,7 @@ from tftransfer.tasks import Task
 
 Answer = Callable[[Request], Answers]
 _INVALID_ARGUMENT = 3  # TF_INVALID_ARGUMENT, tensorflow/c/tf_status.h
+_WARM_UP = "warm-up requests are answered"
 # What loading or running a faulty SavedModel raises.
 _ERRORS = (tf.errors.OpError, OSError, ValueError, RuntimeError)
 
@@ -166,12 +167,17 @@ def _check_answers(
     case: _Case,
     expect: Callable[[], list[Answers] | None],
 ) -> list[Check]:
+    try:
+        asked_first = warm_up.read(directory)
+    except ValueError as error:
+        return [Check(_WARM_UP, False, {"problem": _first_line(error)})]
     # The C library starts first and works beside this process, on its own processor if there are two.
     with loaders.c_library(directory, signatures, [*case.requests, *case.broken]) as wait:
         try:
             with loaders.graph_session(directory, signatures) as answer:
                 received = [answer(request) for request in case.requests]
                 checks = [_attempt(name, check, answer, case) for name, check in _IN_SESSION.items()]
+                checks.append(_check_warm_up(asked_first, answer))
         except _ERRORS as error:
             return [Check("graph session", False, {"problem": _first_line(error)})]
         return [
@@ -253,6 +259,18 @@ def _check_broken(name: str, answer: Answer, case: _Case) -> Check:
     outcomes = [_outcome(answer, request) for request in case.broken]
     wrong = [outcome for outcome in outcomes if outcome != "InvalidArgumentError"]
     return Check(name, not wrong, {"problem": wrong} if wrong else {"refused": len(outcomes)})
+
+
+def _check_warm_up(requests: Sequence[Request] | None, answer: Answer) -> Check:
+    """A model server that cannot answer a warm-up request does not serve the version at all."""
+    if requests is None:
+        return Check(_WARM_UP, None, {"reason": "there are none"})
+    try:
+        for request in requests:
+            answer(request)
+    except _ERRORS as error:
+        return Check(_WARM_UP, False, {"problem": _first_line(error)})
+    return Check(_WARM_UP, True, {"requests": len(requests), "batch sizes": [len(one.values) for one in requests]})
 
 
 def _outcome(answer: Answer, request: Request) -> str:
