@@ -1,0 +1,101 @@
+"""A process that publishes is killed: whatever bears a number afterwards is whole, and the next one tidies up."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+_BEGIN = """
+    import hashlib, os, random, signal, sys, time
+    from pathlib import Path
+    from tftransfer.serving import publication
+    from tftransfer.serving.verification import Verification
+
+    root = Path(sys.argv[1])
+
+    def build(folder):
+        content = os.urandom(100_000)
+        (folder / "variables").mkdir()
+        (folder / "variables" / "data").write_bytes(content)
+        (folder / "saved_model.pb").write_text(hashlib.sha256(content).hexdigest())
+
+    def publish():
+        return publication.publish_directory(build, root, lambda _: Verification(()), keep=2)[0]
+
+    def whole(version):
+        content = (version / "variables" / "data").read_bytes()
+        return (version / "saved_model.pb").read_text() == hashlib.sha256(content).hexdigest()
+
+    def all_is_well(before):
+        numbers = publication.versions(root)
+        assert all(whole(root / str(number)) for number in numbers), "half a version bears a number"
+        assert max(numbers) >= int(before.name), "the version that was served is gone"
+        newest = publish()
+        assert whole(newest) and int(newest.name) > max(numbers)
+        left = sorted(os.listdir(root), key=len)
+        assert all(name.isdecimal() for name in left) and len(left) <= 2, left
+        return newest
+
+    def killed(child):
+        process = os.fork()
+        if process:
+            return process
+        child()
+        os._exit(0)
+"""
+
+_AT_RANDOM = """
+    generator, newest, fallen = random.Random(0), publish(), 0
+    def forever():
+        while True:
+            publish()
+    for _ in range(50):
+        process = killed(forever)
+        time.sleep(generator.uniform(0.0005, 0.05))
+        os.kill(process, signal.SIGKILL)
+        fallen += os.WIFSIGNALED(os.waitpid(process, 0)[1])
+        newest = all_is_well(newest)
+    print(fallen)
+"""
+
+_AT_EVERY_CALL = """
+    newest, fallen = publish(), 0
+    for name in ("mkdir", "rename", "fsync", "unlink", "rmdir"):
+        original = getattr(os, name)
+        place = 0
+        while True:
+            place += 1
+            def child():
+                calls = []
+                def counted(*given, **named):
+                    calls.append(given)
+                    if len(calls) == place:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return original(*given, **named)
+                setattr(os, name, counted)
+                publish()
+            process = killed(child)
+            died = os.WIFSIGNALED(os.waitpid(process, 0)[1])
+            newest = all_is_well(newest)
+            if not died:
+                break
+            fallen += 1
+        assert place > 1, f"{name} is never called"
+    print(fallen)
+"""
+
+
+def _run(code, folder):
+    program = textwrap.dedent(_BEGIN) + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_killed_at_fifty_random_moments(tmp_path):
+    assert _run(_AT_RANDOM, tmp_path / "serving") == 50
+
+
+def test_killed_at_every_call_that_changes_the_disk(tmp_path):
+    assert _run(_AT_EVERY_CALL, tmp_path / "serving") >= 15
