@@ -1,4 +1,4 @@
-"""What docs/serving.md offers works: the client against servers of our own, the configurations by the server's messages."""
+"""What docs/serving.md offers works: its client with servers of our own, its configuration by the server's messages."""
 
 from __future__ import annotations
 
@@ -31,18 +31,16 @@ def client():
     return module
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def answer(exported):
-    """A graph session behind a lock, as a server would hold it."""
+    """What the SavedModel answers, in whatever thread a server asks."""
     signatures = structure.signatures(structure.read(exported))
-    lock = threading.Lock()
-    with loaders.graph_session(exported, signatures) as run:
 
-        def locked(pictures):
-            with lock:
-                return run(loaders.Request("serving_default", loaders.as_texts(pictures)))
+    def run(pictures):
+        with loaders.graph_session(exported, signatures) as session:
+            return session(loaders.Request("serving_default", loaders.as_texts(pictures)))
 
-        yield locked
+    return run
 
 
 def _expected(answer, pictures):
