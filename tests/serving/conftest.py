@@ -59,6 +59,14 @@ def exported(model, task, tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="session")
+def exported_with_variables(model, task, tmp_path_factory):
+    """A SavedModel that keeps its variables, and that nobody may change either."""
+    directory = tmp_path_factory.mktemp("exported_with_variables") / "1"
+    serving.export_savedmodel(model, task, directory, optimise=False)
+    return directory
+
+
 @pytest.fixture
 def write_savedmodel(tmp_path):
     """Return a function that writes a SavedModel of one's own making, faulty or not."""
