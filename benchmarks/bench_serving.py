@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from record import record
 
 from tftransfer.serving import capi
 
@@ -83,6 +82,8 @@ def main() -> None:
             assert "tensorflow" not in sys.modules
             print(json.dumps(measured))
         return
+    from record import record  # which imports Keras
+
     for backbone in options.backbones:
         with tempfile.TemporaryDirectory() as scratch:
             sides = _step(f"export:{scratch}", "--backbones", backbone)

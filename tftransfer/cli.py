@@ -294,6 +294,13 @@ def _parser() -> Parser:
         default=True,
         help="variables become constants, BatchNorm goes into the convolutions (default: yes)",
     )
+    export.add_argument(
+        "--top-k",
+        type=at_least(1),
+        default=0,
+        metavar="K",
+        help="also answer with the K most probable labels, by `classify`",
+    )
     export.add_argument("--keep", type=at_least(1), default=5, help="versions that stay (default: %(default)s)")
     export.add_argument(
         "--warm-up",

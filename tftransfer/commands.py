@@ -238,6 +238,7 @@ def export(options: argparse.Namespace) -> int:
         bundle.folder / "serving",
         samples,
         optimise=options.optimise,
+        top_k=options.top_k,
         keep=options.keep,
         warm_up_sizes=options.warm_up,
     )

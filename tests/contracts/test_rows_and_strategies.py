@@ -330,9 +330,14 @@ def test_saves_and_loads(network, tmp_path):
 
 @_on(LONG)
 def test_exports_what_was_trained(network, tmp_path):
-    version, verification = serving.publish(network, TASK, tmp_path / "serving", repeats=3)
-    assert verification.passed, verification.lines()
-    assert version.name == "1"
+    """As a graph of constants within 1e-5, with its variables bit for bit."""
+    for number, (optimise, most) in enumerate(((True, 1e-5), (False, 0.0)), start=1):
+        version, verification = serving.publish(network, TASK, tmp_path / "serving", repeats=3, optimise=optimise)
+        assert verification.passed, verification.lines()
+        assert version.name == str(number)
+        assert all(check.name != "graph of constants" for check in verification.checks)
+        differences = [check.metrics.get("maximum difference", 0.0) for check in verification.checks]
+        assert max(differences) <= most, verification.lines()
 
 
 @pytest.mark.slow

@@ -182,3 +182,39 @@ def test_bad_input_is_refused(model, task, network, tmp_path):
     with pytest.raises(InputError, match="image_size"):
         serving.export_savedmodel(anything, task, tmp_path / "1")
     assert not (tmp_path / "1").exists()
+
+
+@pytest.mark.usefixtures("without_c_library")
+@pytest.mark.parametrize("kind", [tasks.SingleLabel, tasks.MultiLabel])
+def test_the_most_probable_labels_come_first(kind, model, pictures, tmp_path):
+    task = kind(("red", "green", "blue"))
+    serving.export_savedmodel(model, task, tmp_path / "1", top_k=2)
+    found = answer(tmp_path / "1", "classify", loaders.as_texts(pictures))
+    probabilities = answer(tmp_path / "1", "serving_default", loaders.as_texts(pictures))["probabilities"]
+    order = np.argsort(-probabilities, axis=1)[:, :2]
+    assert found["classes"].tolist() == [[task.labels[place].encode() for place in row] for row in order]
+    np.testing.assert_array_equal(found["scores"], np.take_along_axis(probabilities, order, axis=1))
+    verification = serving.verify(tmp_path / "1", pictures, model=model, task=task, repeats=2)
+    assert verification.passed
+    assert "top labels are the most probable" in [check.name for check in verification.checks]
+
+
+@pytest.mark.parametrize(("task", "top_k"), [(tasks.SingleLabel(("a", "b", "c")), 4), (TASKS[1], 1), (TASKS[0], -1)])
+def test_more_labels_than_there_are_is_bad_input(task, top_k, model, tmp_path):
+    with pytest.raises(InputError, match="top_k"):
+        serving.export_savedmodel(model, task, tmp_path / "1", top_k=top_k)
+    assert not (tmp_path / "1").exists()
+
+
+@pytest.mark.usefixtures("without_c_library")
+@pytest.mark.parametrize("fault", ["order", "labels"])
+def test_a_wrong_classify_is_refused(fault, model, task, pictures, tmp_path, monkeypatch):
+    top_k = tf.math.top_k
+    if fault == "order":
+        monkeypatch.setattr(tf.math, "top_k", lambda values, k: tuple(part[:, ::-1] for part in top_k(values, k + 1)))
+    if fault == "labels":
+        monkeypatch.setattr(tf.math, "top_k", lambda values, k: (top_k(values, k)[0], top_k(values, k)[1] * 0))
+    serving.export_savedmodel(model, task, tmp_path / "1", top_k=2)
+    monkeypatch.undo()
+    verification = serving.verify(tmp_path / "1", pictures, model=model, task=task, repeats=2)
+    assert verification.failed == ("top labels are the most probable",)

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tftransfer import builders, constants
 from tftransfer.data.images import decode_picture
-from tftransfer.errors import InputError
+from tftransfer.errors import InputError, check
 from tftransfer.tasks import Task
 
 # How many pictures of one request are decoded at the same time.
@@ -29,6 +29,7 @@ def export_savedmodel(
     *,
     from_logits: bool | None = None,
     optimise: bool = True,
+    top_k: int = 0,
 ) -> str:
     """Write a network and its task as a SavedModel for TF Serving.
 
@@ -42,19 +43,24 @@ def export_savedmodel(
         from_logits: Whether the network gives logits. Defaults to what its last layer says.
         optimise: Whether variables become constants and BatchNorm is folded into the convolutions, for answers that
             are the same within 1e-5 and come sooner. Defaults to True.
+        top_k: With how many labels a further signature, `classify`, answers. Defaults to 0: there is none.
 
     Returns:
         Why variables were kept; "" if they were not, or were to be.
 
     Raises:
-        InputError: If the network takes pictures of no fixed size, or its outputs do not fit the task.
+        InputError: If the network takes pictures of no fixed size, or its outputs do not fit the task, or the task
+            has fewer labels than `top_k`.
 
-    Signatures of the result, both with the outputs of `task.answers`:
+    Signatures of the result, the first two with the outputs of `task.answers`:
 
     - `serving_default`: `image_bytes`, `(batch,)` string, encoded pictures of any size;
-    - `tensor`: `image`, `(batch, height, width, 3)` float32 in [0, 255], at the network's size.
+    - `tensor`: `image`, `(batch, height, width, 3)` float32 in [0, 255], at the network's size;
+    - `classify`, if asked for: as `serving_default`, with the most probable labels first, as `classes` and `scores`,
+      `(batch, top_k)` string and float32.
     """
     _check_outputs(model, task)
+    _check_top_k(task, top_k)
     network, kept = _constant(model) if optimise else (None, "")
     answer = answers_of(model, task, from_logits, network)
     height, width = image_size(model)
@@ -71,6 +77,10 @@ def export_savedmodel(
     def serving_default(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         return tensor(tf.cast(batch_decoder((height, width))(image_bytes), tf.float32))
 
+    def classify(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        scores, places = tf.math.top_k(serving_default(image_bytes)["probabilities"], top_k)
+        return {"classes": tf.gather(tf.constant(task.labels), places), "scores": scores}
+
     pictures = tf.TensorSpec((None, height, width, 3), tf.float32, name="image")
     encoded = tf.TensorSpec((None,), tf.string, name="image_bytes")
     archive = keras.export.ExportArchive()
@@ -78,6 +88,8 @@ def export_savedmodel(
         archive.track(model)  # for lookup tables and other resources of a user's own layers
     archive.add_endpoint("serving_default", serving_default, input_signature=[encoded])
     archive.add_endpoint("tensor", tensor, input_signature=[pictures])
+    if top_k:
+        archive.add_endpoint("classify", classify, input_signature=[encoded])
     with quiet():
         archive.write_out(os.fspath(Path(directory)), verbose=False)
     return kept
@@ -169,3 +181,10 @@ def _check_outputs(model: keras.Model, task: Task) -> None:
             f"`model` must give {task.num_outputs} numbers, one for each of {task.labels!r}. "
             f"Received: model.output_shape={shape!r}"
         )
+
+
+def _check_top_k(task: Task, top_k: int) -> None:
+    answers = task.answers(tf.zeros((1, task.num_outputs)), True)
+    most = len(task.labels) if "probabilities" in answers else 0
+    wanted = f"a whole number from 0 to {most}, the number of labels" if most else "0 for a task without probabilities"
+    check(isinstance(top_k, int) and 0 <= top_k <= most, "top_k", wanted, top_k)

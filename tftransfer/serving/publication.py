@@ -32,6 +32,7 @@ def publish(
     from_logits: bool | None = None,
     repeats: int = 50,
     optimise: bool = True,
+    top_k: int = 0,
     keep: int = KEPT_VERSIONS,
     warm_up_sizes: Sequence[int] = warm_up.BATCH_SIZES,
 ) -> tuple[Path | None, Verification]:
@@ -44,7 +45,7 @@ def publish(
         samples: Encoded pictures to verify with. Defaults to none: pictures are made up.
         from_logits: Whether the network gives logits. Defaults to what its last layer says.
         repeats: How often the same request is sent to each signature. Defaults to 50.
-        optimise: As for `export_savedmodel`. Defaults to True.
+        optimise, top_k: As for `export_savedmodel`. Default to True and 0.
         keep: How many versions stay, the newest ones. Defaults to 5.
         warm_up_sizes: Batch sizes of the requests that a model server answers before any other, see `warm_up.write`;
             none for no such file. Defaults to 1 and 8.
@@ -60,7 +61,7 @@ def publish(
 
     def build(directory: Path) -> None:
         nonlocal kept
-        kept = export_savedmodel(model, task, directory, from_logits=from_logits, optimise=optimise)
+        kept = export_savedmodel(model, task, directory, from_logits=from_logits, optimise=optimise, top_k=top_k)
         if warm_up_sizes:
             warm_up.write(directory, samples or made_up_pictures(), warm_up_sizes)
 

@@ -16,7 +16,7 @@ from tftransfer.errors import InputError
 from tftransfer.report import Check
 from tftransfer.tasks import Task
 
-BYTES, PIXELS = "serving_default", "tensor"
+BYTES, PIXELS, CLASSIFY = "serving_default", "tensor", "classify"
 # Name of the input, its type and its shape; -1 is any size, None is the network's own.
 _INPUTS: dict[str, tuple[str, tf.DType, tuple[int | None, ...]]] = {
     BYTES: ("image_bytes", tf.string, (-1,)),
@@ -75,14 +75,16 @@ def check_labels(saved_model: Any, task: Task) -> Check | None:
 
 
 def signatures(saved_model: Any) -> dict[str, Signature]:
-    """Return the two signatures of a SavedModel whose structure has been checked."""
+    """Return the signatures of a SavedModel whose structure has been checked: two, and `classify` if it has that."""
     definitions = saved_model.meta_graphs[0].signature_def
-    return {name: _signature(definitions[name], _INPUTS[name][0]) for name in (BYTES, PIXELS)}
+    return {
+        name: _signature(definitions[name], input_name(name)) for name in (*_INPUTS, CLASSIFY) if name in definitions
+    }
 
 
 def input_name(signature: str) -> str:
     """Return what a signature's input is called."""
-    return _INPUTS[signature][0]
+    return _INPUTS[BYTES if signature == CLASSIFY else signature][0]
 
 
 def image_size(saved_model: Any) -> tuple[int, int]:
@@ -108,6 +110,8 @@ def _problems(saved_model: Any, task: Task | None) -> Iterator[str]:
             continue
         yield from (f"{name}: {problem}" for problem in _input_problems(definitions[name], *_INPUTS[name]))
         yield from (f"{name}: {problem}" for problem in _output_problems(definitions[name], task))
+    if CLASSIFY in definitions:
+        yield from (f"{CLASSIFY}: {problem}" for problem in _classify_problems(definitions[CLASSIFY]))
 
 
 def _input_problems(definition: Any, name: str, kind: tf.DType, shape: tuple[int | None, ...]) -> Iterator[str]:
@@ -143,6 +147,16 @@ def _output_problems(definition: Any, task: Task | None) -> Iterator[str]:
         wanted = expected[name][1]
         if not _sizes_agree(shape, wanted):
             yield f"output `{name}` must have the shape {list(wanted or ())}, found {list(shape or ())}"
+
+
+def _classify_problems(definition: Any) -> Iterator[str]:
+    yield from _input_problems(definition, *_INPUTS[BYTES])
+    found = {name: _spec(info) for name, info in definition.outputs.items()}
+    kinds = {name: kind for name, (kind, _) in found.items()}
+    if kinds != {"classes": tf.string, "scores": tf.float32}:
+        yield f"expected the outputs classes (string) and scores (float32), found {sorted(found)}"
+    elif any(shape is None or len(shape) != 2 or shape[0] != -1 for _, shape in found.values()):
+        yield "outputs must have the shape [any, K]"
 
 
 def _sizes_agree(found: tuple[int, ...] | None, expected: tuple[int, ...] | None) -> bool:

@@ -17,7 +17,7 @@ from tftransfer.report import Check
 from tftransfer.serving import comparison, loaders, structure, warm_up
 from tftransfer.serving.comparison import Answers
 from tftransfer.serving.loaders import Request
-from tftransfer.serving.structure import BYTES, PIXELS
+from tftransfer.serving.structure import BYTES, CLASSIFY, PIXELS
 from tftransfer.tasks import Task
 
 Answer = Callable[[Request], Answers]
@@ -70,6 +70,7 @@ class _Case:
     threshold: float | None
     repeats: int
     batch_sizes: tuple[int, ...]
+    labels: tuple[bytes, ...] = ()
 
     @property
     def requests(self) -> list[Request]:
@@ -137,7 +138,8 @@ def verify(
     encoded = list(samples) or made_up_pictures()
     pixels = loaders.decode(encoded, structure.image_size(saved_model))
     threshold = getattr(task, "threshold", None)  # only tasks with several labels have one
-    case = _Case(loaders.as_texts(encoded), pixels, threshold, repeats, tuple(batch_sizes))
+    labels = tuple(label.encode() for label in task.labels) if task else ()
+    case = _Case(loaders.as_texts(encoded), pixels, threshold, repeats, tuple(batch_sizes), labels)
     expect = partial(_keras_answers, model, task, from_logits, case)
     return Verification((*checks, *_check_answers(directory, structure.signatures(saved_model), case, expect)))
 
@@ -177,6 +179,8 @@ def _check_answers(
             with loaders.graph_session(directory, signatures) as answer:
                 received = [answer(request) for request in case.requests]
                 checks = [_attempt(name, check, answer, case) for name, check in _IN_SESSION.items()]
+                if CLASSIFY in signatures:
+                    checks.append(_attempt("top labels are the most probable", _check_top_labels, answer, case))
                 checks.append(_check_warm_up(asked_first, answer))
         except _ERRORS as error:
             return [Check("graph session", False, {"problem": _first_line(error)})]
@@ -259,6 +263,21 @@ def _check_broken(name: str, answer: Answer, case: _Case) -> Check:
     outcomes = [_outcome(answer, request) for request in case.broken]
     wrong = [outcome for outcome in outcomes if outcome != "InvalidArgumentError"]
     return Check(name, not wrong, {"problem": wrong} if wrong else {"refused": len(outcomes)})
+
+
+def _check_top_labels(name: str, answer: Answer, case: _Case) -> Check:
+    """Each class must have the probability that it is given, and none that is left out a higher one."""
+    asked = case.request(BYTES, range(len(case.encoded)))
+    probabilities, found = answer(asked)["probabilities"], answer(Request(CLASSIFY, asked.values))
+    count = found["scores"].shape[1]
+    worst = float(np.abs(found["scores"] + np.sort(-probabilities, axis=1)[:, :count]).max(initial=0.0))
+    wrong = 0
+    if case.labels:
+        places = np.vectorize(case.labels.index, otypes=[int])(found["classes"])
+        given = np.take_along_axis(probabilities, places, axis=1)
+        wrong = int((np.abs(given - found["scores"]) > comparison.TOLERANCE).sum())
+    passed = worst <= comparison.TOLERANCE and not wrong
+    return Check(name, passed, {"labels": count, "maximum difference": worst, "wrong labels": wrong})
 
 
 def _check_warm_up(requests: Sequence[Request] | None, answer: Answer) -> Check:
