@@ -13,6 +13,7 @@ PACKAGE = Path(tftransfer.__file__).parent
 # From the bottom up: a module imports from its own line and the lines above it only.
 LAYERS = (
     {"errors"},
+    {"scanning"},
     {"report", "report_html"},
     {"tasks", "heads", "optimizers", "metrics", "averages"},
     {"tensor_files", "transferability", "shelf"},
@@ -108,6 +109,7 @@ def test_the_public_surface_is_as_written_down():
         "predict",
         "report",
         "runs",
+        "scan",
         "serving",
         "set_trainable",
         "strategies",

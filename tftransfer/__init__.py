@@ -34,6 +34,7 @@ _FUNCTIONS = {
     "fine_tune": "training",
     "load_model": "bundles",
     "predict": "inference",
+    "scan": "scanning",
     "set_trainable": "trainable",
 }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tftransfer import __version__
-from tftransfer.errors import InputError, check
+from tftransfer.errors import InputError, ScanError, check
 
 LARGEST_SEED = 2**32 - 1
 """NumPy's."""
@@ -173,8 +173,9 @@ def run_recipe(main: Callable[[], int | None]) -> NoReturn:
 def guarded(main: Callable[[], int | None]) -> int:
     """Call a function, and turn bad input into one line and exit code 2, an interruption into 75.
 
-    SIGTERM and SIGHUP, as batch systems and closed terminals send them, end it as Ctrl-C does. What the terminal
-    cannot show, such as names of files that are not UTF-8, is printed as `\\udcXX`.
+    What a scan found in a file that was to be loaded is one line and exit code 1. SIGTERM and SIGHUP, as batch systems
+    and closed terminals send them, end it as Ctrl-C does. What the terminal cannot show, such as names of files that
+    are not UTF-8, is printed as `\\udcXX`.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -183,7 +184,7 @@ def guarded(main: Callable[[], int | None]) -> int:
             return main() or DONE
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
+        return FAILED if isinstance(error, ScanError) else BAD_INPUT
     except KeyboardInterrupt:
         print("stopped; the same command with the same --out goes on with this run", file=sys.stderr)
         return STOPPED
@@ -249,6 +250,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.command == "scan":
+        from tftransfer.scanning import command
+
+        return command.scan(options)
     import_tensorflow()
     from tftransfer import commands
 
@@ -312,6 +317,14 @@ def _parser() -> Parser:
     verify = _command(commands, "verify", "compare what serves with what was trained")
     verify.add_argument("path", type=Path, metavar="RUN|VERSION_DIR", help="a run's folder or one serving/N")
     verify.add_argument("--repeats", type=at_least(2), default=50, help="identical requests (default: %(default)s)")
+    scan = _command(commands, "scan", "look for what a model file should not hold, without loading it")
+    scan.add_argument(
+        "paths",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="a SavedModel, .keras, .h5, .npz or .safetensors file, or a folder with such files, as a run's",
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The one exception that the command line turns into exit code 2."""
+"""The exceptions that the command line turns into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from collections.abc import Iterable
 
 class InputError(ValueError):
     """Say in one line what was wrong with what the user gave, what was expected and what to do."""
+
+
+class ScanError(InputError):
+    """Say what a scan found in a file that was to be loaded; the command line ends with exit code 1."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
