@@ -66,7 +66,11 @@ def main() -> int:
 
     def build() -> keras.Model:
         return tft.builders.image_classifier(
-            network.backbone, task.num_outputs, image_size=network.image_size, weights=network.weights
+            network.backbone,
+            task.num_outputs,
+            image_size=network.image_size,
+            weights=network.weights,
+            trust=options.trust,
         )
 
     with tft.devices(options.devices, options.precision) as devices:

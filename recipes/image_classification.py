@@ -60,6 +60,7 @@ def main() -> int:
             weights=network.weights,
             hidden=options.hidden,
             dropout=options.dropout,
+            trust=options.trust,
         )
         model = tft.builders.in_units_of(model, data.train.targets) if task.kind == "regression" else model
     tft.planning.check_strategy(model, choice.planned, task)

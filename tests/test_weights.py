@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tftransfer import backbones, weights
-from tftransfer.errors import InputError
+from tftransfer.errors import InputError, ScanError
 
 NAME = "MobileNet-0.25"
 SIZE = (32, 32)
@@ -76,14 +76,17 @@ def test_a_classifier_of_this_toolkit_gives_its_backbone(tmp_path):
     _assert_same_weights(backbones.build(NAME, SIZE, path), base)
 
 
-def test_code_in_a_keras_file_is_not_run(tmp_path):
+def test_code_in_a_keras_file_is_refused_and_with_trust_not_run(tmp_path, capsys):
     path = _write(_random(_stock()), tmp_path / "net.keras")
     hostile = tmp_path / "hostile.keras"
     with zipfile.ZipFile(path) as good, zipfile.ZipFile(hostile, "w") as bad:
         bad.writestr("model.weights.h5", good.read("model.weights.h5"))
         bad.writestr("config.json", json.dumps({"class_name": "Lambda", "config": {"function": "exit()"}}))
     with mock.patch("keras.saving.deserialize_keras_object", side_effect=AssertionError("was run")):
-        _assert_same_weights(backbones.build(NAME, SIZE, hostile), _random(_stock()))
+        with pytest.raises(ScanError, match="Lambda: holds Python code"):
+            backbones.build(NAME, SIZE, hostile)
+        _assert_same_weights(backbones.build(NAME, SIZE, hostile, trust=True), _random(_stock()))
+    assert "hostile.keras is loaded without a scan" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", ["net.h5", "net.weights.h5", "net.keras"])
@@ -137,7 +140,7 @@ def test_an_archive_without_weights_is_refused(tmp_path):
     with pytest.raises(InputError, match="damaged, cut short or of another kind"):
         backbones.build(NAME, SIZE, path)
     with pytest.raises(InputError, match=r"no whole \.keras file"):
-        backbones.build("EfficientNetB0", SIZE, path)
+        backbones.build("EfficientNetB0", SIZE, path, trust=True)
 
 
 def test_a_missing_file_and_unknown_words_are_refused(tmp_path):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import keras
 
+from tftransfer import scanning
 from tftransfer.depth import Group, depth_groups, feature_levels, is_head, level_output
 from tftransfer.errors import InputError, nearest
 from tftransfer.weight_files import load_weights
@@ -220,6 +221,8 @@ def build(
     image_size: tuple[int, int],
     weights: str | os.PathLike[str] | None = None,
     weights_kind: str | None = None,
+    *,
+    trust: bool = False,
 ) -> keras.Model:
     """Build a backbone that takes pixels and gives feature maps.
 
@@ -236,6 +239,7 @@ def build(
         weights_kind: `"imagenet"` says that a file holds Keras' ImageNet weights. It matters for
             EfficientNet V1, whose ImageNet weights expect one more rescaling (tensorflow#49930, #62193);
             files with Keras' own digest and `.keras` files are told without it. Defaults to None.
+        trust: Load a file without a scan. Defaults to False.
 
     Returns:
         A model from `image` `(batch, height, width, 3)`, RGB in [0, 255], to `(batch, rows, columns,
@@ -243,6 +247,7 @@ def build(
 
     Raises:
         InputError: If the name is not known, the size is too small or the weights do not fit.
+        ScanError: If a scan finds something in the file.
 
     Example:
         >>> model = build("MobileNet-0.25", (64, 64))
@@ -254,6 +259,8 @@ def build(
     weights = check_weights(weights, weights_kind)
     if weights == "demo":
         check_demo(row.name)
+    elif weights not in (None, "imagenet"):
+        scanning.check(weights, trust=trust)
     rescaling = row.family == "efficientnet" and has_imagenet_rescaling(weights, weights_kind)
     image = keras.Input((*image_size, 3), dtype="float32", name="image")
     network = _network(row, _preprocess(image, row.preprocessing), weights)

@@ -25,6 +25,7 @@ def image_classifier(
     activation: str | None = None,
     l1: float = 0.0,
     l2: float = 0.0,
+    trust: bool = False,
 ) -> keras.Model:
     """Build a network that takes pictures and gives one number per class.
 
@@ -43,6 +44,7 @@ def image_classifier(
         activation: Activation of the last layer. Defaults to None: the outputs are logits.
         l1: L1 penalty on the kernels of the head. Defaults to 0.
         l2: L2 penalty on the kernels of the head. Defaults to 0.
+        trust: Load a weights file without a scan. Defaults to False.
 
     Returns:
         An uncompiled model from `image` `(batch, height, width, 3)` to `(batch, num_classes)` float32. Backbone
@@ -50,6 +52,7 @@ def image_classifier(
 
     Raises:
         InputError: If an argument is out of its range, the backbone is not known, or the weights do not fit.
+        ScanError: If a scan finds something in the weights file.
 
     Example:
         The textbooks' ResNet50 with a hidden layer of 1024 and ten classes:
@@ -60,7 +63,7 @@ def image_classifier(
     """
     size = _image_size(backbone, image_size)
     _check_head(num_classes, hidden, dropout, l1, l2)
-    base = backbones.build(backbone, size, weights, weights_kind)
+    base = backbones.build(backbone, size, weights, weights_kind, trust=trust)
     head = heads.Dense(num_classes, tuple(hidden), dropout, activation, l1, l2)
     return keras.Model(base.input, head(base.output), name="image_classifier")
 

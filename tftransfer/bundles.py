@@ -15,7 +15,7 @@ from typing import Any
 
 import keras
 
-from tftransfer import __version__, tasks
+from tftransfer import __version__, scanning, tasks
 from tftransfer.errors import InputError
 from tftransfer.report import Number, Report
 from tftransfer.weights import digest
@@ -199,20 +199,22 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_text(folder / SEAL, f"{digest(folder / MANIFEST)}  {MANIFEST}\n")
 
 
-def load(folder: str | os.PathLike[str]) -> Bundle:
+def load(folder: str | os.PathLike[str], *, trust: bool = False) -> Bundle:
     """Read a finished run back.
 
     Args:
         folder: The run's folder.
+        trust: Load its model without a scan. Defaults to False.
 
     Raises:
         InputError: If the folder holds no finished run, or a file differs from the manifest.
+        ScanError: If a scan finds something in the model.
     """
     path = Path(folder)
     manifest = finished_manifest(path)
     if MODEL in changed_files(path, manifest):
         raise InputError(f"{path / MODEL} is not the file that the manifest names (other SHA-256, or missing)")
-    return Bundle(path, load_model(path / MODEL), task_of(path, manifest), manifest)
+    return Bundle(path, load_model(path / MODEL, trust=trust), task_of(path, manifest), manifest)
 
 
 def finished_manifest(folder: Path) -> dict[str, Any]:
@@ -239,16 +241,22 @@ def task_of(folder: Path, manifest: Mapping[str, Any]) -> tasks.Task:
         raise InputError(f"{folder / MANIFEST} describes no task: {error}") from None
 
 
-def load_model(path: str | os.PathLike[str]) -> keras.Model:
+def load_model(path: str | os.PathLike[str], *, trust: bool = False) -> keras.Model:
     """Load a `.keras` file with the toolkit's few classes registered.
 
     Builders use built-in layers only, so `keras.saving.load_model` in a process without tftransfer does the same.
 
+    Args:
+        path: The file.
+        trust: Load it without a scan: layers and functions of your own are on no list. Defaults to False.
+
     Raises:
         InputError: If the file is missing or is no Keras model.
+        ScanError: If a scan finds something in it.
     """
     from tftransfer import optimizers, schedules  # noqa: F401  register their classes
 
+    scanning.check(path, trust=trust)
     try:
         return keras.saving.load_model(path, compile=False)
     except (ValueError, OSError, TypeError, KeyError) as error:

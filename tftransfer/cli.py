@@ -96,8 +96,13 @@ def recipe_parser(
         action="store_true",
         help="read the data, build the model, say what would be done, write nothing",
     )
+    _trust(parser)
     add("--quiet", action="store_true", help="print errors only")
     return parser
+
+
+def _trust(parser: Parser) -> None:
+    parser.add_argument("--trust", action="store_true", help="load model files without scanning them; says so")
 
 
 def at_least(smallest: int, largest: int | None = None) -> Callable[[str], int]:
@@ -284,6 +289,7 @@ def _parser() -> Parser:
             type=Path,
             help="keep what is computed here, for training too: 20 GiB at most, the oldest goes first",
         )
+        _trust(command)
     predict = _command(commands, "predict", "labels for pictures, by a finished run")
     predict.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     predict.add_argument("files", type=Path, nargs="+", metavar="FILE", help="pictures")
@@ -317,6 +323,8 @@ def _parser() -> Parser:
     verify = _command(commands, "verify", "compare what serves with what was trained")
     verify.add_argument("path", type=Path, metavar="RUN|VERSION_DIR", help="a run's folder or one serving/N")
     verify.add_argument("--repeats", type=at_least(2), default=50, help="identical requests (default: %(default)s)")
+    for command in (predict, evaluate, export, verify):
+        _trust(command)
     scan = _command(commands, "scan", "look for what a model file should not hold, without loading it")
     scan.add_argument(
         "paths",

@@ -82,7 +82,7 @@ def rank(options: argparse.Namespace) -> int:
     loaded, scores = _loader(options), []
     for name, network in networks.items():
         data, task = loaded(network.image_size)
-        built = build(network.backbone, network.image_size, network.weights)
+        built = build(network.backbone, network.image_size, network.weights, trust=options.trust)
         scores.append(ranking.score(built, name, task, data, seed=options.seed, shelf=shelf))
     compared = ranking.table(scores, task)
     notes = shelf.notes if shelf else ()
@@ -118,7 +118,7 @@ def suggest(options: argparse.Namespace) -> int:
     loaded, facts = _loader(options), []
     for _, network in tried:
         data, task = loaded(network.image_size)
-        built = build(network.backbone, network.image_size, network.weights)
+        built = build(network.backbone, network.image_size, network.weights, trust=options.trust)
         facts.append(suggestion.measure(built, task, data.train, seed=options.seed, shelf=shelf))
     best, why = suggestion.choose(facts)
     network, found = tried[best][1], suggestion.suggest(facts[best])
@@ -187,7 +187,7 @@ def strategies(options: argparse.Namespace) -> int:
 
 def predict(options: argparse.Namespace) -> int:
     """Print an answer for each picture."""
-    bundle = bundles.load(options.run)
+    bundle = bundles.load(options.run, trust=options.trust)
     outputs = _outputs(bundle, options.files)
     answers = bundle.task.answers(outputs, outputs_are_logits(bundle.model))
     rows = _answer_rows(options.files, {name: value.numpy() for name, value in answers.items()})
@@ -210,7 +210,7 @@ def _outputs(bundle: bundles.Bundle, files: Sequence[Path]) -> tf.Tensor:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Print the metrics of a run on a data set: on its test split if it has one, else on all of it."""
-    bundle = bundles.load(options.run)
+    bundle = bundles.load(options.run, trust=options.trust)
     unseen = load_for(bundle.task, options.data, image_size=bundle.image_size)
     examples = unseen.examples
     probabilities = inference.predict(bundle.model, bundle.task, examples)
@@ -230,7 +230,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Write the next SavedModel version of a run, verified before it is published."""
-    bundle = bundles.load(options.run)
+    bundle = bundles.load(options.run, trust=options.trust)
     samples = bundles.read_samples(bundle.folder)
     version, verification = serving.publish(
         bundle.model,
@@ -252,16 +252,16 @@ def verify(options: argparse.Namespace) -> int:
     """Verify one SavedModel, or a run: its files, and its newest SavedModel against its Keras model."""
     run = options.path.absolute().parent.parent
     if not (options.path / "saved_model.pb").is_file():
-        verification = _verify_run(options.path, options.repeats)
+        verification = _verify_run(options.path, options)
     elif (run / bundles.MANIFEST).is_file():
-        verification = _verify_run(run, options.repeats, options.path)
+        verification = _verify_run(run, options, options.path)
     else:
-        verification = serving.verify(options.path, repeats=options.repeats)
+        verification = serving.verify(options.path, repeats=options.repeats, trust=options.trust)
     _show_verification(options, verification)
     return 0 if verification.passed else 1
 
 
-def _verify_run(folder: Path, repeats: int, version: Path | None = None) -> serving.Verification:
+def _verify_run(folder: Path, options: argparse.Namespace, version: Path | None = None) -> serving.Verification:
     """Verify a run's files, and its newest SavedModel (or the one given) against its Keras model."""
     manifest = bundles.finished_manifest(folder)
     task = bundles.task_of(folder, manifest)
@@ -270,9 +270,11 @@ def _verify_run(folder: Path, repeats: int, version: Path | None = None) -> serv
     if newest is None:
         raise InputError(f"{folder} holds no serving/N: run `tftransfer export {folder}` first")
     # A model that is not the one that was trained proves nothing; the SavedModel is then compared with itself.
-    model = None if bundles.MODEL in changed else bundles.load_model(folder / bundles.MODEL)
+    model = None if bundles.MODEL in changed else bundles.load_model(folder / bundles.MODEL, trust=options.trust)
     samples = bundles.read_samples(folder)
-    verification = serving.verify(newest, model=model, task=task, samples=samples, repeats=repeats)
+    verification = serving.verify(
+        newest, model=model, task=task, samples=samples, repeats=options.repeats, trust=options.trust
+    )
     return verification.with_check("files equal the manifest", not changed, {"changed": changed})
 
 

@@ -31,7 +31,7 @@ from tftransfer.tasks import Task
 ADAPTER = "adapter.safetensors"
 _DATA_CHECKS = ("labels", "duplicates")
 # Options that do not decide a run's result; every other one is part of its configuration.
-_NOT_CONFIGURATION = ("out", "quiet", "dry_run", "cache", "cache_dir")
+_NOT_CONFIGURATION = ("out", "quiet", "dry_run", "cache", "cache_dir", "trust")
 
 
 @dataclass(frozen=True)

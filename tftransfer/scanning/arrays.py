@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeGuard
 import numpy as np
 
 from tftransfer.scanning.archives import Archive, archive_problems
-from tftransfer.scanning.finding import Problems
+from tftransfer.scanning.finding import Damage, Problems
 
 LARGEST_HEADER = 100 * 2**20
 """Bytes of a safetensors header, as in the format's own readers."""
@@ -36,7 +36,7 @@ def npz_problems(file: BinaryIO) -> Problems:
     try:
         archive = Archive(file)
     except zipfile.BadZipFile:
-        yield "", "is no .npz archive: damaged, cut short or of another kind"
+        yield "", Damage("is no .npz archive: damaged, cut short or of another kind")
         return
     problems = list(archive_problems(archive))
     yield from problems
@@ -69,12 +69,12 @@ def safetensors_problems(path: Path) -> Problems:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(LARGEST_HEADER, size - 8):
-            yield "header", f"claims {length} bytes in a file of {size}"
+            yield "header", Damage(f"claims {length} bytes in a file of {size}")
             return
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError):
-            yield "header", "is no JSON"
+            yield "header", Damage("is no JSON")
             return
     if not isinstance(header, dict):
         yield "header", "is no JSON object"

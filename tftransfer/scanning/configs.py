@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tftransfer.scanning.archives import is_plain
-from tftransfer.scanning.finding import Problems
+from tftransfer.scanning.finding import Damage, Problems
 from tftransfer.scanning.lists import BARE, FUNCTIONS, OWN, bare_classes, classes
 
 LARGEST_CONFIG = 64 * 2**20
@@ -61,7 +61,7 @@ def config_text_problems(text: str | bytes, *, modules_needed: bool) -> Problems
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
-        yield "", f"is no JSON that can be read: {type(error).__name__}"
+        yield "", Damage(f"is no JSON that can be read: {type(error).__name__}")
         return
     if not isinstance(config, dict):
         yield "", "is no JSON object"

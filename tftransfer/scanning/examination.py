@@ -6,12 +6,13 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from tftransfer.errors import InputError, ScanError
 from tftransfer.scanning.arrays import safetensors_problems
 from tftransfer.scanning.files import files_below
-from tftransfer.scanning.finding import Finding, Problem, Problems, printable
+from tftransfer.scanning.finding import Damage, Finding, Problem, Problems, printable
 from tftransfer.scanning.keras_files import (
     archive_file_problems,
     hdf5_file_problems,
@@ -77,15 +78,18 @@ def check(path: str | os.PathLike[str], *, trust: bool = False) -> None:
 
     Raises:
         ScanError: If anything is found.
-        InputError: If there is no such file or folder.
+        InputError: If there is no such file or folder, or it is damaged or of an unknown kind.
     """
     if trust:
         print(f"warning: {printable(str(path))} is loaded without a scan: code in it can run", file=sys.stderr)
         return
     findings = scan(path)
+    dangers = [finding for finding in findings if not finding.damaged]
+    if dangers:
+        more = f" (and {len(dangers) - 1} more: `tftransfer scan {path}`)" if len(dangers) > 1 else ""
+        raise ScanError(f"{dangers[0]}{more}. It was not loaded; if you trust its source, `trust` it (`--trust`)")
     if findings:
-        more = f" (and {len(findings) - 1} more: `tftransfer scan {path}`)" if len(findings) > 1 else ""
-        raise ScanError(f"{findings[0]}{more}. It was not loaded; where you trust its source, `--trust` loads it")
+        raise InputError(f"{replace(findings[0], file=f'{path} cannot be loaded')}")
 
 
 def examine(path: str | os.PathLike[str]) -> Iterator[tuple[Path, tuple[Finding, ...]]]:
@@ -107,7 +111,7 @@ def examine(path: str | os.PathLike[str]) -> Iterator[tuple[Path, tuple[Finding,
         models = _models_in(path)
     except OSError as error:
         models = {path: iter([_unreadable(error)])}
-    for model, problems in (models or {path: iter([("", "holds no model of a kind that is known")])}).items():
+    for model, problems in (models or {path: iter([("", Damage("holds no model of a kind that is known"))])}).items():
         yield model, _findings(model, problems)
 
 
@@ -140,9 +144,9 @@ def _judge_of(file: Path) -> Callable[[Path], Problems] | None:
 def _file_problems(file: Path) -> Problems:
     judge = _judge_of(file)
     if judge is None:
-        yield "", f"unknown kind of file: none of {', '.join(_BY_SUFFIX)} and no folder of a SavedModel"
+        yield "", Damage(f"unknown kind of file: none of {', '.join(_BY_SUFFIX)} and no folder of a SavedModel")
     elif not file.is_file():
-        yield "", "is no ordinary file"
+        yield "", Damage("is no ordinary file")
     elif problem := _kind_problem(file):
         yield "", problem
     else:
@@ -156,7 +160,7 @@ def _kind_problem(file: Path) -> str | None:
     for magic, suffixes in _BY_CONTENT.items():
         if head.startswith(magic) != file.name.lower().endswith(suffixes):
             kind = f"begins like {suffixes[0]}" if head.startswith(magic) else f"does not begin like {suffixes[0]}"
-            return f"{kind}: damaged, cut short or of another kind than its name says"
+            return Damage(f"{kind}: damaged, cut short or of another kind than its name says")
     if not head.startswith(_ZIP) and zipfile.is_zipfile(file):
         return "is a ZIP archive at its end and something else at its beginning"
     return None
@@ -168,16 +172,19 @@ def _findings(model: Path, problems: Problems) -> tuple[Finding, ...]:
     more = 0
     try:
         for problem in problems:
-            found += [(problem[0][:_LONGEST], problem[1][:_LONGEST])] if len(found) < MOST_FINDINGS else []
+            found += [problem] if len(found) < MOST_FINDINGS else []
             more += len(found) == MOST_FINDINGS
     # Damage shows in many ways in the readers of four formats; none may end a scan without a finding.
     except Exception as error:
         found.append(_unreadable(error))
     if more > 1:
         found.append(("", f"and {more - 1} more findings"))
-    return tuple(Finding(str(model), *problem) for problem in found)
+    return tuple(
+        Finding(str(model), where[:_LONGEST], problem[:_LONGEST], isinstance(problem, Damage))
+        for where, problem in found
+    )
 
 
 def _unreadable(error: Exception) -> Problem:
     said = " ".join(str(error).split())[:200]
-    return "", f"cannot be read: {type(error).__name__} {said}".rstrip()
+    return "", Damage(f"damaged, cut short or of another kind: {type(error).__name__} {said}".rstrip())

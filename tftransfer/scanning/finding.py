@@ -11,6 +11,12 @@ Problem = tuple[str, str]
 Problems = Iterator[Problem]
 
 
+class Damage(str):
+    """A problem of a file that is cut short, damaged or of another kind: bad input rather than a danger."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Finding:
     """One reason not to load a file.
@@ -19,6 +25,7 @@ class Finding:
         file: The file, as the caller named it or a path below that.
         where: The place in the file, such as `"function f, node Write"`; empty for the file as a whole.
         problem: What is wrong there.
+        damaged: Whether the file is cut short, damaged or of another kind, which loading it would say too.
 
     Example:
         >>> str(Finding("m.keras", "config.json: layers[2]", "class Lambda of keras.layers is not on the list"))
@@ -28,6 +35,7 @@ class Finding:
     file: str
     where: str
     problem: str
+    damaged: bool = False
 
     def __str__(self) -> str:
         return printable(": ".join(part for part in (self.file, self.where, self.problem) if part))

@@ -11,7 +11,7 @@ from tftransfer.scanning.archives import Archive, archive_problems, is_plain
 from tftransfer.scanning.arrays import npz_problems
 from tftransfer.scanning.configs import LARGEST_CONFIG, config_text_problems
 from tftransfer.scanning.files import code_problem, files_below
-from tftransfer.scanning.finding import Problems, described
+from tftransfer.scanning.finding import Damage, Problems, described
 from tftransfer.scanning.hdf5 import hdf5_problems
 
 CONFIG, METADATA = "config.json", "metadata.json"
@@ -30,16 +30,19 @@ def archive_file_problems(path: Path) -> Problems:
         try:
             archive = Archive(file)
         except zipfile.BadZipFile:
-            yield "", "is no .keras archive: damaged, cut short or of another kind"
+            yield "", Damage("is no .keras archive: damaged, cut short or of another kind")
             return
         problems = list(archive_problems(archive))
         yield from problems
         names = {member.filename for member in archive.members}
+        if not names.intersection((CONFIG, *WEIGHTS)):
+            yield "", Damage(f"lacks {CONFIG} and weights: damaged, cut short or of another kind")
+            return
         for name in sorted(names):
             if not _is_usual(name):
                 yield name, "is not among the files that Keras writes"
         if CONFIG not in names or not names.intersection(WEIGHTS):
-            yield "", f"lacks {CONFIG} or weights"
+            yield "", Damage(f"lacks {CONFIG} or weights")
         if not problems:  # the members of a crafted archive are not even read
             for member in archive.members:
                 yield from described(_member_problems(archive, member), member.filename)
@@ -107,7 +110,7 @@ def sharded_problems(path: Path) -> Problems:
         places = json.loads(text)["weight_map"].values() if len(text) <= LARGEST_CONFIG else ()
         names = {name for place in places for name in (place if isinstance(place, list) else [place])}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        yield "", "is no table of sharded weights"
+        yield "", Damage("is no table of sharded weights")
         return
     if not names:
         yield "", "names no file of weights, or is too long"

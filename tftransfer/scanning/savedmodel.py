@@ -11,7 +11,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from tftransfer.scanning.files import code_problem, files_below
-from tftransfer.scanning.finding import Problem, Problems, described
+from tftransfer.scanning.finding import Damage, Problem, Problems, described
 from tftransfer.scanning.graphs import meta_graph_problems
 from tftransfer.scanning.messages import message
 from tftransfer.scanning.paths import bodies_of, text
@@ -45,7 +45,7 @@ def savedmodel_problems(folder: Path) -> Problems:
         yield MODEL, saved_model
         return
     if not saved_model.meta_graphs:
-        yield MODEL, "holds no graph"
+        yield MODEL, Damage("holds no graph")
     for number, meta_graph in enumerate(saved_model.meta_graphs):
         place = f"graph {number}" if len(saved_model.meta_graphs) > 1 else ""
         yield from described(_meta_problems(folder, meta_graph), place)
@@ -61,7 +61,7 @@ def _read(file: Path) -> Any:
     try:
         return message("SavedModel").FromString(file.read_bytes())
     except DecodeError:
-        return "is damaged, cut short or no SavedModel"
+        return Damage("is damaged, cut short or no SavedModel")
 
 
 def _meta_problems(folder: Path, meta_graph: Any) -> Problems:
@@ -100,12 +100,12 @@ def _has_variables(meta_graph: Any) -> bool:
 
 def _variable_problems(folder: Path) -> Problems:
     if not (folder / "variables.index").is_file():
-        yield "variables/variables.index", "is not there, though the graph has variables"
+        yield "variables/variables.index", Damage("is not there, though the graph has variables")
         return
     shards = [match for name in sorted(os.listdir(folder)) if (match := _SHARD.fullmatch(name))]
     counts = {match[2] for match in shards}
     if len(counts) != 1 or len(shards) != int(counts.pop()):
-        yield "variables", f"{len(shards)} files of variables: some are missing or of another set"
+        yield "variables", Damage(f"{len(shards)} files of variables: some are missing or of another set")
 
 
 def _folder_problems(folder: Path) -> Problems:

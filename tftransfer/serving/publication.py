@@ -16,7 +16,7 @@ from tftransfer import tensor_files
 from tftransfer.errors import InputError
 from tftransfer.serving import warm_up
 from tftransfer.serving.export import export_savedmodel
-from tftransfer.serving.verification import Verification, made_up_pictures, verify
+from tftransfer.serving.verification import Verification, made_up_pictures, prove
 from tftransfer.tasks import Task
 
 KEPT_VERSIONS = 5
@@ -66,7 +66,7 @@ def publish(
             warm_up.write(directory, samples or made_up_pictures(), warm_up_sizes)
 
     def check(directory: Path) -> Verification:
-        found = verify(directory, samples, model=model, task=task, from_logits=from_logits, repeats=repeats)
+        found = prove(directory, samples, model, task, from_logits, repeats)
         return found.with_check("graph of constants", None, {"reason": kept}) if kept else found
 
     return publish_directory(build, serving_dir, check, keep)

@@ -12,7 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tftransfer.errors import InputError
+from tftransfer import scanning
+from tftransfer.errors import InputError, ScanError
 from tftransfer.report import Check
 from tftransfer.serving import comparison, loaders, structure, warm_up
 from tftransfer.serving.comparison import Answers
@@ -21,6 +22,9 @@ from tftransfer.serving.structure import BYTES, CLASSIFY, PIXELS
 from tftransfer.tasks import Task
 
 Answer = Callable[[Request], Answers]
+BATCH_SIZES = (0, 1, 2, 7)
+"""Sizes of batches whose answers must equal those to single pictures."""
+
 _INVALID_ARGUMENT = 3  # TF_INVALID_ARGUMENT, tensorflow/c/tf_status.h
 _WARM_UP = "warm-up requests are answered"
 # What loading or running a faulty SavedModel raises.
@@ -105,7 +109,8 @@ def verify(
     task: Task | None = None,
     from_logits: bool | None = None,
     repeats: int = 50,
-    batch_sizes: Sequence[int] = (0, 1, 2, 7),
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    trust: bool = False,
 ) -> Verification:
     """Check a SavedModel's structure and its answers, by three loaders.
 
@@ -120,15 +125,37 @@ def verify(
         from_logits: Whether `model` gives logits. Defaults to what its last layer says.
         repeats: How often the same request is sent to each signature, at least 2. Defaults to 50.
         batch_sizes: Sizes of batches whose answers must equal those to single pictures; 0 is an empty batch.
+        trust: Load it without a scan. Defaults to False.
 
     Returns:
         The checks made. Where the structure is wrong or nothing can be loaded, the others are missing.
 
     Raises:
         InputError: If the folder holds no SavedModel or an argument is out of range.
+        ScanError: If a scan finds something in it.
     """
-    directory = Path(version_dir)
     _check_arguments(repeats, batch_sizes)
+    directory = Path(version_dir)
+    try:
+        scanning.check(directory, trust=trust)
+    except ScanError:
+        raise
+    except InputError as error:
+        structure.read(directory)  # raises where there is no SavedModel at all
+        return Verification((Check("SavedModel files", False, {"problem": str(error)}),))
+    return prove(directory, samples, model, task, from_logits, repeats, batch_sizes)
+
+
+def prove(
+    directory: Path,
+    samples: Sequence[bytes],
+    model: keras.Model | None,
+    task: Task | None,
+    from_logits: bool | None,
+    repeats: int,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+) -> Verification:
+    """Do what `verify` does, without a scan: for what this process has just written."""
     saved_model = structure.read(directory)
     checks = [structure.check_structure(saved_model, task)]
     if not checks[0].passed:
