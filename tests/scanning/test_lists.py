@@ -157,3 +157,13 @@ def _messages():
         name: found.get(f"tensorflow.{aliases.get(name, name)}", found.get(f"google.protobuf.{name}"))
         for name in messages.FIELDS
     }
+
+
+def test_this_toolkits_registered_classes_are_listed(repository):
+    pattern = r'register_keras_serializable\("tftransfer"\)\nclass (\w+)'
+    found = {
+        name
+        for path in (repository / "tftransfer").rglob("*.py")
+        for name in re.findall(pattern, path.read_text(encoding="utf-8"))
+    }
+    assert found == lists.classes()[lists.OWN]

@@ -160,8 +160,8 @@ def prove(
     checks = [structure.check_structure(saved_model, task)]
     if not checks[0].passed:
         return Verification(tuple(checks))
-    if task and (labels := structure.check_labels(saved_model, task)):
-        checks.append(labels)
+    if task and (found := structure.check_labels(saved_model, task)):
+        checks.append(found)
     encoded = list(samples) or made_up_pictures()
     pixels = loaders.decode(encoded, structure.image_size(saved_model))
     threshold = getattr(task, "threshold", None)  # only tasks with several labels have one
