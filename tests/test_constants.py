@@ -89,6 +89,70 @@ def test_a_portable_graph_has_batch_norm_in_filters_and_biases_and_nothing_for_o
     assert operations["Mul"] == 1
 
 
+def _random(network):
+    generator = np.random.default_rng(0)
+    for variable in network.variables:
+        variable.assign(generator.uniform(0.2, 2.0, variable.shape))
+    return network
+
+
+def _portable_operations(network):
+    """Compare a network with its portable graph, and return how often each operation is in that."""
+    infer = constants.as_portable_function(network)
+    pictures = tf.constant(_pictures(3, 16))
+    expected = tf.nest.flatten(network(pictures, training=False))
+    for one, other in zip(infer(pictures), expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    specs = [tf.TensorSpec((None, 16, 16, 3))]
+    graph = tf.function(infer, input_signature=specs).get_concrete_function().graph.as_graph_def()
+    return Counter(node.op for function in graph.library.function for node in function.node_def)
+
+
+def test_a_bias_before_batch_norm_is_scaled_too():
+    """As in ResNet, whose convolutions have one."""
+    pictures = keras.Input((16, 16, 3))
+    x = pictures
+    for layer in (keras.layers.Conv2D(4, 3), keras.layers.DepthwiseConv2D(3)):
+        x = keras.layers.ReLU()(keras.layers.BatchNormalization()(layer(x)))
+    found = _portable_operations(_random(keras.Model(pictures, x)))
+    assert found["Mul"] == found["AddV2"] == 0
+    assert found["BiasAdd"] == found["Conv2D"] + found["DepthwiseConv2dNative"] == 2
+
+
+def test_convolutions_in_groups_are_functions_of_their_own_and_stay_right():
+    pictures = keras.Input((16, 16, 3))
+    grouped = keras.layers.Conv2D(6, 1, groups=2)(keras.layers.Conv2D(4, 3)(pictures))
+    _portable_operations(_random(keras.Model(pictures, keras.layers.BatchNormalization()(grouped))))
+
+
+def test_what_is_no_bias_stays_what_it_is():
+    """One number for all channels, another number for each place, and a bias of two convolutions."""
+    pictures = keras.Input((16, 16, 3))
+    bias = np.arange(1.0, 6.0, dtype=np.float32)
+    x = keras.layers.Conv2D(5, 3, use_bias=False)(pictures)
+    whole = x + np.float32([0.5])
+    places = x + np.random.default_rng(0).normal(size=(14, 14, 5)).astype(np.float32)
+    twice = [keras.layers.Conv2D(5, 3, use_bias=False)(pictures) + bias for _ in range(2)]
+    network = keras.Model(pictures, keras.layers.Concatenate()([whole, places, *twice]))
+    assert _portable_operations(_random(network))["BiasAdd"] == 2
+
+
+def test_chains_and_loops_stay_operations_that_any_device_has():
+    pictures = keras.Input((16, 16, 3))
+    chain = keras.ops.exp(-keras.ops.sqrt(keras.layers.ReLU()(pictures)))
+    rows = keras.layers.GRU(4)(keras.layers.Reshape((16, 48))(pictures / 255.0))
+    network = keras.Model(pictures, [chain, rows])
+    found = _portable_operations(network)
+    assert not any(name.startswith("_") for name in found)
+
+
+def test_a_network_of_whole_numbers_takes_what_it_is_given():
+    pictures = keras.Input((16, 16, 3), dtype="uint8")
+    network = keras.Model(pictures, keras.layers.Rescaling(1 / 255)(pictures))
+    given = tf.constant(np.full((2, 16, 16, 3), 51, np.float32))
+    np.testing.assert_allclose(constants.as_portable_function(network)(given)[0], 0.2, rtol=1e-6)
+
+
 def test_what_cannot_be_constants_says_why():
     words = keras.Input((1,), dtype="int64")
     looked_up = keras.layers.IntegerLookup(vocabulary=[3, 5], output_mode="one_hot")(words)

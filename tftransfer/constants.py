@@ -18,7 +18,8 @@ from tensorflow.python.grappler.tf_optimizer import OptimizeGraph
 
 from tftransfer import features
 
-_ON = rewriter_config_pb2.RewriterConfig.ON
+_ON, _OFF = rewriter_config_pb2.RewriterConfig.ON, rewriter_config_pb2.RewriterConfig.OFF
+_PROCESSOR = "/job:localhost/replica:0/task:0/device:CPU:0"
 _BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")  # of processors that multiply such numbers
 _MOST_BYTES = 2**30  # of constants in a graph; Protocol Buffers end at 2 GiB
 Run = Callable[..., list[tf.Tensor]]
@@ -86,11 +87,10 @@ def as_portable_function(network: keras.Model) -> Run:
         raise NotConstant(f"its variables take {size / 2**30:.1f} GiB, and a graph holds {_MOST_BYTES / 2**30:.0f}")
     signature = [tf.TensorSpec((None, *source.shape[1:]), source.dtype) for source in network.inputs]
     graph = _graph_of_constants(network, signature)
-    folded = _with_biases(_with_scaled_filters(_rewritten(graph, remapping=rewriter_config_pb2.RewriterConfig.OFF)))
-    for node in folded.node:
-        node.device = ""
-    infer = _function_of(replace(graph, definition=folded), signature)
-    return lambda *batch: list(infer(*batch))
+    folded = _with_biases(_with_scaled_filters(_rewritten(graph, device="", remapping=_OFF)))
+    tidied = _rewritten(replace(graph, definition=folded), device="", remapping=_OFF)  # without what is left over
+    infer = _function_of(replace(graph, definition=tidied), signature)
+    return lambda *batch: list(infer(*(tf.cast(part, spec.dtype) for part, spec in zip(batch, signature, strict=True))))
 
 
 class Constants:
@@ -222,67 +222,120 @@ def _in_bfloat16(graph: _Graph) -> _Graph:
     return replace(graph, definition=_rewritten(graph, auto_mixed_precision_onednn_bfloat16=_ON))
 
 
-def _rewritten(graph: _Graph, **rewrites: int) -> GraphDef:
+def _rewritten(graph: _Graph, device: str = _PROCESSOR, **rewrites: int) -> GraphDef:
     described = MetaGraphDef(graph_def=graph.definition)
     for node in described.graph_def.node:
-        node.device = "/job:localhost/replica:0/task:0/device:CPU:0"  # fusing is for known devices
+        node.device = device  # fusing is for known devices
     described.collection_def["train_op"].node_list.value.extend([*graph.sources, *graph.ends])
     configuration = config_pb2.ConfigProto()
     configuration.graph_options.rewrite_options.remapping = rewriter_config_pb2.RewriterConfig.AGGRESSIVE
+    if _has_loops(graph.definition):  # taken apart, their parts could not be a function again
+        rewrites["function_optimization"] = _OFF
     for name, value in rewrites.items():
         setattr(configuration.graph_options.rewrite_options, name, value)
     return OptimizeGraph(configuration, described)
 
 
+def _has_loops(graph: GraphDef) -> bool:
+    bodies = (graph.node, *(function.node_def for function in graph.library.function))
+    return any(node.op.removeprefix("Stateless") in ("While", "If", "Case") for body in bodies for node in body)
+
+
 def _with_scaled_filters(graph: GraphDef) -> GraphDef:
-    """Take BatchNorm's factors into the filters of depthwise convolutions, which Grappler does for full ones only."""
-    nodes = {node.name: node for node in graph.node}
-    uses = Counter(name for node in graph.node for name in node.input)
+    """Take BatchNorm's factors into filters, and into a bias before it; Grappler does so for full ones without bias."""
+    found = _Nodes(graph)
     for node in graph.node:
-        if node.op != "Mul" or len(node.input) != 2:
+        factor, added = found.constant_and_other(node, ("Mul",))
+        bias, convolution = found.constant_and_other(added, ("Add", "AddV2", "BiasAdd"))
+        convolution = convolution or added
+        channels, scaled = found.channels(convolution), [found.filters(convolution), *([bias] if bias else ())]
+        if not channels or not all(_is_per_channel(part, channels) for part in (factor, *scaled[1:])):
             continue
-        pair = sorted(node.input, key=lambda name: nodes[name].op if name in nodes else "")
-        factor, convolution = (nodes.get(name) for name in pair)  # "Const" comes before "Depthwise..."
-        if not (factor and convolution and factor.op == "Const" and convolution.op == "DepthwiseConv2dNative"):
+        if any(found.uses[part.name] > 1 for part in (convolution, added, *scaled)):
             continue
-        filters = nodes[convolution.input[1]]
-        if filters.op != "Const" or uses[filters.name] > 1 or uses[convolution.name] > 1:
-            continue
-        kernel, scale = (tf.make_ndarray(part.attr["value"].tensor) for part in (filters, factor))
-        if scale.size != kernel.shape[2] * kernel.shape[3] or convolution.attr["data_format"].s != b"NHWC":
-            continue
-        filters.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(kernel * scale.reshape(kernel.shape[2:])))
+        for part in scaled:
+            values = tf.make_ndarray(part.attr["value"].tensor)
+            rows = values.reshape(-1, channels)  # a depthwise filter's output channels are its last two axes
+            rows = rows * tf.make_ndarray(factor.attr["value"].tensor).ravel()
+            part.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(rows.reshape(values.shape)))
         node.ClearField("input")
-        node.input.append(convolution.name)
+        node.input.append(added.name)
         node.op = "Identity"
     return graph
 
 
 def _with_biases(graph: GraphDef) -> GraphDef:
     """Call a constant that is added to each channel of a convolution its bias: only so is it fused on any device."""
-    nodes = {node.name: node for node in graph.node}
-    uses = Counter(name for node in graph.node for name in node.input)
-
-    def behind(name: str) -> Any:
-        node = nodes.get(name)
-        return behind(node.input[0]) if node is not None and node.op == "Identity" else node
-
-    for node in graph.node:
-        if node.op not in ("Add", "AddV2") or len(node.input) != 2:
+    found = _Nodes(graph)
+    for node in list(graph.node):
+        added, other = found.constant_and_other(node, ("Add", "AddV2"), behind=True)
+        before, convolution = found.constant_and_other(other, ("BiasAdd",), behind=True)
+        convolution, added = convolution or other, [one for one in (added, before) if one]
+        channels = found.channels(convolution)
+        # Fused, numbers of half precision are rounded once less.
+        if not channels or node.attr["T"].type != tf.float32.as_datatype_enum:
             continue
-        pair = sorted(map(behind, node.input), key=lambda found: found.op if found else "")
-        bias, convolution = pair  # "Const" comes before "Conv..." and "Depthwise..."
-        if not (bias and bias.op == "Const" and convolution.op in ("Conv2D", "DepthwiseConv2dNative")):
+        if not all(_is_per_channel(one, channels) for one in added):
             continue
-        values, layout = tf.make_ndarray(bias.attr["value"].tensor), convolution.attr["data_format"].s
-        if uses[bias.name] > 1 or layout != b"NHWC" or values.ndim == 0 or values.size != values.shape[-1]:
-            continue
-        bias.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values.ravel()))
+        bias = graph.node.add(name=f"{node.name}/bias", op="Const")
+        bias.attr["dtype"].CopyFrom(node.attr["T"])
+        values = sum(tf.make_ndarray(one.attr["value"].tensor).ravel() for one in added)
+        bias.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values))
         node.op = "BiasAdd"
-        node.attr["data_format"].s = layout
+        node.attr["data_format"].s = b"NHWC"
         node.ClearField("input")
         node.input.extend([convolution.name, bias.name])
     return graph
+
+
+def _is_per_channel(constant: Any, channels: int) -> bool:
+    """Whether a constant holds one number for each channel, the last axis, and adds no axis of its own."""
+    values = tf.make_ndarray(constant.attr["value"].tensor)
+    return values.ndim <= 4 and values.size == channels and values.shape[-1:] == (channels,)
+
+
+class _Nodes:
+    """The nodes of a graph by name, and how often each is used."""
+
+    def __init__(self, graph: GraphDef) -> None:
+        self._named = {node.name: node for node in graph.node}
+        self.uses = Counter(name for node in graph.node for name in node.input)
+
+    def constant_and_other(self, node: Any, operations: Sequence[str], behind: bool = False) -> tuple[Any, Any]:
+        """Return the constant and the other node that one of some operations has as inputs; else None, None.
+
+        Args:
+            node: Any, or None.
+            operations: Which it may be.
+            behind: Whether to look through nodes that hand on what they get. Defaults to False.
+        """
+        if node is None or node.op not in operations or len(node.input) != 2:
+            return None, None
+        first, second = (self._behind(name) if behind else self._named.get(name) for name in node.input)
+        for constant, other in ((first, second), (second, first)):
+            if constant is not None and other is not None and constant.op == "Const" != other.op:
+                return constant, other
+        return None, None
+
+    def filters(self, convolution: Any) -> Any:
+        """Return the constant filters of a convolution with channels last; None of anything else."""
+        if convolution is None or convolution.op not in ("Conv2D", "DepthwiseConv2dNative"):
+            return None
+        filters = self._named.get(convolution.input[1])
+        fits = filters is not None and filters.op == "Const" and convolution.attr["data_format"].s == b"NHWC"
+        return filters if fits else None
+
+    def channels(self, convolution: Any) -> int:
+        """Return how many channels such a convolution gives; 0 for anything else."""
+        filters = self.filters(convolution)
+        if filters is None:
+            return 0
+        sizes = [dim.size for dim in filters.attr["value"].tensor.tensor_shape.dim]
+        return sizes[3] if convolution.op == "Conv2D" else sizes[2] * sizes[3]
+
+    def _behind(self, name: str) -> Any:
+        node = self._named.get(name)
+        return self._behind(node.input[0]) if node is not None and node.op == "Identity" else node
 
 
 def _in_chunks(infer: Run, size: int, outputs: list[tf.TensorSpec]) -> Run:
