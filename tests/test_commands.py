@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import bundles, cli, constants, strategies
+from tftransfer import bundles, cli, constants, serving, strategies
 from tftransfer.report import Report
+from tftransfer.serving import publication, structure, warm_up
 
 
 @pytest.fixture
@@ -85,3 +86,42 @@ def test_a_model_that_is_not_the_trained_one_fails_verification(run, capsys):
 def test_a_run_without_a_savedmodel_is_bad_input_to_verify(run, capsys):
     assert cli.main(["verify", str(run)]) == 2
     assert "tftransfer export" in capsys.readouterr().err
+
+
+def test_every_option_of_export_does_what_it_says(run, capsys, monkeypatch):
+    prove = publication.prove
+    monkeypatch.setattr(publication, "prove", lambda *given: prove(*given[:5], 2, (0, 1)))
+    for options in (["--no-optimise", "--warm-up", "none"], ["--top-k", "2", "--warm-up", "3,4", "--keep", "1"]):
+        assert cli.main(["export", str(run), "--quiet", *options]) == 0
+        version = serving.newest_version(run / "serving")
+        graph = structure.read(version).meta_graphs[0].graph_def
+        nodes = [node.op for function in graph.library.function for node in function.node_def]
+        constant = options[0] == "--top-k"
+        assert ("ReadVariableOp" not in nodes) is constant
+        assert ("classify" in structure.signatures(structure.read(version))) is constant
+        sizes = [len(request.values) for request in warm_up.read(version) or ()]
+        assert sizes == ([3, 4, 3, 4, 1] if constant else [])
+    assert publication.versions(run / "serving") == [2]
+    assert bundles.read_manifest(run)["current"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--top-k", "0"], "--top-k"),
+        (["--top-k", "4"], "top_k"),  # of three labels
+        (["--keep", "0"], "--keep"),
+        (["--warm-up", "0"], "--warm-up"),
+        (["--warm-up", "1,,8"], "--warm-up"),
+        (["--warm-up", "some"], "--warm-up"),
+    ],
+)
+def test_options_of_export_that_do_not_fit_are_bad_input(run, capsys, options, named):
+    try:
+        code = cli.main(["export", str(run), *options])
+    except SystemExit as stopped:  # argparse's way
+        code = stopped.code
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+    assert not (run / "serving").exists()

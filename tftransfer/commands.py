@@ -243,7 +243,8 @@ def export(options: argparse.Namespace) -> int:
         warm_up_sizes=options.warm_up,
     )
     if version:
-        bundles.refresh(bundle.folder, current=version.name)
+        newest = serving.newest_version(bundle.folder / "serving") or version  # of several exports at a time
+        bundles.refresh(bundle.folder, current=newest.name)
     _show_verification(options, verification)
     return 0 if version else 1
 

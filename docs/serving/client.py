@@ -16,7 +16,7 @@ from pathlib import Path
 
 def ask_by_rest(host: str, model: str, pictures: list[bytes], port: int = 8501) -> list[tuple[str, float]]:
     """Return label and probability of each picture."""
-    # An input whose name ends in `_bytes` is sent as base64, marked by `b64`.
+    # JSON has no bytes: they are sent as base64, marked by `b64`.
     instances = [{"image_bytes": {"b64": base64.b64encode(picture).decode()}} for picture in pictures]
     request = urllib.request.Request(
         f"http://{host}:{port}/v1/models/{model}:predict",

@@ -7,7 +7,9 @@ import io
 import json
 import marshal
 import stat
+import struct
 import zipfile
+import zlib
 from types import SimpleNamespace
 
 import h5py
@@ -207,6 +209,14 @@ def test_pickles_among_the_assets_are_refused(write_keras, problems_of):
     assert "a pickle" in problems_of(write_keras({"assets/vocabulary.txt": b"\x80\x04cos\nsystem\n."}))[0]
 
 
+def _named_twice(archive, kept):
+    """Python from 3.12 on takes the second one, of the Info-ZIP extra field for names in Unicode."""
+    member = zipfile.ZipInfo("assets/x")
+    other = b"assets/../../evil"
+    member.extra = struct.pack("<HHBI", 0x7075, 5 + len(other), 1, zlib.crc32(b"assets/x")) + other
+    archive.writestr(member, b"")
+
+
 def _twice(archive, kept):
     for content in (b"{}", kept["config.json"]):
         archive.writestr("config.json", content)
@@ -244,6 +254,7 @@ def _whole(archive, kept):
     ("fill", "said"),
     [
         (_twice, "config.json: is there twice"),
+        (_named_twice, "has two names"),
         (_link, "is a link"),
         (_bomb, "assets/zeros.txt: claims"),
         (_packed_otherwise, "packed in a way"),

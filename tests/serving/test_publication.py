@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
-import threading
 
 import pytest
+import tensorflow as tf
 
-from tftransfer import InputError, serving
+from tftransfer import InputError, constants, serving
 from tftransfer.serving import publication
 
 PASSED = serving.Verification(()).with_check("look", True)
@@ -85,10 +86,14 @@ def test_an_error_leaves_the_older_versions_alone(problem, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["1"]
 
 
-def test_what_a_killed_process_left_is_gone_after_the_next(tmp_path):
-    build_in(tmp_path / ".new-0123")
+def test_what_ended_processes_left_is_gone_after_the_next_and_nothing_else(tmp_path):
+    node = platform.node()
+    ended, alive, elsewhere, old = (f".new-{one}-0" for one in (f"{node}-4194305", f"{node}-1", "x-4194305", "x-7"))
+    for name in (ended, alive, elsewhere, old):
+        build_in(tmp_path / name)
+    os.utime(tmp_path / old, (0, 0))
     publication.publish_directory(build, tmp_path, lambda _: PASSED)
-    assert sorted(os.listdir(tmp_path)) == ["1"]
+    assert sorted(os.listdir(tmp_path)) == sorted([alive, elsewhere, "1"])
 
 
 def build_in(folder):
@@ -106,30 +111,75 @@ def test_the_newest_versions_are_kept(tmp_path, monkeypatch):
     assert all(name.startswith(".new-") for name in seen), "half of a version must never bear a number"
 
 
-def test_one_process_publishes_at_a_time(tmp_path):
-    began, released, order = threading.Event(), threading.Event(), []
-
-    def slow(folder):
-        began.set()
-        released.wait(10)
-        order.append("first")
+def test_two_that_publish_at_the_same_time_get_two_numbers(tmp_path):
+    def meanwhile(folder):
         build(folder)
+        if not (tmp_path / "1").exists():
+            publication.publish_directory(build, tmp_path, lambda _: PASSED)
+        return PASSED
 
-    first = threading.Thread(target=publication.publish_directory, args=(slow, tmp_path, lambda _: PASSED))
-    first.start()
-    began.wait(10)
-    second = threading.Thread(
-        target=publication.publish_directory,
-        args=(lambda folder: (order.append("second"), build(folder)), tmp_path, lambda _: PASSED),
-    )
-    second.start()
-    second.join(0.2)
-    assert second.is_alive()
-    released.set()
-    first.join()
-    second.join()
-    assert order == ["first", "second"]
+    version, _ = publication.publish_directory(lambda _: None, tmp_path, meanwhile)
+    assert version == tmp_path / "2"
     assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+def test_a_number_that_is_taken_in_the_last_moment_is_not_overwritten(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def late(source, target):
+        if target == tmp_path / "1" and not target.exists():
+            build_in(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    version, _ = publication.publish_directory(build, tmp_path, lambda _: PASSED)
+    assert version == tmp_path / "2"
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5])
+def test_to_keep_no_version_is_bad_input(keep, tmp_path):
+    with pytest.raises(InputError, match="keep"):
+        publication.publish_directory(build, tmp_path / "serving", lambda _: PASSED, keep=keep)
+    assert not (tmp_path / "serving").exists()
+
+
+def test_an_old_version_that_cannot_be_removed_stays(tmp_path, monkeypatch):
+    for _ in range(2):
+        publication.publish_directory(build, tmp_path, lambda _: PASSED)
+    rename = os.rename
+
+    def refused(source, target):
+        if source.name == "1":
+            raise PermissionError(13, "Permission denied")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refused)
+    version, _ = publication.publish_directory(build, tmp_path, lambda _: PASSED, keep=1)
+    assert version == tmp_path / "3"
+    assert sorted(os.listdir(tmp_path)) == ["1", "3"]
+
+
+@pytest.mark.usefixtures("without_c_library")
+def test_what_answers_otherwise_as_constants_is_published_with_its_variables(
+    model, task, pictures, tmp_path, monkeypatch
+):
+    infer = constants.as_portable_function(model)
+    monkeypatch.setattr(constants, "as_portable_function", lambda _: lambda image: [infer(image)[0] + [1, 0, 0]])
+    version, verification = serving.publish(model, task, tmp_path, pictures, repeats=2)
+    assert version == tmp_path / "1"
+    reason = verification.checks[-1].metrics["reason"]
+    assert reason == "with constants graph session equals Keras failed, so variables are kept"
+
+
+@pytest.mark.usefixtures("without_c_library")
+def test_a_fault_of_the_optimiser_keeps_the_variables(model, task, pictures, tmp_path, monkeypatch):
+    def fails(*_):
+        raise tf.errors.InternalError(None, None, "fault")
+
+    monkeypatch.setattr(constants, "as_portable_function", fails)
+    version, verification = serving.publish(model, task, tmp_path, pictures, repeats=2)
+    assert version
+    assert "optimiser failed (InternalError)" in verification.checks[-1].metrics["reason"]
 
 
 def test_the_server_may_be_another_user(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from tftransfer import InputError, serving, tasks
-from tftransfer.serving import comparison, export
+from tftransfer.serving import comparison, export, verification
 from tftransfer.serving.comparison import Difference
 
 SIZE = (16, 24)
@@ -111,22 +111,28 @@ def copied(exported_with_variables, tmp_path):
     return shutil.copytree(exported_with_variables, tmp_path / "1")
 
 
-@pytest.mark.parametrize("file", _VARIABLES)
-def test_missing_variables_file_fails(file, copied, verify):
-    (copied / "variables" / file).unlink()
-    assert verify(copied) == ("graph session",)
+def _without(directory, file):
+    (directory / "variables" / file).unlink()
+
+
+def _halved(directory, file):
+    whole = (directory / "variables" / file).read_bytes()
+    (directory / "variables" / file).write_bytes(whole[: len(whole) // 2])
 
 
 @pytest.mark.parametrize("file", _VARIABLES)
-def test_truncated_variables_fail(file, copied, verify):
-    whole = (copied / "variables" / file).read_bytes()
-    (copied / "variables" / file).write_bytes(whole[: len(whole) // 2])
-    assert verify(copied) == ("graph session",)
+@pytest.mark.parametrize("damage", [_without, _halved])
+def test_missing_and_truncated_variables_fail(file, damage, copied, verify, task):
+    damage(copied, file)
+    assert verify(copied)[0] in ("SavedModel files", "graph session")
+    found = verification.prove(copied, (), None, task, None, 2)  # what loads it says so too
+    assert found.failed == ("graph session",)
 
 
-def test_a_folder_of_which_the_variables_are_not_copied_yet_fails(copied, verify):
+def test_a_folder_of_which_the_variables_are_not_copied_yet_fails(copied, verify, task):
     shutil.rmtree(copied / "variables")
-    assert verify(copied) == ("graph session",)
+    assert verify(copied) == ("SavedModel files",)
+    assert not verification.prove(copied, (), None, task, None, 2).passed
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
@@ -137,9 +143,10 @@ def test_a_folder_of_which_the_graph_is_half_copied_is_bad_input(share, copied, 
         verify(copied)
 
 
-def test_an_empty_graph_fails(copied, verify):
+def test_an_empty_graph_fails(copied, verify, task):
     (copied / "saved_model.pb").write_bytes(b"")
-    assert verify(copied) == ("SavedModel structure",)
+    assert verify(copied) == ("SavedModel files",)
+    assert verification.prove(copied, (), None, task, None, 2).failed == ("SavedModel structure",)
 
 
 def test_wrong_label_order_fails(model, verify, tmp_path):

@@ -21,6 +21,7 @@ BOMB_BYTES, BOMB_RATIO = 64 * 2**20, 100
 _HEADER = struct.Struct("<4s5H3I2H")  # of a member, where its data begins
 _SIGNATURE = b"PK\x03\x04"
 _ENCRYPTED, _SIZES_FOLLOW = 0x1, 0x8  # flags
+_SECOND_NAME = 0x7075  # an extra field, which newer readers take for the name
 _IN_EXTRA_FIELD = 0xFFFFFFFF  # a size that is too large for its place
 _PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -100,9 +101,11 @@ def archive_problems(archive: Archive) -> Problems:
 
 
 def _member_problems(member: zipfile.ZipInfo) -> Iterator[str]:
-    name, mode = member.orig_filename, member.external_attr >> 16
-    if not is_plain(name):
+    mode = member.external_attr >> 16
+    if not (is_plain(member.orig_filename) and is_plain(member.filename)):
         yield "leads out of the archive's folder"
+    if _SECOND_NAME in _extra_fields(member.extra):
+        yield "has two names"
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
         yield "is a link or no ordinary file"
     if member.flag_bits & _ENCRYPTED:
@@ -111,6 +114,14 @@ def _member_problems(member: zipfile.ZipInfo) -> Iterator[str]:
         yield f"is packed in a way that Keras does not use (method {member.compress_type})"
     elif _is_bomb(member):
         yield f"claims {member.file_size} bytes and holds {member.compress_size}"
+
+
+def _extra_fields(extra: bytes) -> Iterator[int]:
+    """Yield the kinds of a member's extra fields."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack("<HH", extra[:4])
+        yield kind
+        extra = extra[4 + size :]
 
 
 def _code_problems(archive: Archive) -> Problems:

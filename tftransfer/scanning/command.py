@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 
+from tftransfer.errors import InputError
 from tftransfer.scanning.examination import SCANNED_FOR, examine
 from tftransfer.scanning.finding import printable
 
 
 def scan(options: argparse.Namespace) -> int:
     """Print what is found in each path; 1 if anything is."""
+    for path in options.paths:
+        if not os.path.lexists(path):
+            raise InputError(f"there is no file or folder {path}")
     scanned = [(path, list(examine(path))) for path in options.paths]
     findings = [finding for _, models in scanned for _, found in models for finding in found]
     if options.json:

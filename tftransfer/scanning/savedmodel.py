@@ -17,8 +17,8 @@ from tftransfer.scanning.messages import message
 from tftransfer.scanning.paths import bodies_of, text
 
 MODEL = "saved_model.pb"
-LARGEST_MODEL = 128 * 2**20
-"""Bytes of `saved_model.pb`; weights are not in it."""
+LARGEST_MODEL = 2**31 - 1
+"""Bytes of `saved_model.pb`, in which weights may be constants; protobuf reads no more."""
 
 OTHER_FORMS = ("saved_model.pbtxt", "saved_model.cpb")
 """Forms of a SavedModel that TensorFlow reads too and that are not judged."""

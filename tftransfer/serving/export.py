@@ -101,6 +101,8 @@ def _constant(model: keras.Model) -> tuple[Network | None, str]:
         infer = constants.as_portable_function(model)
     except constants.NotConstant as why:
         return None, str(why)
+    except (ValueError, TypeError, tf.errors.OpError) as error:  # of the optimiser: the network serves without it
+        return None, f"TensorFlow's optimiser failed ({type(error).__name__})"
     return lambda image: tf.nest.pack_sequence_as(model.output, infer(image)), ""
 
 

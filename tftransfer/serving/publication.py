@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import os
+import platform
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import keras
+import psutil
 
-from tftransfer import tensor_files
+from tftransfer import errors, tensor_files
 from tftransfer.errors import InputError
 from tftransfer.serving import warm_up
 from tftransfer.serving.export import export_savedmodel
@@ -21,6 +25,7 @@ from tftransfer.tasks import Task
 
 KEPT_VERSIONS = 5
 _HIDDEN = ".new-"  # no server takes it for a version
+_SECONDS_LEFT = 24 * 60 * 60  # after which another machine's process is taken to have ended
 
 
 def publish(
@@ -59,9 +64,9 @@ def publish(
 
     kept = ""
 
-    def build(directory: Path) -> None:
+    def build(directory: Path, constant: bool) -> None:
         nonlocal kept
-        kept = export_savedmodel(model, task, directory, from_logits=from_logits, optimise=optimise, top_k=top_k)
+        kept += export_savedmodel(model, task, directory, from_logits=from_logits, optimise=constant, top_k=top_k)
         if warm_up_sizes:
             warm_up.write(directory, samples or made_up_pictures(), warm_up_sizes)
 
@@ -69,7 +74,12 @@ def publish(
         found = prove(directory, samples, model, task, from_logits, repeats)
         return found.with_check("graph of constants", None, {"reason": kept}) if kept else found
 
-    return publish_directory(build, serving_dir, check, keep)
+    version, found = publish_directory(partial(build, constant=optimise), serving_dir, check, keep)
+    if version is None and optimise and not kept:
+        kept = f"with constants {'; '.join(found.failed)} failed, so variables are kept"
+        again = publish_directory(partial(build, constant=False), serving_dir, check, keep)
+        return again if again[0] else (None, found)
+    return version, found
 
 
 def publish_directory(
@@ -81,8 +91,8 @@ def publish_directory(
     """Build a version beside its place, check it, and move it there if it passes.
 
     A model server loads a version as soon as its folder appears, so it appears complete, by one rename. What
-    fails, in whatever way, is removed, and so is what a process that was killed has left; of several processes one
-    publishes at a time.
+    fails, in whatever way, is removed, and so is what a process that was killed has left. Several processes may
+    publish at the same time; each gets a number of its own.
 
     Args:
         build: Writes the version into the empty folder that it is given.
@@ -94,8 +104,9 @@ def publish_directory(
         The version's folder, or None if it did not pass; and the judgement.
 
     Raises:
-        InputError: If the folder cannot be written.
+        InputError: If the folder cannot be written, or `keep` is no number from 1.
     """
+    errors.check(isinstance(keep, int) and keep >= 1, "keep", "a whole number from 1", keep)
     parent = Path(serving_dir)
     with _scratch_folder(parent) as scratch:
         build(scratch)
@@ -103,8 +114,7 @@ def publish_directory(
         if not verification.passed:
             return None, verification
         sync_tree(scratch)
-        target = next_version(parent)
-        os.rename(scratch, target)
+        target = _in_place(scratch, parent)
         for folder in (parent, parent.parent):
             tensor_files.sync(folder)
         for number in versions(parent)[:-keep]:
@@ -138,11 +148,40 @@ def sync_tree(folder: Path) -> None:
         tensor_files.sync(Path(path))
 
 
+def _in_place(scratch: Path, parent: Path) -> Path:
+    """Give a version the next number that is free, also if another process takes one meanwhile."""
+    while True:
+        target = next_version(parent)
+        try:
+            os.rename(scratch, target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        else:
+            return target
+
+
 def _remove(version: Path) -> None:
     """Remove a version, out of servers' sight first: half of one must never bear a number."""
-    hidden = version.with_name(f"{_HIDDEN}{version.name}")
-    os.rename(version, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    hidden = version.with_name(_hidden_name())
+    with contextlib.suppress(OSError):  # another user's, or another process was faster
+        os.rename(version, hidden)
+        shutil.rmtree(hidden)
+
+
+def _hidden_name() -> str:
+    """Return a name that no server takes for a version, and that says which process it belongs to."""
+    return f"{_HIDDEN}{platform.node() or 'here'}-{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def _tidy(parent: Path) -> None:
+    """Remove what processes of this machine that have ended left, and whatever is older than a day."""
+    for left in parent.glob(f"{_HIDDEN}*"):
+        node, _, process = left.name.removeprefix(_HIDDEN).rpartition("-")[0].rpartition("-")
+        ended = node == (platform.node() or "here") and process.isdecimal() and not psutil.pid_exists(int(process))
+        with contextlib.suppress(OSError):
+            if ended or time.time() - left.stat().st_mtime > _SECONDS_LEFT:
+                shutil.rmtree(left)
 
 
 @contextlib.contextmanager
@@ -151,33 +190,18 @@ def _scratch_folder(parent: Path) -> Iterator[Path]:
 
     Whatever is still there at the end is removed, and so is every folder made for it that stayed empty.
     """
-    scratch = parent / f"{_HIDDEN}{secrets.token_hex(8)}"
+    scratch = parent / _hidden_name()
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
-        with contextlib.ExitStack() as alone:
-            # Not `tempfile`: its folders can be read by their owner only, and a server may run as somebody else.
-            try:
-                parent.mkdir(parents=True, exist_ok=True)
-                alone.enter_context(_alone(parent))
-                scratch.mkdir(parents=True)
-            except OSError as error:
-                raise InputError(f"{parent} cannot be written: {error.strerror}") from None
-            yield scratch
+        # Not `tempfile`: its folders can be read by their owner only, and a server may run as somebody else.
+        try:
+            scratch.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"{parent} cannot be written: {error.strerror}") from None
+        _tidy(parent)
+        yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-
-
-@contextlib.contextmanager
-def _alone(parent: Path) -> Iterator[None]:
-    """Wait until no other process publishes here, and remove what one that was killed has left."""
-    descriptor = os.open(parent, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        for left in parent.glob(f"{_HIDDEN}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        os.close(descriptor)

@@ -22,7 +22,7 @@ from tftransfer.serving.structure import BYTES, CLASSIFY, PIXELS
 from tftransfer.tasks import Task
 
 Answer = Callable[[Request], Answers]
-BATCH_SIZES = (0, 1, 2, 7)
+BATCH_SIZES = (0, 1, 2, 7, 33)
 """Sizes of batches whose answers must equal those to single pictures."""
 
 _INVALID_ARGUMENT = 3  # TF_INVALID_ARGUMENT, tensorflow/c/tf_status.h
@@ -89,6 +89,12 @@ class _Case:
         # No damaged JPEG: TensorFlow's library for it would complain on standard error.
         good, bad = self.encoded[0], (b"", b"this is no picture", b"\x89PNG\r\n\x1a\n and no more")
         return [Request(BYTES, loaders.as_texts([good, one, good])) for one in bad]
+
+    @property
+    def unfit(self) -> list[Request]:
+        """Pixels of another size, rank and type than the network takes; Python's session would not let them through."""
+        pixels = self.pixels[:1]
+        return [Request(PIXELS, values) for values in (pixels[:, :-1], pixels[0], pixels.astype(np.float64))]
 
     def request(self, signature: str, places: Sequence[int]) -> Request:
         """Return the pictures at some places as one batch."""
@@ -201,7 +207,7 @@ def _check_answers(
     except ValueError as error:
         return [Check(_WARM_UP, False, {"problem": _first_line(error)})]
     # The C library starts first and works beside this process, on its own processor if there are two.
-    with loaders.c_library(directory, signatures, [*case.requests, *case.broken]) as wait:
+    with loaders.c_library(directory, signatures, [*case.requests, *case.broken, *case.unfit]) as wait:
         try:
             with loaders.graph_session(directory, signatures) as answer:
                 received = [answer(request) for request in case.requests]
@@ -256,8 +262,9 @@ def _check_c_library(case: _Case, wait: Callable[[], list[Answers | int]], recei
         return Check(name, False, {"problem": _first_line(error)})
     good = [answer for answer in answers[: len(received)] if not isinstance(answer, int)]
     refused = [answer for answer in answers[len(received) :] if answer == _INVALID_ARGUMENT]
-    if len(good) != len(received) or len(refused) != len(case.broken):
-        counts = f"{len(good)} of {len(received)} answered, {len(refused)} of {len(case.broken)} broken refused"
+    unfit = len(case.broken) + len(case.unfit)
+    if len(good) != len(received) or len(refused) != unfit:
+        counts = f"{len(good)} of {len(received)} answered, {len(refused)} of {unfit} broken or unfit refused"
         return Check(name, False, {"problem": counts})
     return case.check(name, zip(received, good, strict=True))
 

@@ -17,7 +17,7 @@ from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 from tftransfer.errors import check
 from tftransfer.serving import loaders, structure
 from tftransfer.serving.loaders import Request
-from tftransfer.serving.structure import BYTES, PIXELS
+from tftransfer.serving.structure import BYTES, CLASSIFY, PIXELS
 
 FILE = Path("assets.extra") / "tf_serving_warmup_requests"
 BATCH_SIZES = (1, 8)
@@ -41,7 +41,13 @@ def write(version_dir: Path, samples: Sequence[bytes], batch_sizes: Sequence[int
     check(fit, "batch_sizes", wanted, tuple(batch_sizes))
     encoded = loaders.as_texts(samples)
     pixels = loaders.decode(samples[:1], structure.image_size(structure.read(version_dir)))
-    requests = [Request(BYTES, encoded[np.arange(size) % len(encoded)]) for size in sorted(set(batch_sizes))]
+    has = structure.signatures(structure.read(version_dir))
+    requests = [
+        Request(signature, encoded[np.arange(size) % len(encoded)])
+        for signature in (BYTES, CLASSIFY)
+        for size in sorted(set(batch_sizes))
+        if signature in has
+    ]
     (version_dir / FILE).parent.mkdir(exist_ok=True)
     with tf.io.TFRecordWriter(str(version_dir / FILE)) as writer:
         for request in (*requests, Request(PIXELS, pixels)):
@@ -58,8 +64,8 @@ def read(version_dir: Path) -> list[Request] | None:
         return None
     try:
         return list(map(_request, _records(version_dir / FILE)))
-    except (tf.errors.DataLossError, DecodeError) as error:
-        raise ValueError(f"{FILE} is damaged: {error}") from None
+    except (tf.errors.OpError, DecodeError, TypeError) as error:
+        raise ValueError(f"{FILE} is damaged or cannot be read: {error}") from None
 
 
 def _records(file: Path) -> Iterator[PredictionLog]:
@@ -79,6 +85,6 @@ def _record(request: Request) -> PredictionLog:
 def _request(log: PredictionLog) -> Request:
     asked = log.predict_log.request
     signature = asked.model_spec.signature_name
-    if signature not in (BYTES, PIXELS) or set(asked.inputs) != {structure.input_name(signature)}:
+    if signature not in structure.SIGNATURES or set(asked.inputs) != {structure.input_name(signature)}:
         raise ValueError(f"{FILE} asks for signature {signature!r} with {sorted(asked.inputs)}")
     return Request(signature, tf.make_ndarray(asked.inputs[structure.input_name(signature)]))
