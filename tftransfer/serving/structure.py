@@ -16,7 +16,7 @@ from tftransfer.errors import InputError
 from tftransfer.report import Check
 from tftransfer.tasks import Task
 
-BYTES, PIXELS, CLASSIFY = SIGNATURES = "serving_default", "tensor", "classify"
+BYTES, PIXELS, CLASSIFY = "serving_default", "tensor", "classify"
 # Name of the input, its type and its shape; -1 is any size, None is the network's own.
 _INPUTS: dict[str, tuple[str, tf.DType, tuple[int | None, ...]]] = {
     BYTES: ("image_bytes", tf.string, (-1,)),

@@ -6,7 +6,7 @@ it serves that version.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,12 +58,13 @@ def read(version_dir: Path) -> list[Request] | None:
     """Return the requests in a SavedModel's folder; None if it has none.
 
     Raises:
-        ValueError: If the file is damaged or holds other requests than those of our signatures.
+        ValueError: If the file is damaged or holds requests for signatures that the SavedModel does not have.
     """
     if not (version_dir / FILE).is_file():
         return None
+    has = structure.signatures(structure.read(version_dir))
     try:
-        return list(map(_request, _records(version_dir / FILE)))
+        return [_request(log, has) for log in _records(version_dir / FILE)]
     except (tf.errors.OpError, DecodeError, TypeError) as error:
         raise ValueError(f"{FILE} is damaged or cannot be read: {error}") from None
 
@@ -82,9 +83,9 @@ def _record(request: Request) -> PredictionLog:
     return log
 
 
-def _request(log: PredictionLog) -> Request:
+def _request(log: PredictionLog, has: Collection[str]) -> Request:
     asked = log.predict_log.request
     signature = asked.model_spec.signature_name
-    if signature not in structure.SIGNATURES or set(asked.inputs) != {structure.input_name(signature)}:
+    if signature not in has or set(asked.inputs) != {structure.input_name(signature)}:
         raise ValueError(f"{FILE} asks for signature {signature!r} with {sorted(asked.inputs)}")
     return Request(signature, tf.make_ndarray(asked.inputs[structure.input_name(signature)]))
