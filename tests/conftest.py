@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,8 +21,9 @@ cli.import_tensorflow()
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from tftransfer import tasks  # noqa: E402
+from tftransfer import bundles, tasks  # noqa: E402
 from tftransfer.data.examples import Data, Examples, Pictures  # noqa: E402
+from tftransfer.report import CLASSES, Check, Number, Report, Table  # noqa: E402
 
 gc.freeze()  # what was imported stays; without it each collection looks through all of TensorFlow
 
@@ -131,6 +133,78 @@ def _small_network(num_classes: int = 3, dropout: float = 0.0) -> keras.Model:
 def small_network():
     """Return a function that builds a small convolutional network with BatchNorm and a builder's head names."""
     return _small_network
+
+
+def _report() -> Report:
+    counts = {"train": [9, 8, 7], "validation": [4, 4, 4], "test": [5, 4, 3]}
+    splits = {name: {"examples": sum(own), "from": "the source"} for name, own in counts.items()}
+    phase = {"name": "probe", "selector": "head", "epochs": 3, "best_epoch": 2, "learning_rate": 0.009, "mixup": 0.2}
+    rows = [(name, Number(0.75, 0.3, 0.96, "wilson"), 0.7, 4) for name in ("red", "green", "blue")]
+    return Report(
+        task="image_classification",
+        backbone="small",
+        strategy=[phase],
+        complete=True,
+        data={
+            "name": "colours",
+            **{name: sum(own) for name, own in counts.items()},
+            "quarantined": [{"file": "a|b.png", "reason": "empty"}],
+            "splits": splits,
+            "labels": ["red", "green", "blue"],
+            "per_label": counts,
+        },
+        metrics={
+            "accuracy": Number(0.83333, 0.55198, 0.95299, "wilson"),
+            "log_loss": Number(0.00001234, method="none: too few examples"),
+            "macro_f1": Number(None),
+        },
+        seconds={"train": 1.25, "total": 2.5},
+        checks=(Check("calibration", True, {"expected_calibration_error": 0.0123}), Check("duplicates", False)),
+        versions=bundles.versions(),
+        tables=(Table("Each class", ("class", "recall", "F1", "test examples"), tuple(rows), section=CLASSES),),
+    )
+
+
+@pytest.fixture(scope="session")
+def _written_run(tmp_path_factory, small_task) -> Path:
+    """A finished run with every kind of file, written without training; its SavedModels are none."""
+    folder = tmp_path_factory.mktemp("written") / "run"
+    configuration = {"recipe": "image_classification", "seed": 0}
+    bundles.begin(folder, configuration)
+    saved_model = ("saved_model.pb", "fingerprint.pb", "variables/variables.index", "variables/variables.data-00000")
+    names = [f"serving/{version}/{name}" for version in (1, 2) for name in saved_model]
+    for name in (*names, "logs/train/events.out.v2", "checkpoints/phase.safetensors", "history.csv"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(f"what {name} holds\n".encode() * 20)
+    bundles.write_samples(folder, [tf.io.encode_png(np.zeros((32, 32, 3), np.uint8)).numpy()] * 2)
+    provenance = {
+        "weights": {"kind": "file", "file": "small.h5", "sha256": "ab" * 32, "known": False},
+        "data": {"fingerprint": "cd" * 32},
+        "decisions": {"devices": "1 x CPU"},
+        "current": "2",
+    }
+    keras.utils.set_random_seed(0)
+    bundles.save(folder, _small_network(), small_task, _report(), configuration=configuration, provenance=provenance)
+    return folder
+
+
+@pytest.fixture
+def written_run(_written_run, tmp_path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(_written_run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def flip_a_bit():
+    """Return a function that flips one bit of a file, at a place that depends on the seed and the file's name."""
+
+    def flip(file: Path, seed: int = 0) -> None:
+        contents = bytearray(file.read_bytes())
+        generator = np.random.default_rng([seed, *file.name.encode()])
+        contents[generator.integers(len(contents))] ^= 1 << int(generator.integers(8))
+        file.write_bytes(contents)
+
+    return flip
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
+import hashlib
 import json
+import shutil
+import threading
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
-from tftransfer import bundles
+from tftransfer import bundles, integrity
 from tftransfer.errors import InputError
 from tftransfer.report import Number, Report
 
@@ -55,28 +58,83 @@ def test_model_is_saved_uncompiled(tmp_path, small_network, small_task):
 def test_a_changed_file_is_named(tmp_path, small_network, small_task):
     _saved(tmp_path, small_network(), small_task)
     (tmp_path / "report.json").write_text("{}")
-    assert bundles.changed_files(tmp_path, bundles.read_manifest(tmp_path)) == ["report.json"]
+    assert integrity.changed_files(tmp_path, bundles.read_manifest(tmp_path)) == ["report.json"]
 
 
 def test_leftovers_of_an_interrupted_export_are_not_part_of_a_run(tmp_path):
     for name in ("serving/.new-1f/saved_model.pb", "serving/1/saved_model.pb", "logs/events", ".hidden"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert set(bundles.digests(tmp_path)) == {"serving/1/saved_model.pb"}
+    assert set(integrity.digests(tmp_path)) == {"serving/1/saved_model.pb", "logs/events"}
 
 
-def test_older_versions_may_be_removed(tmp_path):
-    names = [f"serving/{version}/saved_model.pb" for version in (1, 2)]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text(name)
-    manifest = {"current": "2", "files": bundles.digests(tmp_path)}
-    (tmp_path / names[0]).write_text("changed")
-    assert bundles.changed_files(tmp_path, manifest) == names[:1]
-    (tmp_path / names[0]).unlink()
-    assert bundles.changed_files(tmp_path, manifest) == []
-    (tmp_path / names[1]).unlink()
-    assert bundles.changed_files(tmp_path, manifest) == names[1:]
+def _publish(folder, version):
+    (folder / "serving" / version).mkdir()
+    (folder / "serving" / version / "saved_model.pb").write_text(f"graph {version}")
+
+
+def test_after_an_export_the_manifest_knows_the_new_version_and_is_sealed(written_run):
+    _publish(written_run, "10")
+    bundles.refresh(written_run, "serving/10")
+    manifest = bundles.read_manifest(written_run)
+    assert manifest["current"] == "10"
+    assert integrity.check_seal(written_run).passed
+    assert integrity.check_files(written_run, manifest).passed
+
+
+def test_versions_that_publishing_removed_leave_the_manifest(written_run):
+    shutil.rmtree(written_run / "serving" / "1")
+    _publish(written_run, "3")
+    bundles.refresh(written_run, "serving/3")
+    manifest = bundles.read_manifest(written_run)
+    assert {name.split("/")[1] for name in manifest["files"] if name.startswith("serving/")} == {"2", "3"}
+    assert integrity.check_files(written_run, manifest).passed
+
+
+def test_an_export_does_not_cover_up_what_somebody_changed(written_run, flip_a_bit):
+    changed = ["report.html", "serving/1/saved_model.pb"]
+    for name in changed:
+        flip_a_bit(written_run / name)
+    (written_run / "history.csv").unlink()
+    _publish(written_run, "3")
+    bundles.refresh(written_run, "serving/3")
+    found = integrity.check_files(written_run, bundles.read_manifest(written_run))
+    assert found.metrics == {"changed": changed, "missing": ["history.csv"]}
+
+
+def test_what_a_command_writes_again_is_known_as_it_is_now(written_run):
+    (written_run / "extra").mkdir()
+    for names in (("a", "b"), ("b", "c")):
+        shutil.rmtree(written_run / "extra")
+        (written_run / "extra").mkdir()
+        for name in names:
+            (written_run / "extra" / name).write_text(f"{name} of {names}")
+        bundles.refresh(written_run, "extra")
+    manifest = bundles.read_manifest(written_run)
+    assert [name for name in manifest["files"] if name.startswith("extra/")] == ["extra/b", "extra/c"]
+    assert manifest["current"] == "2"
+    assert integrity.check_files(written_run, manifest).passed
+
+
+def test_several_exports_at_the_same_time_are_all_noted(written_run):
+    numbers = list(map(str, range(3, 9)))
+    for version in numbers:
+        _publish(written_run, version)
+    threads = [threading.Thread(target=bundles.refresh, args=(written_run, f"serving/{n}")) for n in numbers]
+    for thread in reversed(threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    manifest = bundles.read_manifest(written_run)
+    assert manifest["current"] == "8"
+    assert integrity.check_files(written_run, manifest).passed
+
+
+def test_samples_that_somebody_changed_are_not_used(written_run, flip_a_bit):
+    assert len(bundles.read_samples(written_run)) == 2
+    flip_a_bit(written_run / "samples" / "0.png")
+    (written_run / "samples" / "7.png").write_text("added")
+    assert bundles.read_samples(written_run) == [(written_run / "samples" / "1.png").read_bytes()]
 
 
 def test_a_damaged_model_is_refused(tmp_path, small_network, small_task):
@@ -178,8 +236,8 @@ def test_an_unfinished_run_is_refused(tmp_path):
 
 def test_the_manifest_is_sealed(tmp_path, small_network, small_task):
     _saved(tmp_path, small_network(), small_task)
-    sealed = (tmp_path / "manifest.sha256").read_text().split()
-    assert sealed == [bundles.digest(tmp_path / "manifest.json"), "manifest.json"]
+    expected = hashlib.sha256((tmp_path / "manifest.json").read_bytes()).hexdigest()
+    assert (tmp_path / "manifest.sha256").read_text() == f"{expected}  manifest.json\n"
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert set(manifest["files"]) == {"model.keras", "report.json", "report.html", "MODEL_CARD.md"}
 
@@ -205,8 +263,10 @@ def test_an_interruption_leaves_no_wrong_seal(tmp_path, small_network, small_tas
         write(path, text)
 
     monkeypatch.setattr(bundles, "write_text", stop)
+    (tmp_path / "serving" / "2").mkdir(parents=True)
+    (tmp_path / "serving" / "2" / "saved_model.pb").write_text("graph")
     with pytest.raises(KeyboardInterrupt):
-        bundles.refresh(tmp_path, current="2")
+        bundles.refresh(tmp_path, "serving/2")
     assert bundles.read_manifest(tmp_path)["current"] == "2"
 
 

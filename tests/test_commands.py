@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -81,6 +82,90 @@ def test_a_model_that_is_not_the_trained_one_fails_verification(run, capsys):
     failed = [check for check in found["checks"] if check["passed"] is False]
     assert [check["name"] for check in failed] == ["files equal the manifest"]
     assert failed[0]["metrics"]["changed"] == ["model.keras"]
+
+
+@pytest.fixture
+def verified(monkeypatch):
+    """Let every SavedModel pass; returns what `serving.verify` was given, call by call."""
+    calls = []
+
+    def verify(version, samples=(), **options):
+        calls.append({"version": version, "samples": samples, **options})
+        return serving.Verification(()).with_check("looked", True)
+
+    monkeypatch.setattr(serving, "verify", verify)
+    return calls
+
+
+def _verify(run, capsys, *options):
+    """Verify a run; returns the exit code, and what each check found by its name."""
+    code = cli.main(["verify", str(run), "--json", *map(str, options)])
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] == (code == 0)
+    return code, {check["name"]: (check["passed"], check["metrics"]) for check in found["checks"]}
+
+
+def test_a_whole_run_is_verified(written_run, verified, capsys):
+    code, found = _verify(written_run, capsys)
+    assert code == 0
+    assert list(found) == ["looked", "manifest equals its seal", "files equal the manifest"]
+    (call,) = verified
+    assert call["version"] == written_run / "serving" / "2"
+    assert call["model"] is not None
+    assert len(call["samples"]) == 2
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
+@pytest.mark.parametrize("path", [".", "serving/2"])
+def test_a_changed_manifest_fails_and_nothing_is_loaded(written_run, verified, flip_a_bit, capsys, name, path):
+    flip_a_bit(written_run / name)
+    code, found = _verify(written_run / path, capsys)
+    assert code == 1
+    assert found == {"manifest equals its seal": (False, {"changed": [name]})}
+    assert verified == []
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
+def test_a_missing_manifest_or_seal_fails(written_run, verified, capsys, name):
+    (written_run / name).unlink()
+    code, found = _verify(written_run, capsys)
+    assert code == 1
+    assert found["manifest equals its seal"] == (False, {"missing": [name]})
+    assert verified == []
+
+
+def test_a_folder_that_is_no_run_is_bad_input(tmp_path, capsys):
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    assert "not a run's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["serving/2/saved_model.pb", "serving/2/more", "serving/3/saved_model.pb"])
+def test_a_version_that_is_not_what_was_published_is_not_loaded(written_run, verified, capsys, name):
+    (written_run / name).parent.mkdir(exist_ok=True)
+    (written_run / name).write_text("another graph")
+    code, found = _verify(written_run, capsys)
+    assert code == 1
+    assert found["SavedModel"][0] is None
+    assert (name in str(found["files equal the manifest"])) or "serving/3" in str(found["files equal the manifest"])
+    assert verified == []
+
+
+def test_a_run_whose_version_is_gone_fails_with_its_files(written_run, verified, capsys):
+    shutil.rmtree(written_run / "serving")
+    code, found = _verify(written_run, capsys)
+    assert code == 1
+    assert "serving/2/saved_model.pb" in found["files equal the manifest"][1]["missing"]
+
+
+@pytest.mark.parametrize("name", ["model.keras", "samples/0.png", "report.html", "checkpoints/phase.safetensors"])
+def test_another_changed_file_is_named_and_not_used(written_run, verified, flip_a_bit, capsys, name):
+    flip_a_bit(written_run / name)
+    code, found = _verify(written_run, capsys)
+    assert code == 1
+    assert found["files equal the manifest"] == (False, {"changed": [name]})
+    (call,) = verified
+    assert (call["model"] is None) == (name == "model.keras")
+    assert len(call["samples"]) == (1 if name.startswith("samples") else 2)
 
 
 def test_a_run_without_a_savedmodel_is_bad_input_to_verify(run, capsys):

@@ -45,6 +45,20 @@ def test_an_interrupted_run_begins_again(tmp_path, small_data):
     _begin(_prepared(tmp_path), small_data)
 
 
+def test_a_manifest_holds_no_absolute_path_and_tells_them_apart(tmp_path):
+    def configuration(**given):
+        options = argparse.Namespace(out=tmp_path / "run", quiet=True, **given)
+        return runs.prepare("image_classification", options).configuration
+
+    one, other = (configuration(data=f"{tmp_path}/{name}/photos", weights=tmp_path / "w.h5") for name in "ab")
+    assert one["data"].startswith("photos (path ")
+    assert one["weights"].startswith("w.h5 (path ")
+    assert str(tmp_path) not in str(one)
+    assert one["data"] != other["data"]
+    assert one == configuration(data=f"{tmp_path}/a/photos", weights=tmp_path / "w.h5")
+    assert configuration(data="a/photos", image_size=(3, 4))["data"] == "a/photos"
+
+
 def test_paths_and_labels_are_printed_as_they_are(capsys):
     console = runs.literal_console()
     text = "photos/[bold]:smile:[/]"

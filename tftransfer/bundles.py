@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,16 +16,15 @@ from typing import Any
 
 import keras
 
-from tftransfer import __version__, scanning, tasks
+from tftransfer import __version__, integrity, model_card, scanning, tasks
 from tftransfer.errors import InputError
-from tftransfer.report import Number, Report
-from tftransfer.weights import digest
+from tftransfer.integrity import MANIFEST, SEAL, digests
+from tftransfer.report import Report
 
-MANIFEST = "manifest.json"
-SEAL = "manifest.sha256"
 MODEL = "model.keras"
 SAMPLES = "samples"
 REPORT = "report.json"
+CARD = "MODEL_CARD.md"
 _PATTERN_CHARACTERS = frozenset("[]*?\\")
 PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "safetensors", "tensorflow-datasets")
 
@@ -142,19 +142,22 @@ def save(
         provenance: Decisions, data fingerprint and the weights that went in.
     """
     save_model(model, folder / MODEL)
-    write_json(folder / REPORT, report.to_json())
+    told = report.to_json()
+    write_json(folder / REPORT, told)
     write_text(folder / "report.html", report.to_html())
-    write_text(folder / "MODEL_CARD.md", model_card(report, provenance))
-    finish(
-        folder,
-        configuration,
-        complete=report.complete,
-        task=tasks.to_json(task),
-        labels=list(task.labels),
-        image_size=list(model.input_shape[1:3]),
-        strategy=report.strategy,
+    content = {
+        "task": tasks.to_json(task),
+        "labels": list(task.labels),
+        "image_size": list(model.input_shape[1:3]),
+        "strategy": report.strategy,
+        "seed": report.seed,
+        "metrics": told["metrics"],
+        "intervals": told["intervals"],
         **provenance,
-    )
+    }
+    known = {"configuration": configuration, **content, "versions": versions(), "files": digests(folder, MODEL)}
+    write_text(folder / CARD, model_card.render(report, known))
+    finish(folder, configuration, complete=report.complete, **content)
 
 
 def finish(folder: Path, configuration: Mapping[str, Any], *, complete: bool = True, **content: Any) -> None:
@@ -178,25 +181,55 @@ def write_samples(folder: Path, samples: Sequence[bytes]) -> None:
 
 
 def read_samples(folder: Path) -> list[bytes]:
-    """Return the pictures that a run has kept; none for a run of an older version."""
-    return [file.read_bytes() for file in sorted((folder / SAMPLES).glob("*.png"))]
+    """Return the pictures that a run has kept and nobody has changed; none for a run of an older version."""
+    manifest = read_manifest(folder)
+    names = sorted(path.relative_to(folder).as_posix() for path in (folder / SAMPLES).glob("*.png"))
+    return [(folder / name).read_bytes() for name in names if integrity.is_as_listed(folder, manifest, name)]
 
 
-def refresh(folder: Path, **changes: Any) -> None:
-    """Bring a run's manifest up to date with its files, after a new version was published.
+def refresh(folder: Path, *written: str) -> None:
+    """Bring a run's manifest up to date after a command wrote into its folder.
+
+    Only what was written is hashed again: a file that somebody changed still differs from the manifest afterwards.
+    Versions of the SavedModel that are gone leave the manifest, and the newest that is in it becomes `current`.
 
     Args:
         folder: The run's folder.
-        changes: Entries of the manifest that change, such as `current`.
+        written: Files or folders inside it, such as `"serving/2"`.
     """
-    _write_manifest(folder, {**read_manifest(folder), **changes, "files": digests(folder)})
+    with _locked(folder):
+        manifest = read_manifest(folder)
+        kept = {
+            name: known
+            for name, known in manifest.get("files", {}).items()
+            if not integrity.is_of_removed_version(folder, name) and not _is_below(name, written)
+        }
+        files = dict(sorted({**kept, **digests(folder, *written)}.items()))
+        published = [version for version in map(integrity.version_of, files) if version]
+        _write_manifest(folder, {**manifest, "current": max(published, key=int, default=None), "files": files})
+
+
+def _is_below(name: str, parts: Sequence[str]) -> bool:
+    return any(name == part or name.startswith(f"{part}/") for part in parts)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process brings this run's manifest up to date."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     # Whoever is interrupted between the steps leaves a manifest without a seal, never one with a wrong seal.
     (folder / SEAL).unlink(missing_ok=True)
     write_json(folder / MANIFEST, manifest)
-    write_text(folder / SEAL, f"{digest(folder / MANIFEST)}  {MANIFEST}\n")
+    write_text(folder / SEAL, integrity.seal_of(folder / MANIFEST))
 
 
 def load(folder: str | os.PathLike[str], *, trust: bool = False) -> Bundle:
@@ -212,7 +245,7 @@ def load(folder: str | os.PathLike[str], *, trust: bool = False) -> Bundle:
     """
     path = Path(folder)
     manifest = finished_manifest(path)
-    if MODEL in changed_files(path, manifest):
+    if not integrity.is_as_listed(path, manifest, MODEL):
         raise InputError(f"{path / MODEL} is not the file that the manifest names (other SHA-256, or missing)")
     return Bundle(path, load_model(path / MODEL, trust=trust), task_of(path, manifest), manifest)
 
@@ -299,11 +332,7 @@ def _is_manifest(content: Any) -> bool:
 
 def _check_seal(folder: Path) -> None:
     """Refuse a manifest that is not the one `manifest.sha256` was written for; without that file any is taken."""
-    seal = folder / SEAL
-    if not seal.is_file():
-        return
-    expected = seal.read_text(encoding="utf-8", errors="replace").split()[:1]
-    if expected != [digest(folder / MANIFEST)]:
+    if (folder / SEAL).is_file() and not integrity.check_seal(folder).passed:
         raise InputError(
             f"{folder / MANIFEST} was changed after the run wrote it (other SHA-256 than in {SEAL}): "
             f"put it back, or remove {SEAL} to take it as it is"
@@ -325,37 +354,6 @@ def read_report(folder: Path) -> Report:
         raise InputError(f"{path} is no report of a run: {error}") from None
 
 
-def changed_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Return the files whose SHA-256 is not the manifest's, missing ones included.
-
-    Versions of the SavedModel before the current one may be missing: model servers' housekeeping removes them.
-    """
-    return [
-        name
-        for name, expected in manifest.get("files", {}).items()
-        if (digest(folder / name) != expected if (folder / name).is_file() else not _is_old(name, manifest))
-    ]
-
-
-def _is_old(name: str, manifest: Mapping[str, Any]) -> bool:
-    """Whether a file belongs to a version of the SavedModel that is not the manifest's `current`."""
-    match name.split("/"):
-        case ["serving", version, _, *_]:
-            return version != manifest.get("current", version)
-    return False
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of a run but its manifest, its logs and what is hidden, such as leftovers."""
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {path.as_posix(): digest(folder / path) for path in files if not _is_left_out(path)}
-
-
-def _is_left_out(path: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.parts)
-    return hidden or path.parts[0] in ("logs", "checkpoints") or path.as_posix().startswith("manifest.")
-
-
 def versions() -> dict[str, str]:
     """Return the versions of Python, this toolkit and the packages that decide results."""
     found = {"python": platform.python_version(), "tftransfer": __version__}
@@ -363,32 +361,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
-
-
-def model_card(report: Report, provenance: Mapping[str, Any]) -> str:
-    """Return the model card: what the model is for, how good it is, and where it comes from."""
-    data = report.data
-    sections = {
-        "Metrics on the test split": [_metric_line(name, number) for name, number in report.metrics.items()],
-        "Data": [
-            f"- {data['name']}: {data['train']} training, {data['validation']} validation, {data['test']} test",
-            f"- {len(data['quarantined'])} files set aside",
-            f"- fingerprint `{provenance['data'].get('fingerprint', '')}`",
-        ],
-        "Training": [
-            f"- seed {report.seed}",
-            *(f"- {phase['name']}: {phase['selector']}, {phase['epochs']} epochs" for phase in report.strategy),
-        ],
-        "Checks": [f"- {check.name}: {_verdict(check.passed)}" for check in report.checks],
-        "Limits": ["Measured on one test split of this data only; pictures of another kind were not tried."],
-    }
-    body = "\n\n".join(f"## {title}\n\n" + "\n".join(lines) for title, lines in sections.items())
-    return f"# {report.task} with {report.backbone}\n\n{body}\n"
-
-
-def _metric_line(name: str, number: Number) -> str:
-    span = f" ({number.low:.4f} to {number.high:.4f}, {number.method})" if number.low is not None else ""
-    return f"- {name}: {'undefined' if number.value is None else f'{number.value:.4f}'}{span}"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -409,10 +381,6 @@ def write_text(path: Path, text: str) -> None:
 
 def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _verdict(passed: bool | None) -> str:
-    return {True: "passed", False: "failed", None: "not judged"}[passed]
 
 
 def _check_path(folder: Path) -> None:

@@ -23,6 +23,12 @@ LARGEST_SEED = 2**32 - 1
 CACHES = ("auto", "off")
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
+_VERIFY_HELP = """\
+Every file that the run wrote must be there with the SHA-256 that the manifest has for it, and the manifest must have
+the one in manifest.sha256. Nothing may lie among the versions in serving/ that the manifest does not know, since a
+model server would load it; files that you add elsewhere are let be. Whole versions before the current one may be gone.
+What was changed is named, and no model or SavedModel that was changed is loaded."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line without a usage block, and that takes no abbreviations."""
@@ -333,6 +339,7 @@ def _parser() -> Parser:
         metavar="PATH",
         help="a SavedModel, .keras, .h5, .npz or .safetensors file, or a folder with such files, as a run's",
     )
+    verify.epilog = _VERIFY_HELP
     return parser
 
 

@@ -19,7 +19,19 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from tftransfer import bundles, choices, constants, distribution, inference, ranking, serving, suggestion, weights
+from tftransfer import (
+    bundles,
+    choices,
+    constants,
+    distribution,
+    inference,
+    integrity,
+    ranking,
+    run_verification,
+    serving,
+    suggestion,
+    weights,
+)
 from tftransfer.advice import asking
 from tftransfer.backbones import backbone, build, names
 from tftransfer.builders import outputs_are_logits
@@ -34,7 +46,10 @@ from tftransfer.strategies import names as strategy_names
 from tftransfer.tasks import Task
 
 _BATCH_SIZE = 32  # pictures that `predict` holds at a time
-_OPTIONAL = {"pytest": "to run the tests (extra dev)", "tensorboard": "to look at a run's logs/"}
+_OPTIONAL = {
+    "pytest": "to run the tests (extra dev)",
+    "tensorboard": "to look at a run's logs/",
+}
 
 
 def doctor(options: argparse.Namespace) -> int:
@@ -243,40 +258,21 @@ def export(options: argparse.Namespace) -> int:
         warm_up_sizes=options.warm_up,
     )
     if version:
-        newest = serving.newest_version(bundle.folder / "serving") or version  # of several exports at a time
-        bundles.refresh(bundle.folder, current=newest.name)
+        bundles.refresh(bundle.folder, f"{integrity.SERVING}/{version.name}")
     _show_verification(options, verification)
     return 0 if version else 1
 
 
 def verify(options: argparse.Namespace) -> int:
     """Verify one SavedModel, or a run: its files, and its newest SavedModel against its Keras model."""
-    run = options.path.absolute().parent.parent
-    if not (options.path / "saved_model.pb").is_file():
-        verification = _verify_run(options.path, options)
-    elif (run / bundles.MANIFEST).is_file():
-        verification = _verify_run(run, options, options.path)
+    version = options.path if (options.path / "saved_model.pb").is_file() else None
+    folder = options.path.absolute().parent.parent if version else options.path
+    if version and not (folder / bundles.MANIFEST).is_file():
+        verification = serving.verify(version, repeats=options.repeats, trust=options.trust)
     else:
-        verification = serving.verify(options.path, repeats=options.repeats, trust=options.trust)
+        verification = run_verification.verify_run(folder, version, repeats=options.repeats, trust=options.trust)
     _show_verification(options, verification)
     return 0 if verification.passed else 1
-
-
-def _verify_run(folder: Path, options: argparse.Namespace, version: Path | None = None) -> serving.Verification:
-    """Verify a run's files, and its newest SavedModel (or the one given) against its Keras model."""
-    manifest = bundles.finished_manifest(folder)
-    task = bundles.task_of(folder, manifest)
-    changed = bundles.changed_files(folder, manifest)
-    newest = version or serving.newest_version(folder / "serving")
-    if newest is None:
-        raise InputError(f"{folder} holds no serving/N: run `tftransfer export {folder}` first")
-    # A model that is not the one that was trained proves nothing; the SavedModel is then compared with itself.
-    model = None if bundles.MODEL in changed else bundles.load_model(folder / bundles.MODEL, trust=options.trust)
-    samples = bundles.read_samples(folder)
-    verification = serving.verify(
-        newest, model=model, task=task, samples=samples, repeats=options.repeats, trust=options.trust
-    )
-    return verification.with_check("files equal the manifest", not changed, {"changed": changed})
 
 
 def _read_picture(file: Path, image_size: tuple[int, int]) -> np.ndarray:

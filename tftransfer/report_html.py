@@ -33,7 +33,7 @@ _RESULTS = (RESULT, TRAINING, CURVES, CLASSES, LABELS, NUMBERS, CONFUSION, MISTA
 _ORDER = (*_RESULTS, OTHER, CHECKS, DATA, TIME)
 _RATE = re.compile(r"(accuracy|precision|recall|f1|iou|calibration_error|by_chance|^map\d*)$")
 _WORDS = {"f1": "F1", "iou": "IoU", "map": "mAP", "map50": "mAP 50", "map75": "mAP 75", "r": "R"}
-_METHODS = {
+METHODS = {
     "wilson": "Wilson's",
     "wilson_effective_n": "Wilson's at the effective sample size",
     "student_t_log": "Student's t on the logarithm",
@@ -230,7 +230,7 @@ def _methods(metrics: Mapping[str, Number]) -> str:
     by_method: dict[str, list[str]] = {}
     for name, measured in metrics.items():
         if measured.method:
-            by_method.setdefault(_METHODS.get(measured.method, measured.method), []).append(_within(words(name)))
+            by_method.setdefault(METHODS.get(measured.method, measured.method), []).append(_within(words(name)))
     told = "; ".join(f"{method} ({', '.join(names)})" for method, names in by_method.items())
     return f"How the intervals were found: {told}." if told else ""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -278,13 +280,14 @@ def finish(
             "fingerprint": data.fingerprint,
             "splits": data.splits,
             "found": data.found,
+            "quarantined": len(data.quarantined),
         },
         "current": version and version.name,
         "decisions": {
             "devices": devices.reason,
             "replicas": devices.replicas,
             "precision": devices.precision,
-            "weights": network.weights,
+            "weights": network.weights and Path(network.weights).name,
             "image_size": list(network.image_size),
             "trains": chosen.decision,
         },
@@ -331,7 +334,7 @@ def _report(
         backbone=network.backbone,
         strategy=[record.to_json() for record in history.phases],
         complete=True,
-        data=_describe_data(data),
+        data=_describe_data(data, task),
         metrics=findings.metrics,
         seconds={
             "decode": data.seconds,
@@ -348,7 +351,7 @@ def _report(
     )
 
 
-def _describe_data(data: Data) -> dict[str, Any]:
+def _describe_data(data: Data, task: Task) -> dict[str, Any]:
     return {
         "name": data.name,
         "train": len(data.train),
@@ -358,6 +361,17 @@ def _describe_data(data: Data) -> dict[str, Any]:
         "found": data.found,
         "splits": data.splits,
         "labels": list(data.labels),
+        "per_label": {} if task.kind == "regression" else _per_label(data),
+    }
+
+
+def _per_label(data: Data) -> dict[str, list[int]]:
+    """Return for each split how many examples have each label."""
+    splits = {"train": data.train.targets, "validation": data.validation.targets, "test": data.test.targets}
+    count = len(data.labels)
+    return {
+        name: (np.bincount(own, minlength=count) if own.ndim == 1 else (own > 0.5).sum(axis=0)).tolist()
+        for name, own in splits.items()
     }
 
 
@@ -381,4 +395,8 @@ def _print_metrics(console: Console, report: Report) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    """Return an option as JSON has it; of an absolute path only what others may see, its name and a digest."""
+    text = str(value) if isinstance(value, Path) else value
+    if isinstance(text, str) and Path(text).is_absolute():
+        return f"{Path(text).name} (path {hashlib.sha256(os.fsencode(text)).hexdigest()[:12]})"
+    return list(text) if isinstance(text, tuple) else text

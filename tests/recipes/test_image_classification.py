@@ -1,15 +1,18 @@
 """The recipe as a user runs it: what it writes, what it prints, what it refuses."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import adapters, builders, bundles, cli, surgery
+from tftransfer import adapters, builders, bundles, cli, integrity, model_card, surgery
 
 SMALL = ["--backbone", "MobileNet-0.25", "--weights", "none", "--image-size", "32", "--quiet"]
 DEMO = ["--smoke", "--source", "demo", "--checks", "labels,duplicates"]
@@ -48,7 +51,39 @@ def finished(recipe, tmp_path_factory):
 def test_smoke_writes_every_file(finished):
     assert {path.name for path in finished.iterdir()} == CONTRACT
     assert (finished / "serving" / "1" / "saved_model.pb").is_file()
-    assert bundles.changed_files(finished, bundles.read_manifest(finished)) == []
+    assert integrity.changed_files(finished, bundles.read_manifest(finished)) == []
+
+
+def test_a_flipped_bit_in_any_file_of_a_run_is_named(finished, tmp_path, flip_a_bit):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    manifest = bundles.read_manifest(copy)
+    names = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
+    assert set(manifest["files"]) == names - {"manifest.json", "manifest.sha256"}
+    assert any(name.startswith("logs/") for name in names)
+    for name in sorted(names):
+        whole = (copy / name).read_bytes()
+        flip_a_bit(copy / name)
+        found = (integrity.check_seal(copy), integrity.check_files(copy, manifest))
+        failed = [check.metrics for check in found if check.passed is False]
+        assert failed == [{"changed": [name]}], name
+        (copy / name).write_bytes(whole)
+
+
+def test_nothing_of_this_machine_is_in_manifest_and_card(finished):
+    for name in ("manifest.json", "MODEL_CARD.md"):
+        text = (finished / name).read_text()
+        assert str(finished.parent) not in text
+        assert str(Path(bundles.__file__).parent) not in text
+
+
+def test_the_card_is_that_of_report_and_manifest_and_its_code_runs(finished, monkeypatch, capsys):
+    card = (finished / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert model_card.render(bundles.read_report(finished), bundles.read_manifest(finished)) == card
+    assert "not for use" in card, "a smoke run"
+    monkeypatch.chdir(finished)
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        exec(compile(code, "MODEL_CARD.md", "exec"), {})
+    assert "probabilities" in capsys.readouterr().out
 
 
 def test_report_keeps_to_the_contract(finished):
@@ -172,8 +207,6 @@ def test_pictures_that_cannot_be_used_are_named(finished, tmp_path, capsys, name
 
 
 def test_a_changed_file_fails_verification(recipe, finished, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     (copy / "history.csv").write_text("changed")
@@ -182,13 +215,12 @@ def test_a_changed_file_fails_verification(recipe, finished, tmp_path, capsys):
 
 
 def test_export_publishes_the_next_version(finished, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     assert cli.main(["export", str(copy), "--quiet"]) == 0
     assert (copy / "serving" / "2" / "saved_model.pb").is_file()
     assert bundles.read_manifest(copy)["current"] == "2"
+    assert integrity.check_files(copy, bundles.read_manifest(copy)).passed
 
 
 def test_dry_run_writes_nothing(recipe, tmp_path, capsys):
