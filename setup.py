@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "tftransfer/__init__.py").read_text(), re.MULTILINE)[1]
+# model-signing imports pyOpenSSL, which sigstore no longer brings along.
+SIGN = ["model-signing>=1.1,<2", "pyOpenSSL>=25"]
 
 setup(
     name="tftransfer",
@@ -38,7 +40,8 @@ setup(
     ],
     extras_require={
         "gpu": ["tensorflow[and-cuda]>=2.21,<2.22"],
-        "dev": ["hypothesis>=6.100", "mypy>=1.13", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.8"],
+        "sign": SIGN,
+        "dev": [*SIGN, "hypothesis>=6.100", "mypy>=1.13", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.8"],
     },
     entry_points={"console_scripts": ["tftransfer=tftransfer.cli:main"]},
 )

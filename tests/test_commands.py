@@ -168,6 +168,32 @@ def test_another_changed_file_is_named_and_not_used(written_run, verified, flip_
     assert len(call["samples"]) == (1 if name.startswith("samples") else 2)
 
 
+def test_a_signature_that_nobody_asked_for_is_not_checked(written_run, verified, capsys):
+    (written_run / "model.sig").write_text("{}")
+    code, found = _verify(written_run, capsys)
+    assert code == 0
+    assert found["signature holds"] == (None, {"reason": "no --public-key was given"})
+
+
+def test_a_public_key_is_of_no_use_without_a_run(tmp_path, capsys):
+    (tmp_path / "saved_model.pb").write_bytes(b"")
+    assert cli.main(["verify", str(tmp_path), "--public-key", "own.pub.pem"]) == 2
+    assert "no part of a run" in capsys.readouterr().err
+
+
+def test_an_export_says_that_a_signature_is_stale(written_run, monkeypatch, capsys):
+    (written_run / "serving" / "3").mkdir()
+    (written_run / "serving" / "3" / "saved_model.pb").write_text("graph")
+    passed = serving.Verification(()).with_check("looked", True)
+    monkeypatch.setattr(serving, "publish", lambda *_, **__: (written_run / "serving" / "3", passed))
+    assert cli.main(["export", str(written_run)]) == 0
+    assert "sign again" not in capsys.readouterr().out
+    (written_run / "model.sig").write_text("{}")
+    assert cli.main(["export", str(written_run)]) == 0
+    assert "sign again" in capsys.readouterr().out
+    assert bundles.read_manifest(written_run)["current"] == "3"
+
+
 def test_a_run_without_a_savedmodel_is_bad_input_to_verify(run, capsys):
     assert cli.main(["verify", str(run)]) == 2
     assert "tftransfer export" in capsys.readouterr().err

@@ -32,7 +32,7 @@ LAYERS = (
     {"checks", "ranking", "head_search", "suggestion", "surgery"},
     {"advice", "rate_test"},
     {"serving"},
-    {"integrity", "model_card"},
+    {"integrity", "model_card", "signing"},
     {"bundles"},
     {"comparison", "choices", "run_verification"},
     {"runs"},

@@ -29,6 +29,21 @@ the one in manifest.sha256. Nothing may lie among the versions in serving/ that 
 model server would load it; files that you add elsewhere are let be. Whole versions before the current one may be gone.
 What was changed is named, and no model or SavedModel that was changed is loaded."""
 
+_SIGN_HELP = """\
+Writes RUN/model.sig over every file in the folder, once these are found to be those of the manifest. Make a key:
+
+  openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -aes256 -out private.pem
+  openssl pkey -in private.pem -pubout -out public.pem
+
+Without -aes256 the key has no password. The password of one that has is taken from the environment variable
+TFTRANSFER_KEY_PASSWORD, or asked for. Keep the private key out of the run's folder and give the public one to those
+who check:
+
+  tftransfer verify RUN --public-key public.pem
+
+A signature holds for the folder as it was. Whatever is written into it later, such as the next version by
+`tftransfer export`, makes the signature stale: sign again. Needs the extra: pip install 'tftransfer[sign]'."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line without a usage block, and that takes no abbreviations."""
@@ -339,7 +354,12 @@ def _parser() -> Parser:
         metavar="PATH",
         help="a SavedModel, .keras, .h5, .npz or .safetensors file, or a folder with such files, as a run's",
     )
+    verify.add_argument("--public-key", type=Path, metavar="PEM", help="check the run's signature with this key too")
     verify.epilog = _VERIFY_HELP
+    sign = _command(commands, "sign", "sign a finished run's folder with a key of your own, offline")
+    sign.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    sign.add_argument("--key", type=Path, required=True, metavar="PEM", help="a private elliptic key")
+    sign.epilog = _SIGN_HELP
     return parser
 
 

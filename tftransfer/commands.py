@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import getpass
 import importlib.util
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +31,7 @@ from tftransfer import (
     ranking,
     run_verification,
     serving,
+    signing,
     suggestion,
     weights,
 )
@@ -38,7 +41,7 @@ from tftransfer.builders import outputs_are_logits
 from tftransfer.checks import performance
 from tftransfer.console import literal_console, print_table
 from tftransfer.data import Data, audit, images, load, load_for
-from tftransfer.errors import InputError
+from tftransfer.errors import InputError, check
 from tftransfer.report import Table
 from tftransfer.shelf import shelf_at
 from tftransfer.strategies import describe
@@ -47,6 +50,7 @@ from tftransfer.tasks import Task
 
 _BATCH_SIZE = 32  # pictures that `predict` holds at a time
 _OPTIONAL = {
+    "model_signing": "to sign runs (extra sign)",
     "pytest": "to run the tests (extra dev)",
     "tensorboard": "to look at a run's logs/",
 }
@@ -259,20 +263,45 @@ def export(options: argparse.Namespace) -> int:
     )
     if version:
         bundles.refresh(bundle.folder, f"{integrity.SERVING}/{version.name}")
-    _show_verification(options, verification)
+    stale = version and (bundle.folder / integrity.SIGNATURE).is_file()
+    again = f"{integrity.SIGNATURE} is older than this version: sign again with `tftransfer sign`"
+    _show_verification(options, verification, *[again] * bool(stale))
     return 0 if version else 1
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Verify one SavedModel, or a run: its files, and its newest SavedModel against its Keras model."""
+    """Verify one SavedModel, or a run: its files, its signature, and its newest SavedModel against its Keras model."""
     version = options.path if (options.path / "saved_model.pb").is_file() else None
     folder = options.path.absolute().parent.parent if version else options.path
     if version and not (folder / bundles.MANIFEST).is_file():
+        check(options.public_key is None, "public_key", "left out: this is no part of a run", str(options.public_key))
         verification = serving.verify(version, repeats=options.repeats, trust=options.trust)
     else:
-        verification = run_verification.verify_run(folder, version, repeats=options.repeats, trust=options.trust)
+        given = {"repeats": options.repeats, "trust": options.trust}
+        verification = run_verification.verify_run(folder, version, options.public_key, **given)
     _show_verification(options, verification)
     return 0 if verification.passed else 1
+
+
+def sign(options: argparse.Namespace) -> int:
+    """Sign a run's folder, if its files are those that the run wrote."""
+    verification = serving.Verification(run_verification.check_folder(options.run)[1])
+    if not verification.passed:
+        _show_verification(options, verification)
+        return 1
+    signature = signing.sign(options.run, options.key, _password(options.key))
+    _show(options, {"signature": str(signature)}, Table("", ("signed",), ((str(signature),),)))
+    return 0
+
+
+def _password(key: Path) -> str | None:
+    """Take the password of an encrypted key from the environment, or ask for it."""
+    if not signing.is_encrypted(key):
+        return None
+    given = os.environ.get(signing.PASSWORD)
+    if given is None and not sys.stdin.isatty():
+        raise InputError(f"`key` {key} is encrypted: put its password into the environment variable {signing.PASSWORD}")
+    return getpass.getpass(f"Password of {key}: ") if given is None else given
 
 
 def _read_picture(file: Path, image_size: tuple[int, int]) -> np.ndarray:
@@ -306,10 +335,10 @@ def _answer_rows(files: Sequence[Path], answers: Mapping[str, np.ndarray]) -> li
     return rows
 
 
-def _show_verification(options: argparse.Namespace, verification: serving.Verification) -> None:
+def _show_verification(options: argparse.Namespace, verification: serving.Verification, *lines: str) -> None:
     content = {"passed": verification.passed, "checks": [asdict(check) for check in verification.checks]}
     title = "verified" if verification.passed else "NOT verified"
-    _show(options, content, Table(title, ("check", "result", "detail"), tuple(verification.rows())))
+    _show(options, content, Table(title, ("check", "result", "detail"), tuple(verification.rows())), *lines)
 
 
 def _show(options: argparse.Namespace, content: Any, table: Table, *lines: str) -> None:
