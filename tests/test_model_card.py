@@ -44,7 +44,7 @@ def _tables(card):
 
 
 def test_sections_and_tables_come_in_this_order(card):
-    assert card.startswith("# small on colours\n\nImage classification with small")
+    assert card.startswith("# small on colours\n\nGives one label for each picture: small, fine-tuned")
     assert re.findall(r"^## (.*)$", card, re.MULTILINE) == SECTIONS
     assert list(_tables(card)) == HEADS
 

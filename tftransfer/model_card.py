@@ -70,7 +70,7 @@ def render(report: Report, manifest: Mapping[str, Any]) -> str:
     }
     body = "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items() if text)
     title = f"{report.backbone} on {report.data['name']}" if report.data["name"] else report.backbone
-    return f"# {escape(title)}\n\n{_summary(report)}\n{body}"
+    return f"# {escape(title)}\n\n{_summary(report, manifest)}\n{body}"
 
 
 def escape(text: Any) -> str:
@@ -97,8 +97,9 @@ def exact(value: float | None) -> str:
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
-def _summary(report: Report) -> str:
-    said = f"{words(report.task)} with {escape(report.backbone)}, fine-tuned with tftransfer."
+def _summary(report: Report, manifest: Mapping[str, Any]) -> str:
+    gives = _KINDS.get(manifest["task"]["kind"], words(report.task))
+    said = f"Gives {gives}: {escape(report.backbone)}, fine-tuned with tftransfer."
     name = report.main_metric
     if name is None:
         return said
@@ -117,8 +118,8 @@ def _task(manifest: Mapping[str, Any]) -> str:
     return _list(
         f"Task: {escape(task['name'])}, {_KINDS.get(task['kind'], task['kind'])}",
         f"{named} ({len(labels)}): {shown}{more}",
-        f"Input: pictures. `model.keras` takes them as {pixels}; the SavedModel also takes JPEG, PNG, GIF or BMP files "
-        "of any size and decodes, turns and resizes them as in training",
+        f"Input: pictures. `model.keras` takes them as {pixels}; the SavedModel also takes JPEG, PNG, WebP, GIF or BMP "
+        "files of any size and decodes, turns and resizes them as in training",
         f"Output of the SavedModel: {_ANSWERS.get(task['kind'], 'see its signatures')}",
     )
 
