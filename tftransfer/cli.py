@@ -344,6 +344,8 @@ def _parser() -> Parser:
     verify = _command(commands, "verify", "compare what serves with what was trained")
     verify.add_argument("path", type=Path, metavar="RUN|VERSION_DIR", help="a run's folder or one serving/N")
     verify.add_argument("--repeats", type=at_least(2), default=50, help="identical requests (default: %(default)s)")
+    verify.add_argument("--public-key", type=Path, metavar="PEM", help="check the run's signature with this key too")
+    verify.epilog = _VERIFY_HELP
     for command in (predict, evaluate, export, verify):
         _trust(command)
     scan = _command(commands, "scan", "look for what a model file should not hold, without loading it")
@@ -354,8 +356,6 @@ def _parser() -> Parser:
         metavar="PATH",
         help="a SavedModel, .keras, .h5, .npz or .safetensors file, or a folder with such files, as a run's",
     )
-    verify.add_argument("--public-key", type=Path, metavar="PEM", help="check the run's signature with this key too")
-    verify.epilog = _VERIFY_HELP
     sign = _command(commands, "sign", "sign a finished run's folder with a key of your own, offline")
     sign.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     sign.add_argument("--key", type=Path, required=True, metavar="PEM", help="a private elliptic key")
