@@ -153,12 +153,34 @@ def test_a_network_of_whole_numbers_takes_what_it_is_given():
     np.testing.assert_allclose(constants.as_portable_function(network)(given)[0], 0.2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_graph_for_converters_asks_for_no_sizes_and_answers_the_same(count):
+    """Keras reshapes by what it finds the batch to be, in squeeze-and-excitation and for Dense on maps."""
+    image = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(6, 3, activation="swish")(image)
+    scale = keras.layers.Dense(6, activation="sigmoid")(keras.layers.GlobalAveragePooling2D()(x))
+    x = keras.layers.Dense(4)(x * keras.layers.Reshape((1, 1, 6))(scale))
+    network = keras.Model(image, [keras.layers.Reshape((-1, 4))(x), keras.layers.Flatten()(x)])
+    infer = constants.as_convertible_function(network)
+    for found, expected in zip(infer(_pictures(count, 8)), network(_pictures(count, 8), training=False), strict=True):
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    traced = tf.function(infer, input_signature=[tf.TensorSpec((None, 8, 8, 3))]).get_concrete_function()
+    nodes = [node for function in traced.graph.as_graph_def().library.function for node in function.node_def]
+    reshapes = [node for node in nodes if node.op == "Reshape"]
+    sizes = {node.name: tf.make_ndarray(node.attr["value"].tensor) for node in nodes if node.op == "Const"}
+    assert len(reshapes) >= 4
+    assert all(list(sizes[node.input[1].partition(":")[0]]).count(-1) <= 1 for node in reshapes)
+    assert not any("_gradient_op_type" in node.attr for node in nodes)
+
+
 def test_what_cannot_be_constants_says_why():
     words = keras.Input((1,), dtype="int64")
     looked_up = keras.layers.IntegerLookup(vocabulary=[3, 5], output_mode="one_hot")(words)
     network = keras.Model(words, keras.layers.Dense(2)(looked_up))
-    with pytest.raises(constants.NotConstant, match="lookup table"):
-        constants.as_portable_function(network)
+    for made in (constants.as_portable_function, constants.as_convertible_function):
+        with pytest.raises(constants.NotConstant, match="lookup table"):
+            made(network)
 
 
 def _depthwise_input(node, operations: dict[str, str]) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
@@ -82,15 +83,33 @@ def as_portable_function(network: keras.Model) -> Run:
     Raises:
         NotConstant: If the network holds lookup tables or the like, or its numbers are more than a graph may hold.
     """
-    size = sum(variable.numpy().nbytes for variable in network.variables)
-    if size > _MOST_BYTES:
-        raise NotConstant(f"its variables take {size / 2**30:.1f} GiB, and a graph holds {_MOST_BYTES / 2**30:.0f}")
-    signature = [tf.TensorSpec((None, *source.shape[1:]), source.dtype) for source in network.inputs]
+    signature = _any_batch(network)
     graph = _graph_of_constants(network, signature)
     folded = _with_biases(_with_scaled_filters(_rewritten(graph, device="", remapping=_OFF)))
     tidied = _rewritten(replace(graph, definition=folded), device="", remapping=_OFF)  # without what is left over
     infer = _function_of(replace(graph, definition=tidied), signature)
     return lambda *batch: list(infer(*(tf.cast(part, spec.dtype) for part, spec in zip(batch, signature, strict=True))))
+
+
+def as_convertible_function(network: keras.Model) -> Run:
+    """Turn a network in inference mode into a graph of constants for a converter, which folds and fuses by itself.
+
+    Nothing in it depends on how large the batch is: a converter would keep what computes shapes, and split the graph
+    there.
+
+    Args:
+        network: A functional model.
+
+    Returns:
+        A function from a batch of inputs, of any size, to the list of outputs.
+
+    Raises:
+        NotConstant: As for `as_portable_function`.
+    """
+    signature = _any_batch(network)
+    graph = _graph_of_constants(network, signature)
+    infer = _function_of(replace(graph, definition=_without_sizes(graph, signature)), signature)
+    return lambda *batch: list(infer(*batch))
 
 
 class Constants:
@@ -168,6 +187,14 @@ class _Graph:
     functions: tuple[Any, ...]
 
 
+def _any_batch(network: keras.Model) -> list[tf.TensorSpec]:
+    """Return what a network takes, in batches of any size, unless it is too large for a graph of constants."""
+    size = sum(variable.numpy().nbytes for variable in network.variables)
+    if size > _MOST_BYTES:
+        raise NotConstant(f"its variables take {size / 2**30:.1f} GiB, and a graph holds {_MOST_BYTES / 2**30:.0f}")
+    return [tf.TensorSpec((None, *source.shape[1:]), source.dtype) for source in network.inputs]
+
+
 def _graph_of_constants(network: keras.Model, signature: list[tf.TensorSpec]) -> _Graph:
     """Trace a network in inference mode with the numbers of its variables in their place."""
     values = [(variable, variable.numpy()) for variable in network.variables]
@@ -239,6 +266,38 @@ def _rewritten(graph: _Graph, device: str = _PROCESSOR, **rewrites: int) -> Grap
 def _has_loops(graph: GraphDef) -> bool:
     bodies = (graph.node, *(function.node_def for function in graph.library.function))
     return any(node.op.removeprefix("Stateless") in ("While", "If", "Case") for body in bodies for node in body)
+
+
+def _without_sizes(graph: _Graph, signature: list[tf.TensorSpec]) -> GraphDef:
+    """Write -1 where a tensor is reshaped to a size that only the batch decides, and forget how to differentiate."""
+    definition = GraphDef.FromString(graph.definition.SerializeToString())
+    for node, sizes in _sizes_of_reshapes(graph, signature).items():
+        definition.node.add(name=f"{node}/sizes", op="Const")
+        constant = definition.node[-1]
+        constant.attr["dtype"].type = tf.int32.as_datatype_enum
+        constant.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(sizes))
+        reshape = next(one for one in definition.node if one.name == node)
+        reshape.input[1], reshape.attr["Tshape"].type = constant.name, tf.int32.as_datatype_enum
+    for one in definition.node:
+        one.attr.pop("_gradient_op_type", None)  # of swish; a SavedModel would look for it in vain
+    return definition
+
+
+def _sizes_of_reshapes(graph: _Graph, signature: list[tf.TensorSpec]) -> dict[str, np.ndarray]:
+    """Return what to reshape to, by the names of nodes whose sizes for two and for three examples differ in one."""
+    inputs = {node.name: node.input[1] for node in graph.definition.node if node.op == "Reshape"}
+    if not inputs:
+        return {}
+    ends = tuple(name if ":" in name else f"{name}:0" for name in inputs.values())
+    infer = _function_of(replace(graph, ends=ends), signature)
+    two, three = (
+        [sizes.numpy() for sizes in infer(*(tf.zeros((batch, *spec.shape[1:]), spec.dtype) for spec in signature))]
+        for batch in (2, 3)
+    )
+    pairs = zip(inputs, two, three, strict=True)
+    return {
+        node: np.where(one == other, one, -1).astype(np.int32) for node, one, other in pairs if (one != other).sum() < 2
+    }
 
 
 def _with_scaled_filters(graph: GraphDef) -> GraphDef:
