@@ -16,7 +16,7 @@ from tftransfer.data.examples import Examples
 from tftransfer.report import CLASSES, CONFUSION, LABELS, NUMBERS, Check, Findings, Number, Table
 from tftransfer.tasks import Task
 
-__all__ = ["learning_curves", "performance"]
+__all__ = ["learning_curves", "metrics_of", "performance", "truth_and_given"]
 
 _CLASSES_IN_TABLE = 15  # of a confusion matrix; and beyond it the table of classes begins with the worst
 _CLASSES_IN_PICTURE = 300  # of a confusion matrix: beyond it a cell is smaller than a pixel
@@ -57,6 +57,27 @@ def performance(
     return describe(task, examples, probabilities, train_targets, max_mistakes) + Findings(checks=(check,))
 
 
+def metrics_of(task: Task, targets: np.ndarray, probabilities: np.ndarray) -> dict[str, Number]:
+    """Return the task's metrics with 95 % intervals, and nothing else.
+
+    Args:
+        task: What the outputs mean.
+        targets: Of the examples, from 1.
+        probabilities: `(n, outputs)`, finite.
+    """
+    if task.kind == "regression":
+        return _regression_metrics(task, targets, probabilities)
+    return _classification_metrics(task, targets, probabilities, *truth_and_given(task, targets, probabilities))
+
+
+def truth_and_given(task: Task, targets: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what is true and what the model says, `(n, classes)` zeros and ones each."""
+    if task.kind == "single_label":
+        predicted = probabilities.argmax(axis=-1)
+        return _one_hot(targets, task.num_outputs), _one_hot(predicted, task.num_outputs)
+    return (targets > 0.5).astype(np.float32), (probabilities >= _threshold(task)).astype(np.float32)
+
+
 def _single_label(
     task: Task,
     examples: Examples,
@@ -66,8 +87,7 @@ def _single_label(
 ) -> Findings:
     targets, predicted = examples.targets, probabilities.argmax(axis=-1)
     matrix = sklearn_metrics.confusion_matrix(targets, predicted, labels=range(task.num_outputs))
-    truth, given = (_one_hot(classes, task.num_outputs) for classes in (targets, predicted))
-    metrics = _classification_metrics(task, targets, probabilities, truth, given)
+    metrics = metrics_of(task, targets, probabilities)
     in_train = None if train_targets is None else np.bincount(train_targets, minlength=task.num_outputs)
     classes = _class_table(task.labels, matrix, in_train)
     small = len(task.labels) <= _CLASSES_IN_TABLE
@@ -217,8 +237,7 @@ def _multi_label(
     train_targets: np.ndarray | None,
     max_mistakes: int,
 ) -> Findings:
-    truth = (examples.targets > 0.5).astype(np.float32)
-    given = (probabilities >= _threshold(task)).astype(np.float32)
+    truth, given = truth_and_given(task, examples.targets, probabilities)
     metrics = _classification_metrics(task, examples.targets, probabilities, truth, given)
     in_train = None if train_targets is None else (train_targets > 0.5).sum(axis=0)
     table = _label_table(task.labels, truth, given, probabilities, in_train)
