@@ -10,6 +10,9 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "tftransfer/__init__.py")
 # model-signing imports pyOpenSSL, which sigstore no longer brings along.
 SIGN = ["model-signing>=1.1,<2", "pyOpenSSL>=25"]
 
+LITERT = ["ai-edge-litert>=2.3"]
+ONNX = ["tf2onnx>=1.17", "onnxruntime>=1.20"]
+
 setup(
     name="tftransfer",
     version=VERSION,
@@ -41,7 +44,18 @@ setup(
     extras_require={
         "gpu": ["tensorflow[and-cuda]>=2.21,<2.22"],
         "sign": SIGN,
-        "dev": [*SIGN, "hypothesis>=6.100", "mypy>=1.13", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.8"],
+        "litert": LITERT,
+        "onnx": ONNX,
+        "dev": [
+            *SIGN,
+            *LITERT,
+            *ONNX,
+            "hypothesis>=6.100",
+            "mypy>=1.13",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.8",
+        ],
     },
     entry_points={"console_scripts": ["tftransfer=tftransfer.cli:main"]},
 )

@@ -59,7 +59,7 @@ def export_savedmodel(
     - `classify`, if asked for: as `serving_default`, with the most probable labels first, as `classes` and `scores`,
       `(batch, top_k)` string and float32.
     """
-    _check_outputs(model, task)
+    check_outputs(model, task)
     _check_top_k(task, top_k)
     network, kept = _constant(model) if optimise else (None, "")
     answer = answers_of(model, task, from_logits, network)
@@ -176,7 +176,12 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _check_outputs(model: keras.Model, task: Task) -> None:
+def check_outputs(model: keras.Model, task: Task) -> None:
+    """Refuse a network whose outputs are not one number for each of the task's.
+
+    Raises:
+        InputError: If they are not.
+    """
     shape = model.output_shape
     if not isinstance(shape, tuple) or shape[-1] != task.num_outputs:
         raise InputError(

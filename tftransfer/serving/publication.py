@@ -122,6 +122,36 @@ def publish_directory(
         return target, verification
 
 
+def publish_folder(
+    build: Callable[[Path], object], target: Path, check: Callable[[Path], Verification]
+) -> tuple[Path | None, Verification]:
+    """Build a folder beside its place, check it, and put it there, instead of an older one, if it passes.
+
+    Args:
+        build: Writes into the empty folder that it is given.
+        target: The folder's place.
+        check: Judges the folder that was built.
+
+    Returns:
+        `target`, or None if what was built did not pass and is gone; and the judgement.
+
+    Raises:
+        InputError: If the folder cannot be written.
+    """
+    with _scratch_folder(target.parent) as scratch:
+        build(scratch)
+        verification = check(scratch)
+        if not verification.passed:
+            return None, verification
+        sync_tree(scratch)
+        if target.exists():
+            _remove(target, scratch)
+        else:
+            os.rename(scratch, target)
+        tensor_files.sync(target.parent)
+        return target, verification
+
+
 def versions(serving_dir: str | os.PathLike[str]) -> list[int]:
     """Return the numbers of the versions in a folder, lowest first."""
     parent = Path(serving_dir)
@@ -161,12 +191,18 @@ def _in_place(scratch: Path, parent: Path) -> Path:
             return target
 
 
-def _remove(version: Path) -> None:
-    """Remove a version, out of servers' sight first: half of one must never bear a number."""
-    hidden = version.with_name(_hidden_name())
-    with contextlib.suppress(OSError):  # another user's, or another process was faster
-        os.rename(version, hidden)
-        shutil.rmtree(hidden)
+def _remove(folder: Path, successor: Path | None = None) -> None:
+    """Remove a folder, out of sight first: half of one must never bear its name. Then its successor may."""
+    hidden = folder.with_name(_hidden_name())
+    try:
+        os.rename(folder, hidden)
+    except OSError:  # another user's, or another process was faster
+        if successor:
+            raise
+        return
+    if successor:
+        os.rename(successor, folder)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _hidden_name() -> str:
