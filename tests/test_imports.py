@@ -36,6 +36,7 @@ LAYERS = (
     {"bundles"},
     {"comparison", "choices", "run_verification"},
     {"runs"},
+    {"exports"},
     {"commands"},
     {"cli"},
 )

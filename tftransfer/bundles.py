@@ -9,7 +9,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ import keras
 from tftransfer import __version__, integrity, model_card, scanning, tasks
 from tftransfer.errors import InputError
 from tftransfer.integrity import MANIFEST, SEAL, digests
-from tftransfer.report import Report
+from tftransfer.report import Report, Table
 
 MODEL = "model.keras"
 SAMPLES = "samples"
-REPORT = "report.json"
+REPORT, HTML = "report.json", "report.html"
 CARD = "MODEL_CARD.md"
 _PATTERN_CHARACTERS = frozenset("[]*?\\")
 PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "safetensors", "tensorflow-datasets")
@@ -144,7 +144,7 @@ def save(
     save_model(model, folder / MODEL)
     told = report.to_json()
     write_json(folder / REPORT, told)
-    write_text(folder / "report.html", report.to_html())
+    write_text(folder / HTML, report.to_html())
     content = {
         "task": tasks.to_json(task),
         "labels": list(task.labels),
@@ -223,6 +223,21 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def put_in_report(folder: Path, table: Table) -> None:
+    """Put a table into the report of a finished run, in the place of one with its title; the rest stays as it is.
+
+    `refresh` must follow: the files are no longer those of the manifest.
+
+    Raises:
+        InputError: If there is no report, or it is damaged.
+    """
+    report = read_report(folder)
+    others = tuple(one for one in report.tables if one.title != table.title)
+    report = replace(report, tables=(*others, table))
+    write_json(folder / REPORT, report.to_json())
+    write_text(folder / HTML, report.to_html())
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

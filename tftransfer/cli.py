@@ -21,6 +21,7 @@ LARGEST_SEED = 2**32 - 1
 """NumPy's."""
 
 CACHES = ("auto", "off")
+FORMATS = ("savedmodel", "litert", "onnx")
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 _VERIFY_HELP = """\
@@ -318,28 +319,36 @@ def _parser() -> Parser:
     evaluate = _command(commands, "evaluate", "metrics of a finished run on other data")
     evaluate.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     evaluate.add_argument("--data", required=True, help="demo, tfds:NAME, a folder or a table")
-    export = _command(commands, "export", "write, verify and publish the next SavedModel of a finished run")
+    export = _command(
+        commands,
+        "export",
+        "write, verify and publish the next SavedModel of a finished run, or files for other runtimes",
+    )
     export.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    export.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="what to write (default: %(default)s)")
     export.add_argument(
         "--optimise",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="variables become constants, BatchNorm goes into the convolutions (default: yes)",
+        help="savedmodel: variables become constants, BatchNorm goes into the convolutions (default: yes)",
+    )
+    export.add_argument("--keep", type=at_least(1), help="savedmodel: versions that stay (default: 5)")
+    export.add_argument("--quantize", help="litert: comma list of none, float16, int8 (default: all three)")
+    export.add_argument(
+        "--data",
+        help="litert, onnx: demo, tfds:NAME, a folder or a table; training pictures calibrate int8, test pictures "
+        "measure the files (default: the run's own)",
     )
     export.add_argument(
         "--top-k",
         type=at_least(1),
-        default=0,
         metavar="K",
-        help="also answer with the K most probable labels, by `classify`",
+        help="savedmodel: also answer with the K most probable labels, by `classify`",
     )
-    export.add_argument("--keep", type=at_least(1), default=5, help="versions that stay (default: %(default)s)")
     export.add_argument(
         "--warm-up",
         type=batch_sizes,
-        default=(1, 8),
         metavar="N,N|none",
-        help="batch sizes that a model server answers before it serves (default: 1,8)",
+        help="savedmodel: batch sizes that a model server answers before it serves (default: 1,8)",
     )
     verify = _command(commands, "verify", "compare what serves with what was trained")
     verify.add_argument("path", type=Path, metavar="RUN|VERSION_DIR", help="a run's folder or one serving/N")

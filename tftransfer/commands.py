@@ -26,6 +26,7 @@ from tftransfer import (
     choices,
     constants,
     distribution,
+    exports,
     inference,
     integrity,
     ranking,
@@ -42,7 +43,9 @@ from tftransfer.checks import performance
 from tftransfer.console import literal_console, print_table
 from tftransfer.data import Data, audit, images, load, load_for
 from tftransfer.errors import InputError, check
-from tftransfer.report import Table
+from tftransfer.report import Number, Table
+from tftransfer.serving.publication import KEPT_VERSIONS
+from tftransfer.serving.warm_up import BATCH_SIZES
 from tftransfer.shelf import shelf_at
 from tftransfer.strategies import describe
 from tftransfer.strategies import names as strategy_names
@@ -50,9 +53,11 @@ from tftransfer.tasks import Task
 
 _BATCH_SIZE = 32  # pictures that `predict` holds at a time
 _OPTIONAL = {
+    "ai_edge_litert": "to export for LiteRT (extra litert)",
     "model_signing": "to sign runs (extra sign)",
     "pytest": "to run the tests (extra dev)",
     "tensorboard": "to look at a run's logs/",
+    "tf2onnx": "to export to ONNX (extra onnx)",
 }
 
 
@@ -247,8 +252,21 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+# The options of `export` that apply to each format.
+_APPLY = {
+    "savedmodel": ("optimise", "keep", "top_k", "warm_up"),
+    "litert": ("quantize", "data"),
+    "onnx": ("data",),
+}
+
+
 def export(options: argparse.Namespace) -> int:
-    """Write the next SavedModel version of a run, verified before it is published."""
+    """Write the next SavedModel of a run, or its files for another runtime, verified before they are published."""
+    for name in {option for options_of in _APPLY.values() for option in options_of}:
+        fits = getattr(options, name) is None or name in _APPLY[options.format]
+        check(fits, name, f"left out for `--format {options.format}`", getattr(options, name))
+    if options.format != "savedmodel":
+        return _export_files(options)
     bundle = bundles.load(options.run, trust=options.trust)
     samples = bundles.read_samples(bundle.folder)
     version, verification = serving.publish(
@@ -256,10 +274,10 @@ def export(options: argparse.Namespace) -> int:
         bundle.task,
         bundle.folder / "serving",
         samples,
-        optimise=options.optimise,
-        top_k=options.top_k,
-        keep=options.keep,
-        warm_up_sizes=options.warm_up,
+        optimise=options.optimise is not False,
+        top_k=options.top_k or 0,
+        keep=options.keep or KEPT_VERSIONS,
+        warm_up_sizes=BATCH_SIZES if options.warm_up is None else options.warm_up,
     )
     if version:
         bundles.refresh(bundle.folder, f"{integrity.SERVING}/{version.name}")
@@ -267,6 +285,25 @@ def export(options: argparse.Namespace) -> int:
     again = f"{integrity.SIGNATURE} is older than this version: sign again with `tftransfer sign`"
     _show_verification(options, verification, *[again] * bool(stale))
     return 0 if version else 1
+
+
+def _export_files(options: argparse.Namespace) -> int:
+    runtime = importlib.import_module(f"tftransfer.serving.{options.format}").RUNTIME
+    known = ", ".join(runtime.files)
+    kinds = list(dict.fromkeys(options.quantize.split(","))) if options.quantize is not None else list(runtime.files)
+    check(all(kind in runtime.files for kind in kinds), "quantize", f"a comma list of {known}", options.quantize)
+    folder, verification, table = exports.export_files(bundles.load(options.run, trust=options.trust), runtime, kinds, options.data)
+    if folder is None:
+        _show_verification(options, verification)
+        return 1
+    rows = [dict(zip(table.columns, map(_plain, row), strict=True)) for row in table.rows]
+    content = {"passed": True, "checks": [asdict(check) for check in verification.checks], "files": rows}
+    _show(options, content, table, f"Verified and published: {folder}")
+    return 0
+
+
+def _plain(cell: Any) -> Any:
+    return asdict(cell) if isinstance(cell, Number) else cell
 
 
 def verify(options: argparse.Namespace) -> int:
