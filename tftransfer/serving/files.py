@@ -129,7 +129,7 @@ def publish_files(
         return Verification(tuple(one for kind, file in pairs for one in case.checks(kind, file, found[0])))
 
     folder, verification = publish_folder(build, run / runtime.folder, check)
-    rows = [*(case.row(one, found[0]) for one in found), *_savedmodel_rows(run, case)]
+    rows = [*(case.row(one, found[0]) for one in found), *_savedmodel_rows(run, case)]  # the network itself first
     return folder, verification, case.table(runtime.name, rows, len(found[0].numbers))
 
 
@@ -223,13 +223,14 @@ class _Case:
             yield Check(f"{name}: same answer to {LEAST_SAME:.0%} at least", same.high >= LEAST_SAME, found)
 
     def row(self, file: _Measured, network: _Measured) -> tuple:
-        """Return a row of the table."""
+        """Return a row of the table; the network itself is not compared with itself."""
         test, apart = self.evidence.test, _difference(file.numbers, network.numbers)
         metric = same = None
         if test is not None and math.isfinite(apart):
             metric = performance.metrics_of(self.task, test.targets, file.numbers)[self.task.main_metric]
             same = self._same(test.targets, file.numbers, network.numbers)
-        return file.path.name, file.size / 1e6, metric, same, apart, file.milliseconds
+        compared = (None, None) if file is network else (same, apart)
+        return file.path.name, file.size / 1e6, metric, *compared, file.milliseconds
 
     def _same(self, targets: np.ndarray, numbers: np.ndarray, reference: np.ndarray) -> Number | None:
         """Return how many pictures are given the same labels; None for numbers, which have none."""

@@ -17,14 +17,13 @@ from tensorflow.lite.python import convert
 
 from tftransfer.errors import InputError, check
 from tftransfer.serving import portable, tflite_files
+from tftransfer.serving.bias_correction import WEIGHTED, corrected
 from tftransfer.serving.export import quiet
 from tftransfer.serving.files import Runtime
 from tftransfer.tasks import Task
 
 FILES = {"none": "model.tflite", "float16": "model_float16.tflite", "int8": "model_int8.tflite"}
 """The kinds of quantization, and the file of each in a run's `litert/`."""
-
-_WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 
 
 def export_litert(
@@ -123,12 +122,13 @@ def _converted(directory: str, quantize: str, calibration: Sequence[np.ndarray])
     with warnings.catch_warnings(), tflite_files.silenced(), quiet():
         warnings.simplefilter("ignore")
         try:
-            content = converter.convert()
-            if quantize == "int8":
-                content = convert.mlir_quantize(content, denylisted_nodes=_unweighted_ends(content))
+            content = bytes(converter.convert())
+            if quantize != "int8":
+                return content
+            quantized = bytes(convert.mlir_quantize(content, denylisted_nodes=_unweighted_ends(content)))
         except (convert.ConverterError, RuntimeError, ValueError) as error:
             raise InputError(f"the network cannot be converted to LiteRT: {_first_line(error)}") from None
-    return bytes(content)
+        return corrected(quantized, content, calibration)
 
 
 def _unweighted_ends(content: bytes) -> list[str]:
@@ -137,17 +137,11 @@ def _unweighted_ends(content: bytes) -> list[str]:
     That is the normalisation of the pixels, and softmax, sigmoid or the units of numbers, which in int8 would give
     probabilities in steps of 1/256, with ties.
     """
-    schema = tflite_files.module("schema_py_generated")
-    model = schema.ModelT.InitFromPackedBuf(content)
-    graph, codes = model.subgraphs[0], {value: name for name, value in vars(schema.BuiltinOperator).items()}
-    kinds = [codes[_code(model.operatorCodes[operator.opcodeIndex])] for operator in graph.operators]
-    weighted = [number for number, kind in enumerate(kinds) if kind in _WEIGHTED]
-    ends = [*graph.operators[: weighted[0]], *graph.operators[weighted[-1] + 1 :]] if weighted else graph.operators
-    return [graph.tensors[output].name.decode() for operator in ends for output in operator.outputs]
-
-
-def _code(code: Any) -> int:
-    return max(code.builtinCode, code.deprecatedBuiltinCode)  # the first 127 kinds stand in the older field
+    model = tflite_files.unpacked(content)
+    kinds, operations = zip(*tflite_files.operations(model), strict=True)
+    weighted = [number for number, kind in enumerate(kinds) if kind in WEIGHTED]
+    ends = [*operations[: weighted[0]], *operations[weighted[-1] + 1 :]] if weighted else operations
+    return [model.subgraphs[0].tensors[output].name.decode() for end in ends for output in end.outputs]
 
 
 def _first_line(error: Exception) -> str:

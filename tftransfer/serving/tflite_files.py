@@ -56,26 +56,46 @@ def silenced() -> Iterator[None]:
             os.close(kept)
 
 
+def unpacked(content: bytes) -> Any:
+    """Return a file's content as objects of the schema."""
+    return module("schema_py_generated").ModelT.InitFromPackedBuf(content)
+
+
+def packed(model: Any, size: int = 1024) -> bytes:
+    """Return the content of a file, each buffer at a multiple of 16 bytes as the schema asks.
+
+    TensorFlow's converter leaves them anywhere.
+
+    Args:
+        model: From `unpacked`.
+        size: About how many bytes it will be. Defaults to 1024.
+    """
+    builder = _AligningBuilder(size)
+    builder.Finish(model.Pack(builder), file_identifier=_IDENTIFIER)
+    return bytes(builder.Output())
+
+
+def operations(model: Any) -> list[tuple[str, Any]]:
+    """Return the kind of each operation of a model, such as `"CONV_2D"`, and the operation."""
+    kinds = {number: name for name, number in vars(module("schema_py_generated").BuiltinOperator).items()}
+    codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]  # old ones, new ones
+    return [(kinds[codes[operation.opcodeIndex]], operation) for operation in model.subgraphs[0].operators]
+
+
 def with_metadata(content: bytes, described: Mapping[str, Any]) -> bytes:
     """Return a file's content with a description in it.
-
-    What was there is packed anew, each buffer at a multiple of 16 bytes as the schema asks; TensorFlow's converter
-    leaves them anywhere.
 
     Args:
         content: Of a `.tflite` file.
         described: JSON.
     """
-    schema = module("schema_py_generated")
-    model = schema.ModelT.InitFromPackedBuf(content)
+    schema, model = module("schema_py_generated"), unpacked(content)
     buffer, entry = schema.BufferT(), schema.MetadataT()
     buffer.data = np.frombuffer(json.dumps(described, allow_nan=False).encode(), np.uint8)
     entry.name, entry.buffer = METADATA, len(model.buffers)
     model.buffers.append(buffer)
     model.metadata = [*(model.metadata or ()), entry]
-    builder = _AligningBuilder(len(content))
-    builder.Finish(model.Pack(builder), file_identifier=_IDENTIFIER)
-    return bytes(builder.Output())
+    return packed(model, len(content))
 
 
 class _AligningBuilder(flatbuffers.Builder):
