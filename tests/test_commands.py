@@ -199,6 +199,7 @@ def test_a_run_without_a_savedmodel_is_bad_input_to_verify(run, capsys):
     assert "tftransfer export" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_option_of_export_does_what_it_says(run, capsys, monkeypatch):
     prove = publication.prove
     monkeypatch.setattr(publication, "prove", lambda *given: prove(*given[:5], 2, (0, 1)))

@@ -132,6 +132,7 @@ def test_what_does_not_answer_as_keras_ends_with_1_and_changes_nothing(run, caps
     assert [table.title for table in bundles.read_report(run).tables] == ["Kept"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["", "missing"])
 def test_data_that_cannot_be_read_are_needed_for_int8_only(data, write_run, capsys):
     run = write_run(data)
@@ -190,6 +191,7 @@ def test_a_report_that_is_damaged_is_bad_input_before_anything_is_written(run, c
     assert not (run / "litert").exists()
 
 
+@pytest.mark.slow
 def test_data_are_divided_as_they_were(write_run, colours):
     whole, _ = load(str(colours), image_size=(32, 32))
     without, _ = runs.without_duplicates(whole)

@@ -289,6 +289,7 @@ def _network_of_keras(name):
     return getattr(keras.applications, name)(weights=None, include_top=False, input_shape=(size, size, 3))
 
 
+@pytest.mark.slow
 def test_a_network_of_keras_has_no_findings(tmp_path):
     _savings(keras.applications.MobileNet(weights=None, alpha=0.25, input_shape=(32, 32, 3)), tmp_path)
     assert scan(tmp_path) == ()

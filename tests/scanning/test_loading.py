@@ -99,6 +99,7 @@ def test_layers_of_ones_own_need_trust(tmp_path):
 def test_commands_on_a_run_scan_its_model(command, run, everything, capsys):
     (run / "serving").mkdir()
     shutil.copytree(everything, run / "serving" / "1")
+    bundles.refresh(run, "serving/1")  # `verify` loads nothing that the manifest does not know
     extra = {"predict": ["picture.png"], "evaluate": ["--data", "demo"]}.get(command, [])
     assert cli.main([command, str(run), *extra]) == 1
     error = capsys.readouterr().err

@@ -24,7 +24,7 @@ def answer(directory, signature, values):
         return session(loaders.Request(signature, values))
 
 
-@pytest.mark.parametrize("optimise", [True, False])
+@pytest.mark.parametrize("optimise", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
 def test_every_task_serves_what_keras_answers(task, optimise, model, pictures, tmp_path):
     serving.export_savedmodel(model, task, tmp_path / "1", optimise=optimise)
@@ -51,6 +51,7 @@ def _operations(directory):
     return Counter(node.op for body in bodies for node in body)
 
 
+@pytest.mark.slow
 def test_a_network_with_a_lookup_table_keeps_its_variables_and_says_so(task, tmp_path, pictures):
     image = keras.Input((16, 24, 3))
     brightness = keras.layers.GlobalAveragePooling2D()(image)
@@ -103,6 +104,7 @@ def test_no_path_of_this_machine_is_inside(exported, repository):
     assert not any(str(path).encode() in content for path in (repository, exported.parent))
 
 
+@pytest.mark.slow
 def test_probabilities_from_an_activation_pass_unchanged(model, task, pictures, tmp_path):
     soft = keras.Model(model.input, keras.layers.Softmax()(model.output))
     serving.export_savedmodel(soft, task, tmp_path / "soft")
@@ -185,7 +187,7 @@ def test_bad_input_is_refused(model, task, network, tmp_path):
 
 
 @pytest.mark.usefixtures("without_c_library")
-@pytest.mark.parametrize("kind", [tasks.SingleLabel, tasks.MultiLabel])
+@pytest.mark.parametrize("kind", [tasks.SingleLabel, pytest.param(tasks.MultiLabel, marks=pytest.mark.slow)])
 def test_the_most_probable_labels_come_first(kind, model, pictures, tmp_path):
     task = kind(("red", "green", "blue"))
     serving.export_savedmodel(model, task, tmp_path / "1", top_k=2)
@@ -206,6 +208,7 @@ def test_more_labels_than_there_are_is_bad_input(task, top_k, model, tmp_path):
     assert not (tmp_path / "1").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_c_library")
 @pytest.mark.parametrize("fault", ["order", "labels"])
 def test_a_wrong_classify_is_refused(fault, model, task, pictures, tmp_path, monkeypatch):

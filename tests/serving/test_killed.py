@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 _BEGIN = """
     import hashlib, os, random, signal, sys, time
     from pathlib import Path
@@ -93,6 +95,7 @@ def _run(code, folder):
     return int(done.stdout)
 
 
+@pytest.mark.slow
 def test_killed_at_fifty_random_moments(tmp_path):
     assert _run(_AT_RANDOM, tmp_path / "serving") == 50
 

@@ -159,6 +159,7 @@ def test_an_old_version_that_cannot_be_removed_stays(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["1", "3"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_c_library")
 def test_what_answers_otherwise_as_constants_is_published_with_its_variables(
     model, task, pictures, tmp_path, monkeypatch
@@ -171,6 +172,7 @@ def test_what_answers_otherwise_as_constants_is_published_with_its_variables(
     assert reason == "with constants graph session equals Keras failed, so variables are kept"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_c_library")
 def test_a_fault_of_the_optimiser_keeps_the_variables(model, task, pictures, tmp_path, monkeypatch):
     def fails(*_):

@@ -33,7 +33,9 @@ def verify(model, task, pictures, without_c_library):
     return failed
 
 
-@pytest.mark.parametrize(("kind", "most"), [("exported", 1e-5), ("exported_with_variables", 0)])
+@pytest.mark.parametrize(
+    ("kind", "most"), [("exported", 1e-5), pytest.param("exported_with_variables", 0, marks=pytest.mark.slow)]
+)
 def test_a_right_export_passes_every_check(kind, most, model, task, pictures, request):
     verification = serving.verify(request.getfixturevalue(kind), pictures, model=model, task=task, repeats=3)
     assert [check.passed for check in verification.checks] == [*[True] * 8, None], "it has no warm-up requests"
@@ -64,6 +66,7 @@ def test_active_augmentation_fails(write_savedmodel, answers, verify, decoder):
     assert "repeated requests" in verify(write_savedmodel(answers, serving_default))
 
 
+@pytest.mark.slow
 def test_dropout_left_on_fails(write_savedmodel, model, task, verify, decoder):
     def tensor(image):
         return task.answers(model(image, training=True), True)
@@ -120,6 +123,7 @@ def _halved(directory, file):
     (directory / "variables" / file).write_bytes(whole[: len(whole) // 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", _VARIABLES)
 @pytest.mark.parametrize("damage", [_without, _halved])
 def test_missing_and_truncated_variables_fail(file, damage, copied, verify, task):
@@ -154,6 +158,7 @@ def test_wrong_label_order_fails(model, verify, tmp_path):
     assert set(verify(tmp_path / "1")) == {"labels in the graph", "graph session equals Keras"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_c_library")
 def test_wrong_order_of_labels_that_no_picture_shows_fails(model, task, pictures, tmp_path):
     """The samples alone cannot see it: here they are one picture, of a class that keeps its place."""
@@ -172,6 +177,7 @@ def test_changed_weights_fail(exported, network, verify):
     assert verify(exported, model=changed) == ("graph session equals Keras",)
 
 
+@pytest.mark.slow
 def test_a_network_of_another_size_fails(exported, verify):
     image = keras.Input((8, 8, 3))
     other = keras.Model(image, keras.layers.Dense(3)(keras.layers.GlobalAveragePooling2D()(image)))
@@ -191,6 +197,7 @@ def test_other_resize_than_in_training_fails(given, write_savedmodel, answers, v
     assert "decoded as in training" in verify(write_savedmodel(answers, serving_default), **given)
 
 
+@pytest.mark.slow
 def test_answers_that_depend_on_the_batch_fail(write_savedmodel, answers, verify, decoder):
     def tensor(image):
         return answers(image * (0.5 + 0.5 / tf.cast(tf.shape(image)[0], tf.float32)))
@@ -199,12 +206,14 @@ def test_answers_that_depend_on_the_batch_fail(write_savedmodel, answers, verify
     assert "batches equal single pictures" in verify(directory)
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_cannot_be_answered_fails(write_savedmodel, answers, verify, decoder):
     """An empty batch is more than TensorFlow's convolutions can take; `export_savedmodel` sees to it."""
     directory = write_savedmodel(answers, lambda image_bytes: answers(decoder(image_bytes)))
     assert verify(directory, batch_sizes=(0, 1)) == ("batches equal single pictures",)
 
 
+@pytest.mark.slow
 def test_broken_pictures_that_are_answered_fail(write_savedmodel, answers, task, decoder):
     black = tf.io.encode_png(tf.zeros((8, 8, 3), tf.uint8)).numpy()
 
@@ -216,6 +225,7 @@ def test_broken_pictures_that_are_answered_fail(write_savedmodel, answers, task,
     assert set(verification.failed) == {"broken pictures are refused", "C library equals graph session"}
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_fail(network, task, verify, tmp_path):
     broken = network()
     broken.get_layer("logits").set_weights([np.full((8, 3), np.nan), np.zeros(3)])
