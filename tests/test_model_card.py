@@ -69,7 +69,7 @@ def test_numbers_are_those_of_the_report(card, written_run):
     assert tables[HEADS[5]][0] == ["Calibration", "passed", "expected calibration error: 0.0123"]
     assert dict(tables[HEADS[6]]) == report["versions"]
     assert "**Accuracy 0.8333** (95 % interval 0.5520 to 0.9530) on 12 test examples" in card
-    assert "The label with the fewest test examples is blue: 3." in card
+    assert "Label blue has the fewest test examples: 3." in card
 
 
 def test_limits_say_what_was_not_looked_into_and_what_failed(card):

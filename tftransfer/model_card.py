@@ -159,7 +159,7 @@ def _rarest(report: Report) -> Iterator[str]:
     if counts:
         fewest = min(counts)
         label = report.data["labels"][counts.index(fewest)]
-        yield f"The label with the fewest test examples is {escape(label)}: {fewest}."
+        yield f"Label {escape(label)} has the fewest test examples: {fewest}."
 
 
 def _data(report: Report, manifest: Mapping[str, Any]) -> str:

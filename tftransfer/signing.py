@@ -2,7 +2,7 @@
 
 The signature is a Sigstore bundle as `model-signing` (the extra `sign`) writes it: the SHA-256 of every file of the
 folder but its own and those of Git, signed with an elliptic key. `model_signing verify key RUN --signature
-RUN/model.sig --public-key PUBLIC.pem` checks it too, without this toolkit.
+RUN/model.sig --public_key PUBLIC.pem` checks it too, without this toolkit.
 """
 
 from __future__ import annotations
