@@ -51,6 +51,16 @@ def model():
     return small_network()
 
 
+@pytest.fixture
+def network_with_table():
+    """A network that looks numbers up: no graph of constants can hold it."""
+    image = keras.Input((*SIZE, 3))
+    brightness = keras.layers.GlobalAveragePooling2D()(image)
+    row = keras.ops.cast(keras.layers.Dense(1)(brightness) > 0, "int64")
+    found = keras.layers.IntegerLookup(vocabulary=[1, 2, 3], output_mode="one_hot")(row)
+    return keras.Model(image, keras.layers.Dense(3, name="logits")(keras.layers.Concatenate()([brightness, found])))
+
+
 @pytest.fixture(scope="session")
 def exported(model, task, tmp_path_factory):
     """A SavedModel that nobody may change."""

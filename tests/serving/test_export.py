@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tftransfer import InputError, constants, serving, tasks
 from tftransfer.data.images import decode_picture
-from tftransfer.serving import loaders, structure
+from tftransfer.serving import loaders, structure, verification
 
 # Single-label classification is what every other test here exports.
 TASKS = (
@@ -52,17 +52,23 @@ def _operations(directory):
 
 
 @pytest.mark.slow
-def test_a_network_with_a_lookup_table_keeps_its_variables_and_says_so(task, tmp_path, pictures):
-    image = keras.Input((16, 24, 3))
-    brightness = keras.layers.GlobalAveragePooling2D()(image)
-    row = keras.layers.Dense(1)(brightness)
-    found = keras.layers.IntegerLookup(vocabulary=[1, 2, 3], output_mode="one_hot")(keras.ops.cast(row > 0, "int64"))
-    model = keras.Model(image, keras.layers.Dense(3, name="logits")(keras.layers.Concatenate()([brightness, found])))
-    version, verification = serving.publish(model, task, tmp_path, pictures, repeats=2)
+def test_a_network_with_a_lookup_table_keeps_its_variables_and_says_so(network_with_table, task, tmp_path, pictures):
+    version, verification = serving.publish(network_with_table, task, tmp_path, pictures, repeats=2)
     assert version, verification.lines()
     assert verification.checks[-1].name == "graph of constants"
     assert "lookup table" in verification.checks[-1].metrics["reason"]
     assert _operations(version)["ReadVariableOp"] > 0
+
+
+def test_a_lookup_table_that_no_layer_holds_is_bad_input(task, tmp_path):
+    rows = tf.lookup.KeyValueTensorInitializer(tf.constant([0, 1], tf.int64), tf.constant([1.0, 2.0]))
+    table = tf.lookup.StaticHashTable(rows, 0.0)
+    image = keras.Input((16, 24, 3))
+    brightness = keras.layers.GlobalAveragePooling2D()(image)
+    found = keras.layers.Lambda(lambda values: table.lookup(tf.cast(values, tf.int64)), output_shape=(3,))(brightness)
+    with pytest.raises(InputError, match="none of its layers holds"):
+        serving.export_savedmodel(keras.Model(image, found), task, tmp_path / "1")
+    assert not (tmp_path / "1").exists()
 
 
 def test_a_network_that_no_graph_can_hold_keeps_its_variables(model, task, tmp_path, monkeypatch):
@@ -201,6 +207,18 @@ def test_the_most_probable_labels_come_first(kind, model, pictures, tmp_path):
     assert "top labels are the most probable" in [check.name for check in verification.checks]
 
 
+@pytest.mark.slow
+def test_classify_is_asked_through_the_c_library_too(model, task, pictures, tmp_path, monkeypatch):
+    serving.export_savedmodel(model, task, tmp_path / "1", top_k=2)
+    assert serving.verify(tmp_path / "1", pictures, model=model, task=task, repeats=2).passed
+    compare, names = verification._compare_top_labels, []
+    monkeypatch.setattr(
+        verification, "_compare_top_labels", lambda name, *given: (names.append(name), compare(name, *given))[1]
+    )
+    assert serving.verify(tmp_path / "1", pictures, model=model, task=task, repeats=2).passed
+    assert names == ["top labels are the most probable", "C library equals graph session"]
+
+
 @pytest.mark.parametrize(("task", "top_k"), [(tasks.SingleLabel(("a", "b", "c")), 4), (TASKS[1], 1), (TASKS[0], -1)])
 def test_more_labels_than_there_are_is_bad_input(task, top_k, model, tmp_path):
     with pytest.raises(InputError, match="top_k"):
@@ -220,4 +238,4 @@ def test_a_wrong_classify_is_refused(fault, model, task, pictures, tmp_path, mon
     serving.export_savedmodel(model, task, tmp_path / "1", top_k=2)
     monkeypatch.undo()
     verification = serving.verify(tmp_path / "1", pictures, model=model, task=task, repeats=2)
-    assert verification.failed == ("top labels are the most probable",)
+    assert set(verification.failed) == {"C library equals graph session", "top labels are the most probable"}

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import random
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
+
+from tftransfer import serving
+from tftransfer.serving import publication
 
 _BEGIN = """
     import hashlib, os, random, signal, sys, time
@@ -102,3 +109,33 @@ def test_killed_at_fifty_random_moments(tmp_path):
 
 def test_killed_at_every_call_that_changes_the_disk(tmp_path):
     assert _run(_AT_EVERY_CALL, tmp_path / "serving") >= 12
+
+
+_FOR_EVER = """
+    import sys
+    sys.path.insert(0, sys.argv[2])
+    from conftest import LABELS, small_network
+    from tftransfer import serving, tasks
+
+    while True:
+        version, _ = serving.publish(small_network(), tasks.SingleLabel(LABELS), sys.argv[1], repeats=2, keep=2)
+        print(version, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_published_loads_after_every_kill(model, task, pictures, tmp_path):
+    """As above with real networks, of which each version takes seconds."""
+    moment, served = random.Random(0), tmp_path / "serving"
+    command = [sys.executable, "-c", textwrap.dedent(_FOR_EVER), str(served), str(Path(__file__).parent)]
+    for _ in range(5):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            told = process.stdout.readline()
+            time.sleep(moment.uniform(0, 6))
+            process.kill()
+        newest = publication.newest_version(served)
+        assert int(newest.name) >= int(Path(told.strip()).name)
+        verification = serving.verify(newest, pictures, model=model, task=task, repeats=2, batch_sizes=(1,))
+        assert verification.passed, verification.lines()
+    version, _ = serving.publish(model, task, served, pictures, repeats=2, keep=2)
+    assert sorted(os.listdir(served), key=int) == [str(int(version.name) - 1), version.name]

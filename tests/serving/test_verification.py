@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from tftransfer import InputError, serving, tasks
-from tftransfer.serving import comparison, export, verification
+from tftransfer.serving import comparison, export, structure, verification
 from tftransfer.serving.comparison import Difference
 
 SIZE = (16, 24)
@@ -97,13 +97,25 @@ def test_fixed_batch_fails(write_savedmodel, answers, verify, decoder):
     assert verify(directory) == ("SavedModel structure",)
 
 
-def test_half_precision_answers_fail(write_savedmodel, answers, verify, decoder):
+@pytest.mark.parametrize("kind", [tf.float16, tf.float64], ids=lambda kind: kind.name)
+def test_answers_of_another_precision_fail(kind, write_savedmodel, answers, verify, decoder):
     def tensor(image):
-        return {name: tf.cast(v, tf.float16) if v.dtype == tf.float32 else v for name, v in answers(image).items()}
+        return {name: tf.cast(v, kind) if v.dtype == tf.float32 else v for name, v in answers(image).items()}
 
     directory = write_savedmodel(tensor, lambda image_bytes: tensor(decoder(image_bytes)))
     assert verify(directory) == ("SavedModel structure",)
     assert verify(directory, task=None) == ("SavedModel structure",)
+
+
+def test_a_lookup_table_that_is_not_in_the_archive_fails(network_with_table, task, verify, tmp_path):
+    """Its rows come from an operation that loading runs: without it the table is there, and empty."""
+    serving.export_savedmodel(network_with_table, task, tmp_path / "1")
+    assert verify(tmp_path / "1", model=network_with_table) == ()
+    saved_model = structure.read(tmp_path / "1")
+    graph = saved_model.meta_graphs[0]
+    del graph.signature_def["__saved_model_init_op"], graph.collection_def["saved_model_main_op"]
+    (tmp_path / "1" / "saved_model.pb").write_bytes(saved_model.SerializeToString())
+    assert verify(tmp_path / "1", model=network_with_table) == ("graph session",)
 
 
 _VARIABLES = ("variables.index", "variables.data-00000-of-00001")
@@ -314,3 +326,14 @@ def test_large_numbers_are_compared_relative_to_themselves():
 def test_answers_that_cannot_be_compared_are_not_small(other):
     assert not comparison.difference({"values": np.ones((1, 1), np.float32)}, other).small
     assert not comparison.identical({"values": np.ones((1, 1), np.float32)}, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["exported", "exported_with_variables"])
+def test_a_thousand_requests_have_one_answer(kind, pictures, model, task, request):
+    verification = serving.verify(
+        request.getfixturevalue(kind), pictures, model=model, task=task, repeats=1000, batch_sizes=(1,)
+    )
+    (repeated,) = (check for check in verification.checks if check.name == "repeated requests")
+    assert verification.passed
+    assert repeated.metrics == {"repeats": 1000, "different answers": 0}

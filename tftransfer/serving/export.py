@@ -50,7 +50,7 @@ def export_savedmodel(
 
     Raises:
         InputError: If the network takes pictures of no fixed size, or its outputs do not fit the task, or the task
-            has fewer labels than `top_k`.
+            has fewer labels than `top_k`, or a layer uses a lookup table that it does not hold.
 
     Signatures of the result, the first two with the outputs of `task.answers`:
 
@@ -91,8 +91,18 @@ def export_savedmodel(
     if top_k:
         archive.add_endpoint("classify", classify, input_signature=[encoded])
     with quiet():
-        archive.write_out(os.fspath(Path(directory)), verbose=False)
+        try:
+            archive.write_out(os.fspath(Path(directory)), verbose=False)
+        except AssertionError as error:  # how TensorFlow says that a resource belongs to nobody
+            raise InputError(
+                "`model` uses a lookup table or another resource that none of its layers holds, so that it would be "
+                f"missing from the SavedModel: make it an attribute of the layer. TensorFlow says: {_first_line(error)}"
+            ) from None
     return kept
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
 
 
 def _constant(model: keras.Model) -> tuple[Network | None, str]:

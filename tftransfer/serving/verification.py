@@ -26,6 +26,7 @@ BATCH_SIZES = (0, 1, 2, 7, 33)
 """Sizes of batches whose answers must equal those to single pictures."""
 
 _INVALID_ARGUMENT = 3  # TF_INVALID_ARGUMENT, tensorflow/c/tf_status.h
+_TOP_LABELS = "top labels are the most probable"
 _WARM_UP = "warm-up requests are answered"
 # What loading or running a faulty SavedModel raises.
 _ERRORS = (tf.errors.OpError, OSError, ValueError, RuntimeError)
@@ -96,9 +97,14 @@ class _Case:
         pixels = self.pixels[:1]
         return [Request(PIXELS, values) for values in (pixels[:, :-1], pixels[0], pixels.astype(np.float64))]
 
+    @property
+    def ranked(self) -> list[Request]:
+        """All pictures, for their probabilities and for their most probable labels."""
+        return [self.request(signature, range(len(self.encoded))) for signature in (BYTES, CLASSIFY)]
+
     def request(self, signature: str, places: Sequence[int]) -> Request:
         """Return the pictures at some places as one batch."""
-        values = self.encoded if signature == BYTES else self.pixels
+        values = self.pixels if signature == PIXELS else self.encoded
         return Request(signature, values[np.array(places, int)])
 
     def check(self, name: str, pairs: Iterable[tuple[Answers, Answers]]) -> Check:
@@ -207,13 +213,14 @@ def _check_answers(
     except ValueError as error:
         return [Check(_WARM_UP, False, {"problem": _first_line(error)})]
     # The C library starts first and works beside this process, on its own processor if there are two.
-    with loaders.c_library(directory, signatures, [*case.requests, *case.broken, *case.unfit]) as wait:
+    ranked = case.ranked if CLASSIFY in signatures else []
+    with loaders.c_library(directory, signatures, [*case.requests, *ranked, *case.broken, *case.unfit]) as wait:
         try:
             with loaders.graph_session(directory, signatures) as answer:
                 received = [answer(request) for request in case.requests]
                 checks = [_attempt(name, check, answer, case) for name, check in _IN_SESSION.items()]
-                if CLASSIFY in signatures:
-                    checks.append(_attempt("top labels are the most probable", _check_top_labels, answer, case))
+                if ranked:
+                    checks.append(_attempt(_TOP_LABELS, _check_top_labels, answer, case))
                 checks.append(_check_warm_up(asked_first, answer))
         except _ERRORS as error:
             return [Check("graph session", False, {"problem": _first_line(error)})]
@@ -260,13 +267,17 @@ def _check_c_library(case: _Case, wait: Callable[[], list[Answers | int]], recei
         answers = wait()
     except loaders.LoaderError as error:
         return Check(name, False, {"problem": _first_line(error)})
-    good = [answer for answer in answers[: len(received)] if not isinstance(answer, int)]
-    refused = [answer for answer in answers[len(received) :] if answer == _INVALID_ARGUMENT]
     unfit = len(case.broken) + len(case.unfit)
-    if len(good) != len(received) or len(refused) != unfit:
-        counts = f"{len(good)} of {len(received)} answered, {len(refused)} of {unfit} broken or unfit refused"
+    fit = len(answers) - unfit
+    good = [answer for answer in answers[:fit] if not isinstance(answer, int)]
+    refused = [answer for answer in answers[fit:] if answer == _INVALID_ARGUMENT]
+    if len(good) != fit or len(refused) != unfit:
+        counts = f"{len(good)} of {fit} answered, {len(refused)} of {unfit} broken or unfit refused"
         return Check(name, False, {"problem": counts})
-    return case.check(name, zip(received, good, strict=True))
+    ranked = good[len(received) :]
+    if ranked and not (found := _compare_top_labels(name, case, *ranked)).passed:
+        return found
+    return case.check(name, zip(received, good, strict=False))
 
 
 def _check_repeats(name: str, answer: Answer, case: _Case) -> Check:
@@ -301,8 +312,11 @@ def _check_broken(name: str, answer: Answer, case: _Case) -> Check:
 
 def _check_top_labels(name: str, answer: Answer, case: _Case) -> Check:
     """Each class must have the probability that it is given, and none that is left out a higher one."""
-    asked = case.request(BYTES, range(len(case.encoded)))
-    probabilities, found = answer(asked)["probabilities"], answer(Request(CLASSIFY, asked.values))
+    return _compare_top_labels(name, case, *map(answer, case.ranked))
+
+
+def _compare_top_labels(name: str, case: _Case, whole: Answers, found: Answers) -> Check:
+    probabilities = whole["probabilities"]
     count = found["scores"].shape[1]
     worst = float(np.abs(found["scores"] + np.sort(-probabilities, axis=1)[:, :count]).max(initial=0.0))
     wrong = 0
