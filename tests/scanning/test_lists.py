@@ -147,6 +147,7 @@ def _messages():
     aliases = {"Dim": "TensorShapeProto.Dim", "ArgAttrs": "FunctionDef.ArgAttrs", "ArgDef": "OpDef.ArgDef"}
     aliases |= {"ListValue": "AttrValue.ListValue", "BytesList": "CollectionDef.BytesList"}
     aliases |= {"AnyList": "CollectionDef.AnyList"}
+    aliases |= {name: f"TensorInfo.{name}" for name in ("CompositeTensor", "CooSparse")}
     todo, found = [saved_model_pb2.SavedModel.DESCRIPTOR], {}
     while todo:
         one = todo.pop()

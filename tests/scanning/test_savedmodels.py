@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import tensorflow as tf
-from tensorflow.core.framework import attr_value_pb2, graph_pb2, node_def_pb2
-from tensorflow.core.protobuf import meta_graph_pb2
+from tensorflow.core.framework import attr_value_pb2, graph_pb2, node_def_pb2, op_def_pb2
+from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2, saved_object_graph_pb2
 
 from tftransfer.scanning import graphs, savedmodel, scan
 
@@ -277,15 +277,45 @@ def test_only_the_saver_may_read_and_write_where_it_is_told(change, operation, s
     assert any(f"operation {operation} takes its path from" in line and said in line for line in found), found
 
 
+def _by_name(info, name):
+    info.name = name
+
+
+def _without_number(info, name):
+    """TensorFlow reads `asset` as `asset:0`."""
+    info.name = name.removesuffix(":0")
+
+
+def _sparse(info, name):
+    info.coo_sparse.values_tensor_name = name
+
+
+def _composite(info, name):
+    info.composite_tensor.components.add().name = name
+
+
+@pytest.mark.parametrize("way", [_by_name, _without_number, _sparse, _composite])
 @pytest.mark.parametrize("whose", ["saver", "asset"])
-def test_no_signature_may_take_a_path(whose, edited, problems_of):
+def test_no_signature_may_take_a_path(whose, way, edited, problems_of):
     def change(saved_model):
         meta_graph = saved_model.meta_graphs[0]
         asset = meta_graph.asset_file_def[0].tensor_info.name
         name = meta_graph.saver_def.filename_tensor_name if whose == "saver" else asset
-        meta_graph.signature_def["evil"].inputs["path"].name = name
+        way(meta_graph.signature_def["evil"].inputs["path"], name)
 
-    assert "signature evil: takes the path of" in problems_of(edited(change))[0]
+    assert any("signature evil: takes the path of" in line for line in problems_of(edited(change)))
+
+
+def _separator_of_the_saver(saved_model):
+    """What joins the saver's argument and a suffix is a part of the path too."""
+    for one in _saver(saved_model).node_def:
+        if one.op == "StringJoin":
+            one.attr["separator"].s = b"/../../evil"
+
+
+def test_separators_are_parts_of_a_path(edited, problems_of):
+    found = problems_of(edited(_separator_of_the_saver))
+    assert any("SaveV2 takes its path from the separator '/../../evil'" in line for line in found), found
 
 
 def _main_nodes(saved_model):
@@ -337,9 +367,61 @@ def _asset_given_to_a_function(saved_model):
     nodes[-1].input.append(assign.input[0])
 
 
+def _asset_by_another_container(saved_model):
+    """The container without a name is "localhost"."""
+    _asset_by_a_second_handle(saved_model)
+    function_of(saved_model, "function").node_def[-1].attr["container"].s = b"localhost"
+
+
+def _asset_by_a_request(saved_model):
+    """A request may set any tensor, not only a placeholder."""
+    _, call = _initializer(saved_model)
+    saved_model.meta_graphs[0].signature_def["evil"].inputs["path"].name = f"{call.input[0]}:0"
+
+
+def _initializer(saved_model):
+    """The function that reads the table, its argument, and the node that calls it."""
+    function = next(
+        one
+        for one in saved_model.meta_graphs[0].graph_def.library.function
+        if any(node.op == "InitializeTableFromTextFileV2" for node in one.node_def)
+    )
+    nodes = _main_nodes(saved_model)
+    return function, next(one for one in nodes if one.attr["f"].func.name == function.signature.name)
+
+
+def _path_behind_a_list(saved_model):
+    """A call gives the inputs one after the other, however many of them belong to an argument that is a list."""
+    function, call = _initializer(saved_model)
+    function.signature.input_arg.insert(0, op_def_pb2.OpDef.ArgDef(name="xs", type=7, number_attr="N"))
+    _main_nodes(saved_model).append(constant(b"/etc/passwd", name="path"))
+    asset = call.input[0]
+    del call.input[:]
+    call.op = function.signature.name
+    call.input.extend([asset, asset, "path"])
+
+
+def _path_given_to_another_implementation(saved_model):
+    """Functions of one interface stand for each other: TensorFlow's optimizer chooses by device."""
+    function, _ = _initializer(saved_model)
+    library = saved_model.meta_graphs[0].graph_def.library.function
+    harmless = library.add()
+    harmless.signature.name = "harmless"
+    harmless.signature.input_arg.add(name="path", type=7)
+    for one in (harmless, function):
+        one.attr["api_implements"].s = b"reading"
+    _main_nodes(saved_model).extend([constant(b"/etc/passwd", name="path"), node("StatefulPartitionedCall")])
+    _main_nodes(saved_model)[-1].attr["f"].func.name = "harmless"
+    _main_nodes(saved_model)[-1].input.append("path")
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        _asset_by_a_request,
+        _asset_by_another_container,
+        _path_behind_a_list,
+        _path_given_to_another_implementation,
         _table_from_a_constant,
         _table_from_a_constant_object,
         _table_from_another_object,
@@ -351,6 +433,88 @@ def _asset_given_to_a_function(saved_model):
 def test_tables_are_read_from_assets_only(change, edited, problems_of):
     found = problems_of(edited(change))
     assert any("operation InitializeTableFromTextFileV2 takes its path from" in line for line in found), found
+
+
+def _field(number, content):
+    size, length = len(content), b""
+    while size > 127:
+        size, length = size >> 7, length + bytes([size & 127 | 128])
+    return bytes([number << 3 | 2]) + length + bytes([size]) + content
+
+
+def test_an_object_is_of_one_kind(edited, problems_of):
+    """An asset and, in the bytes after it, a constant: TensorFlow takes what comes last."""
+    file = edited(lambda saved_model: None) / "saved_model.pb"
+    saved_model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
+    _main_nodes(saved_model).append(constant(b"/etc/passwd", name="path"))
+    objects = saved_model.meta_graphs[0].object_graph_def
+    both = saved_object_graph_pb2.SavedObject(constant={"operation": "path"}).SerializeToString()
+    nodes = [one.SerializeToString() + (both if one.HasField("asset") else b"") for one in objects.nodes]
+    objects.ClearField("nodes")
+    content = objects.SerializeToString() + b"".join(_field(1, one) for one in nodes)
+    saved_model.meta_graphs[0].ClearField("object_graph_def")
+    meta_graph = saved_model.meta_graphs[0].SerializeToString() + _field(7, content)
+    saved_model.ClearField("meta_graphs")
+    file.write_bytes(saved_model.SerializeToString() + _field(2, meta_graph))
+    read = saved_model_pb2.SavedModel.FromString(file.read_bytes()).meta_graphs[0].object_graph_def
+    assert any(one.constant.operation == "path" for one in read.nodes)
+    assert not any(one.HasField("asset") for one in read.nodes)
+    found = problems_of(file.parent)
+    assert any("takes its path from an object that is no asset" in line for line in found), found
+
+
+def _parsed(saved_model):
+    put(saved_model, "loop", node("ParseTensor", out_type=attr_value_pb2.AttrValue(type=tf.resource.as_datatype_enum)))
+
+
+def _parsed_list(saved_model):
+    """A list in a variant may hold handles."""
+    put(saved_model, "loop", node("ParseTensor", out_type=attr_value_pb2.AttrValue(type=tf.variant.as_datatype_enum)))
+
+
+def _sparse_handles(saved_model):
+    handle = attr_value_pb2.AttrValue(type=tf.resource.as_datatype_enum)
+    put(saved_model, "graph", node("DeserializeManySparse", dtype=handle))
+
+
+def _restored(saved_model):
+    next(one for one in _saver_nodes(saved_model, "RestoreV2")).attr["dtypes"].list.type[0] = (
+        tf.resource.as_datatype_enum
+    )
+
+
+def _saver_nodes(saved_model, operation):
+    library = saved_model.meta_graphs[0].graph_def.library.function
+    return [one for function in library for one in function.node_def if one.op == operation]
+
+
+def _requested(saved_model):
+    put(saved_model, "graph", node("Placeholder", dtype=attr_value_pb2.AttrValue(type=tf.resource.as_datatype_enum)))
+
+
+@pytest.mark.parametrize("change", [_parsed, _parsed_list, _sparse_handles, _restored, _requested])
+def test_handles_are_not_made_of_data(change, edited, problems_of):
+    """Such a handle would reach the variable in which an asset's path is kept."""
+    found = problems_of(edited(change))
+    assert len(found) == 1
+    assert "of data, which no exported graph does" in found[0]
+
+
+def _stream_by_the_caller(saved_model):
+    """In a function, an attribute may be left to each call of it."""
+    printed = node("PrintV2", output_stream=attr_value_pb2.AttrValue(placeholder="stream"))
+    put(saved_model, "function", printed)
+
+
+def _text_by_the_caller(saved_model):
+    function = _saver(saved_model)
+    suffix = next(one for one in function.node_def if one.op == "Const" and b".part" in str(one).encode())
+    suffix.attr["value"].placeholder = "text"
+
+
+@pytest.mark.parametrize(("change", "name"), [(_stream_by_the_caller, "output_stream"), (_text_by_the_caller, "value")])
+def test_attributes_are_not_left_to_the_callers(change, name, edited, problems_of):
+    assert any(f"attribute {name} is left to the callers" in line for line in problems_of(edited(change)))
 
 
 @pytest.mark.parametrize("stream", ["stderr", "log(info)"])

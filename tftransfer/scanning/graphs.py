@@ -45,6 +45,9 @@ _PATHS: dict[str, tuple[tuple[int, ...], frozenset[str]]] = {
     "RestoreV2": ((0,), frozenset({SAVER})),
     "SaveV2": ((0,), frozenset({SAVER, SUFFIX})),
 }
+# Operations that make tensors of what is data to a scan; of handles they would be keys to any variable.
+_MAKERS = frozenset({"DeserializeManySparse", "DeserializeSparse", "ParseTensor", "RestoreV2"})
+_FED = frozenset({"Placeholder", "PlaceholderV2", "PlaceholderWithDefault"})
 # Messages that hold nodes, and the way to the nodes.
 _HOLDERS: dict[str, Callable[[Any], Iterator[Any]]] = {
     "SavedModel": lambda found: (node for meta in found.meta_graphs for node in _nodes_of(meta.graph_def)),
@@ -99,7 +102,18 @@ def _node_problems(node: Any, body: Body, functions: set[str], origins: Origins)
         yield from _path_problems(node, body, origins)
     elif operation not in functions:
         yield from _operation_problems(node, where)
+    if operation in _MAKERS or (operation in _FED and not body.name):
+        yield from ((where, problem) for problem in _type_problems(node))
+    for entry in node.attr:
+        if entry.value.placeholder:
+            yield where, f"attribute {text(entry.key[:80])} is left to the callers, which no exported graph does"
     yield from _attribute_problems(node.attr, where, 0)
+
+
+def _type_problems(node: Any) -> Iterator[str]:
+    types = {number for entry in node.attr for number in (entry.value.type, *entry.value.list.type)}
+    for number in sorted(types & _DT_HANDLES.keys()):
+        yield f"operation {text(node.op)} makes a {_DT_HANDLES[number]} of data, which no exported graph does"
 
 
 def _operation_problems(node: Any, where: str) -> Problems:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tftransfer.scanning.messages import message
+from tftransfer.scanning.messages import FIELDS, message
 
 ASSET, SAVER, SUFFIX = "an asset", "the saver's argument", "a suffix"
 
@@ -37,6 +37,8 @@ class Body:
     name: str
     nodes: Sequence[Any]
     arguments: tuple[bytes, ...] = ()
+    takes_lists: bool = False
+    interface: bytes = b""  # TensorFlow may call another function of the same one instead
 
     def where(self, node: Any) -> str:
         """Name a node for a finding."""
@@ -48,7 +50,13 @@ def bodies_of(graph: Any) -> list[Body]:
     """Return the graph's own nodes, and those of each function of its library."""
     functions = graph.library.function
     return [Body("", graph.node)] + [
-        Body(text(one.signature.name), one.node_def, tuple(arg.name for arg in one.signature.input_arg))
+        Body(
+            text(one.signature.name),
+            one.node_def,
+            tuple(arg.name for arg in one.signature.input_arg),
+            any(arg.number_attr or arg.type_list_attr for arg in one.signature.input_arg),
+            attribute(one, b"api_implements").s,
+        )
         for one in functions
     ]
 
@@ -62,7 +70,7 @@ class Origins:
     """Answers where the inputs of a node come from, through calls of functions.
 
     Args:
-        meta_graph: The graph, its saver, assets and objects.
+        meta_graph: The graph, its saver, assets, signatures and objects.
         bodies: Its nodes, as `bodies_of` returns them.
     """
 
@@ -73,8 +81,9 @@ class Origins:
         self._users = _users(bodies[0])
         self._handles = Counter(_shared_name(node) for body in bodies for node in body.nodes if _is_handle(node))
         self._steps = 0
-        self._assets = {_node_of(asset.tensor_info.name) for asset in meta_graph.asset_file_def}
-        self._saver = _node_of(meta_graph.saver_def.filename_tensor_name)
+        self._assets = {node_of(asset.tensor_info.name) for asset in meta_graph.asset_file_def}
+        self._saver = node_of(meta_graph.saver_def.filename_tensor_name)
+        self._requested = {node_of(name) for entry in meta_graph.signature_def for name in inputs_of(entry.value)}
         self._objects = meta_graph.object_graph_def.nodes
         self._bound = _bound_inputs(meta_graph.object_graph_def)
 
@@ -103,9 +112,13 @@ class Origins:
         if tensor in body.arguments:
             yield from self._given(body, body.arguments.index(tensor))
             return
-        node = self._nodes[body.name].get(_node_of(tensor))
+        node = self._nodes[body.name].get(node_of(tensor))
+        if not body.name and node_of(tensor) in self._requested:
+            yield "a request"  # which takes the place of what the graph computes there
         if node is None:
             yield "a node that is not there"
+        elif node.op == b"StringJoin" and attribute(node, b"separator").s:
+            yield f"the separator {text(attribute(node, b'separator').s[:80])!r}"
         elif node.op in _PASSING:
             yield from ((body, name) for name in _data_inputs(node)[_PASSING[node.op]])
         elif node.op == b"Placeholder" and not body.name:
@@ -124,6 +137,9 @@ class Origins:
 
     def _given(self, body: Body, number: int) -> Iterator[str | tuple[Body, bytes]]:
         """Yield what the callers of a function give as an argument, and what a loader in Python binds to it."""
+        if body.takes_lists:
+            yield "an argument beside lists, whose place a scan does not know"
+            return
         for caller, node in self._callers.get(body.name, ()):
             inputs = _data_inputs(node)
             if node.op in _CALLS or text(node.op) == body.name:
@@ -136,17 +152,19 @@ class Origins:
             yield from self._object(bound[number - first]) if number >= first else ("a request",)
 
     def _object(self, number: int) -> Iterator[str | tuple[Body, bytes]]:
-        found = self._objects[number] if 0 <= number < len(self._objects) else None
-        if found is not None and found.HasField("asset"):
+        found = self._objects[number] if 0 <= number < len(self._objects) else message("SavedObject")()
+        # Of several kinds TensorFlow takes the last one in the file, which is not known here.
+        kinds = [kind for kind in FIELDS["SavedObject"] if found.HasField(kind)]
+        if kinds == ["asset"]:
             yield ASSET
-        elif found is not None and found.constant.operation:
+        elif kinds == ["constant"] and found.constant.operation:
             yield self._main, found.constant.operation
         else:
             yield "an object that is no asset"
 
     def _assigned(self, read: Any) -> Iterator[str | tuple[Body, bytes]]:
         """Yield what is assigned to a variable, where that is all that can be in it."""
-        variable = _node_of((_data_inputs(read) or [b""])[0])
+        variable = node_of((_data_inputs(read) or [b""])[0])
         users = self._users.get(variable, [])
         handle = self._nodes[""].get(variable)
         if handle is None or not _is_handle(handle) or any(node.op not in _ASSET_VARIABLE_USERS for node in users):
@@ -195,13 +213,22 @@ def _constant(value: bytes) -> str:
 def _callers(bodies: Sequence[Body]) -> Mapping[str, list[tuple[Body, Any]]]:
     """Return for each function the nodes that call it, by its name as operation or in an attribute."""
     callers: dict[str, list[tuple[Body, Any]]] = {}
-    functions = {body.name for body in bodies if body.name}
+    called = _called_for(bodies)
     for body in bodies:
         for node in body.nodes:
             named = {text(node.op), *(text(name) for name in function_names(node.attr))}
-            for name in named & functions:
+            for name in {other for one in named & called.keys() for other in called[one]}:
                 callers.setdefault(name, []).append((body, node))
     return callers
+
+
+def _called_for(bodies: Sequence[Body]) -> Mapping[str, set[str]]:
+    """Return for each function those that may run where it is called: itself, and others of its interface."""
+    functions = [body for body in bodies if body.name]
+    of_interface: dict[bytes, set[str]] = {}
+    for body in functions:
+        of_interface.setdefault(body.interface, set()).add(body.name)
+    return {body.name: of_interface[body.interface] if body.interface else {body.name} for body in functions}
 
 
 def function_names(attributes: Any) -> Iterator[bytes]:
@@ -220,7 +247,7 @@ def _bound_inputs(objects: Any) -> Mapping[str, list[int]]:
 
 
 def attribute(node: Any, name: bytes) -> Any:
-    """Return a node's attribute, an empty one if it has none of that name; of several the last counts."""
+    """Return an attribute of a node or function, an empty one if there is none; of several the last counts."""
     return next((entry.value for entry in reversed(node.attr) if entry.key == name), message("AttrValue")())
 
 
@@ -228,7 +255,7 @@ def _users(body: Body) -> Mapping[bytes, list[Any]]:
     """Return for each node those that take an output of it."""
     users: dict[bytes, list[Any]] = {}
     for node in body.nodes:
-        for name in {_node_of(tensor) for tensor in _data_inputs(node)}:
+        for name in {node_of(tensor) for tensor in _data_inputs(node)}:
             users.setdefault(name, []).append(node)
     return users
 
@@ -237,13 +264,25 @@ def _is_handle(node: Any) -> bool:
     return node.op == b"VarHandleOp"
 
 
-def _shared_name(node: Any) -> tuple[bytes, bytes]:
-    return attribute(node, b"container").s, attribute(node, b"shared_name").s
+def _shared_name(node: Any) -> bytes:
+    return attribute(node, b"shared_name").s  # whatever the container: none is another name for "localhost"
+
+
+def inputs_of(signature: Any) -> Iterator[bytes]:
+    """Yield the tensors that a request of a signature sets, the parts of sparse and ragged ones too."""
+    todo = [entry.value for entry in signature.inputs]
+    while todo:
+        tensor = todo.pop()
+        sparse = tensor.coo_sparse
+        names = (tensor.name, sparse.values_tensor_name, sparse.indices_tensor_name, sparse.dense_shape_tensor_name)
+        yield from (name for name in names if name)
+        todo.extend(tensor.composite_tensor.components)
 
 
 def _data_inputs(node: Any) -> list[bytes]:
     return [name for name in node.input if not name.startswith(b"^")]
 
 
-def _node_of(tensor: bytes) -> bytes:
+def node_of(tensor: bytes) -> bytes:
+    """Return the name of the node whose output a tensor is."""
     return tensor.lstrip(b"^").partition(b":")[0]

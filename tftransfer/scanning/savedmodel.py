@@ -14,7 +14,7 @@ from tftransfer.scanning.files import code_problem, files_below
 from tftransfer.scanning.finding import Damage, Problem, Problems, described
 from tftransfer.scanning.graphs import meta_graph_problems
 from tftransfer.scanning.messages import message
-from tftransfer.scanning.paths import bodies_of, text
+from tftransfer.scanning.paths import bodies_of, inputs_of, node_of, text
 
 MODEL = "saved_model.pb"
 LARGEST_MODEL = 2**31 - 1
@@ -74,11 +74,11 @@ def _meta_problems(folder: Path, meta_graph: Any) -> Problems:
     for asset in assets:
         yield from _asset_problems(folder, text(asset.filename))
     paths = {
-        meta_graph.saver_def.filename_tensor_name,
-        *(asset.tensor_info.name for asset in meta_graph.asset_file_def),
+        node_of(meta_graph.saver_def.filename_tensor_name),
+        *(node_of(asset.tensor_info.name) for asset in meta_graph.asset_file_def),
     }
     for entry in meta_graph.signature_def:
-        if any(tensor.value.name in paths - {b""} for tensor in entry.value.inputs):
+        if any(node_of(name) in paths for name in inputs_of(entry.value)):
             yield f"signature {text(entry.key)}", "takes the path of a checkpoint or an asset as an input"
     if _has_variables(meta_graph):
         yield from _variable_problems(folder / "variables")
