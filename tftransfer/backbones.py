@@ -260,7 +260,7 @@ def build(
     if weights == "demo":
         check_demo(row.name)
     elif weights not in (None, "imagenet"):
-        scanning.check(weights, trust=trust)
+        scanning.check(weights, trust=trust, weights_only=True)
     rescaling = row.family == "efficientnet" and has_imagenet_rescaling(weights, weights_kind)
     image = keras.Input((*image_size, 3), dtype="float32", name="image")
     network = _network(row, _preprocess(image, row.preprocessing), weights)

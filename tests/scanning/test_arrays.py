@@ -9,7 +9,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from tftransfer.scanning import arrays, scan
 
@@ -84,6 +85,8 @@ def test_headers_of_safetensors_are_judged(header, said, tmp_path, problems_of):
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
     assert any(said in line for line in problems_of(tmp_path / "x.safetensors"))
+    with pytest.raises(SafetensorError):  # which is why trust is not offered
+        load_file(tmp_path / "x.safetensors")
 
 
 def test_a_header_fits_into_its_file(tmp_path, problems_of):

@@ -97,6 +97,8 @@ LAYERS = {
     "leads to another folder": named("keras.layers", "Dense", name="../../../evil", units=1),
     # A network of PyTorch is a pickle.
     "class TorchModuleWrapper": named("keras.layers", "TorchModuleWrapper", module=PICKLE),
+    "__tuple__ of evil is no class": named("evil", "__tuple__"),
+    "TensorShape of evil is no class": named("evil", "TensorShape"),
     "class JaxLayer": named("keras.layers", "JaxLayer", call_fn=function("os", "system")),
     # An operation that calls a function, on a node that leads nowhere.
     "class Switch of keras.src.ops.core": named("keras.src.ops.core", "Switch"),

@@ -134,6 +134,100 @@ def test_a_savedmodel_is_scanned_before_it_is_verified(evil_export, tmp_path, ca
     assert LOUD in capsys.readouterr().err
 
 
+# What a refusal says helps, and whether it does.
+
+
+def doubled(x):
+    return x * 2
+
+
+def _by_lambda(path):
+    keras.Sequential([keras.Input((2,)), keras.layers.Lambda(lambda x: x * 2)]).save(path)
+
+
+def _by_a_vocabulary_file(path):
+    words = path.with_name("words.txt")
+    words.write_text("a\nb\n")
+    model = keras.Sequential([keras.Input((1,), dtype="string"), keras.layers.StringLookup(vocabulary=["a", "b"])])
+    model.save(path)
+    _change(path, lambda text: text.replace('["a", "b"]', json.dumps(os.fspath(words))))
+
+
+def _by_ones_own_layer(path):
+    keras.Sequential([keras.Input((2,)), Doubled()]).save(path)
+
+
+def _by_ones_own_function(path):
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, activation=doubled)]).save(path)
+
+
+def _by_what_lies_beside(path):
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]).save(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("notes.txt", "not Keras' own")
+
+
+def _change(path, change):
+    """Edit the description in a `.keras` file."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["config.json"] = change(members["config.json"].decode()).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [(_by_lambda, "x.keras"), (_by_lambda, "x.h5"), (_by_a_vocabulary_file, "x.keras")],
+)
+def test_what_keras_refuses_too_is_not_offered_to_be_trusted(write, name, tmp_path):
+    write(tmp_path / name)
+    with pytest.raises(ScanError, match="trusted or not, Keras refuses it in its safe mode.*safe_mode=False") as caught:
+        bundles.load_model(tmp_path / name)
+    assert "--trust" not in str(caught.value)
+    with pytest.raises(InputError, match="cannot be loaded as a Keras model"):
+        bundles.load_model(tmp_path / name, trust=True)
+    assert keras.saving.load_model(tmp_path / name, safe_mode=False).layers, "what the message says helps"
+
+
+@pytest.mark.parametrize("write", [_by_ones_own_layer, _by_ones_own_function])
+def test_what_is_ones_own_is_to_be_imported_and_trusted(write, tmp_path):
+    write(tmp_path / "x.keras")
+    with pytest.raises(ScanError, match="`--trust` alone does not help.*import that in Python.*`trust=True`"):
+        bundles.load_model(tmp_path / "x.keras")
+    with pytest.raises(InputError, match="cannot be loaded as a Keras model"):
+        bundles.load_model(tmp_path / "x.keras", trust=True)
+    with keras.saving.custom_object_scope({"Doubled": Doubled, "doubled": doubled}):
+        assert bundles.load_model(tmp_path / "x.keras", trust=True).layers
+
+
+def test_what_only_the_scan_refuses_can_be_trusted(tmp_path):
+    _by_what_lies_beside(tmp_path / "x.keras")
+    with pytest.raises(ScanError, match=r"notes\.txt.*`trust` it \(`--trust`\), which leaves out the scan$"):
+        bundles.load_model(tmp_path / "x.keras")
+    assert bundles.load_model(tmp_path / "x.keras", trust=True).layers
+
+
+def test_the_advice_helps_for_all_that_is_found(tmp_path):
+    _by_what_lies_beside(tmp_path / "x.keras")
+    evil = '{"module": "keras.layers", "class_name": "Lambda", "config": {"function": "x"}}'
+    _change(tmp_path / "x.keras", lambda text: text.replace('"layers": [', f'"layers": [{evil}, '))
+    with pytest.raises(ScanError, match=r"notes\.txt.*and 1 more.*trusted or not"):
+        bundles.load_model(tmp_path / "x.keras")
+
+
+def test_weights_can_be_trusted_whatever_describes_the_network(tmp_path):
+    """Of a `.keras` file only the weights are read."""
+    path = tmp_path / "net.keras"
+    backbones.build("MobileNet-0.25", (32, 32)).save(path)
+    evil = '{"module": "keras.layers", "class_name": "Lambda", "config": {"function": "x"}}'
+    _change(path, lambda text: text.replace('"layers": [', f'"layers": [{evil}, ', 1))
+    with pytest.raises(ScanError, match="Lambda: holds Python code.*`--trust`"):
+        backbones.build("MobileNet-0.25", (32, 32), path)
+    assert backbones.build("MobileNet-0.25", (32, 32), path, trust=True)
+
+
 def test_recipes_take_trust(capsys):
     assert cli.recipe_parser("image_classification", "A recipe.").parse_args(["--trust"]).trust
 

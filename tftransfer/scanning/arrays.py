@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeGuard
 import numpy as np
 
 from tftransfer.scanning.archives import Archive, archive_problems
-from tftransfer.scanning.finding import Damage, Problems
+from tftransfer.scanning.finding import Advised, Damage, Problems
 
 LARGEST_HEADER = 100 * 2**20
 """Bytes of a safetensors header, as in the format's own readers."""
@@ -21,6 +21,8 @@ LARGEST_HEADER = 100 * 2**20
 LARGEST_NPY_HEADER = 2**20
 
 MOST_DIMENSIONS = 64
+
+REFUSED = "trusted or not, the library of the format refuses it"
 
 _WIDTHS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
@@ -77,9 +79,10 @@ def safetensors_problems(path: Path) -> Problems:
             yield "header", Damage("is no JSON")
             return
     if not isinstance(header, dict):
-        yield "header", "is no JSON object"
+        yield "header", Advised("is no JSON object", REFUSED)
         return
-    yield from _tensor_problems(header, size - 8 - length)
+    for where, problem in _tensor_problems(header, size - 8 - length):
+        yield where, Advised(problem, REFUSED)
 
 
 def _tensor_problems(header: dict[str, Any], size: int) -> Problems:

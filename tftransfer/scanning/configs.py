@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tftransfer.scanning.archives import is_plain
-from tftransfer.scanning.finding import Damage, Problems
+from tftransfer.scanning.finding import Advised, Damage, Problems
 from tftransfer.scanning.lists import BARE, FUNCTIONS, OWN, bare_classes, classes
 
 LARGEST_CONFIG = 64 * 2**20
@@ -22,6 +22,17 @@ LARGEST_NUMBER = 2**31
 LARGEST_SHAPE = 2**33
 """Numbers in a tensor of a shape that is given."""
 
+UNSAFE = (
+    "trusted or not, Keras refuses it in its safe mode; if you trust its source, "
+    "`keras.saving.load_model(PATH, safe_mode=False)` loads it and runs its code"
+)
+FOREIGN = (
+    "`--trust` alone does not help, because Keras finds only what is registered with it; if you trust its source, "
+    "import that in Python and load the file with `trust=True`"
+)
+
+# Layers that Keras' safe mode refuses.
+_UNSAFE = ("TFSMLayer", "TorchModuleWrapper")
 # Keras' own wrappings of values; what they hold is looked through like the rest.
 _VALUES = frozenset(
     {
@@ -90,7 +101,8 @@ def _value_problems(config: dict[str, Any], modules_needed: bool) -> Problems:
                 yield where, f"is the shape of too large a tensor: {value}"
             todo.extend((part, key, f"{where}[{number}]", depth + 1) for number, part in enumerate(value))
         elif isinstance(value, str) and key in _PATH_KEYS and not where.endswith("]"):
-            yield where, f"is the path of a file, which Keras would read: {value[:80]!r}"
+            problem = f"is the path of a file, which Keras would read: {value[:80]!r}"
+            yield where, Advised(problem, UNSAFE) if key == "vocabulary" else problem
         elif _is_whole(value) and abs(value) > LARGEST_NUMBER and key not in _FREE_KEYS:
             yield where, f"is too large a number: {str(value)[:40]}"
 
@@ -124,16 +136,17 @@ def _name_problems(value: dict[str, Any], modules_needed: bool) -> Iterator[str]
     if not all(isinstance(part, str) for part in parts):
         yield "has a class, module or registered name that is no text"
     elif name in _VALUES:
-        return
+        if module or registered:  # which makes Keras look for a class of that name there
+            yield f"{name} of {module or registered} is no class"
     elif name == "__lambda__" or name == "Lambda":
-        yield f"{name}: holds Python code, which would be run"
+        yield Advised(f"{name}: holds Python code, which would be run", UNSAFE)
     elif name == "function":
         yield from _function_problems(value.get("config"), module, registered)
     elif module is None and not registered:
         if modules_needed:
             yield f"class {name} names no module"
         elif name not in bare_classes():
-            yield f"class {name} is not on the list"
+            yield Advised(f"class {name} is not on the list", _advice(name, FOREIGN))
     elif not _is_listed(name, module or "", registered):
         yield _refusal(name, module or "", registered)
 
@@ -142,7 +155,8 @@ def _function_problems(name: Any, module: str | None, registered: str | None) ->
     known = isinstance(name, str) and name in classes()[FUNCTIONS]
     plain = module is None or module == "builtins" or _BUILT_IN.fullmatch(module)
     if not (known and plain and registered in (None, "function", name)):
-        yield f"function {str(name)[:80]!r} of {module} is not on the list"
+        problem = f"function {str(name)[:80]!r} of {module} is not on the list"
+        yield problem if _BUILT_IN.fullmatch(module or "") else Advised(problem, FOREIGN)
 
 
 def _is_listed(name: str, module: str, registered: str | None) -> bool:
@@ -155,10 +169,16 @@ def _is_listed(name: str, module: str, registered: str | None) -> bool:
 def _refusal(name: str, module: str, registered: str | None) -> str:
     of = f" of {module}" if module else ""
     if registered and ">" in registered:
-        return f"class {registered}{of} is somebody's own: only its authors can say what it does"
+        return Advised(f"class {registered}{of} is somebody's own: only its authors can say what it does", FOREIGN)
     if name in classes().get(module, ()):
         return f"class {name}{of} is registered as {registered}, which Keras' own is not"
-    return f"class {name}{of} is not on the list"
+    advice = _advice(name, "" if _BUILT_IN.fullmatch(module) else FOREIGN)
+    problem = f"class {name}{of} is not on the list"
+    return Advised(problem, advice) if advice else problem
+
+
+def _advice(name: str, otherwise: str) -> str:
+    return UNSAFE if name in _UNSAFE else otherwise
 
 
 def _has_tensor(node: dict[str, Any]) -> bool:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tftransfer.errors import InputError, ScanError
-from tftransfer.scanning.arrays import safetensors_problems
+from tftransfer.scanning.arrays import REFUSED, safetensors_problems
+from tftransfer.scanning.configs import FOREIGN, UNSAFE
 from tftransfer.scanning.files import files_below
-from tftransfer.scanning.finding import Damage, Finding, Problem, Problems, printable
+from tftransfer.scanning.finding import Advised, Damage, Finding, Problem, Problems, printable
 from tftransfer.scanning.keras_files import (
     archive_file_problems,
     hdf5_file_problems,
@@ -25,6 +26,8 @@ from tftransfer.scanning.savedmodel import is_savedmodel, savedmodel_problems
 
 MOST_FINDINGS = 50
 """Of one file; the rest is counted."""
+
+_TRUST = "if you trust its source, `trust` it (`--trust`), which leaves out the scan"
 
 _LONGEST = 500  # characters of a place or problem, which may come from the file
 
@@ -69,27 +72,44 @@ def scan(path: str | os.PathLike[str]) -> tuple[Finding, ...]:
     return tuple(finding for _, findings in examine(path) for finding in findings)
 
 
-def check(path: str | os.PathLike[str], *, trust: bool = False) -> None:
+def check(
+    path: str | os.PathLike[str], *, trust: bool = False, kind: str | None = None, weights_only: bool = False
+) -> None:
     """Refuse a file in which a scan finds something; every function that loads a user's file begins with this.
 
     Args:
         path: As `scan` takes it.
         trust: Load it all the same, without a scan; a line on standard error says so. Defaults to False.
+        kind: Suffix of the kind of file as which it is read, such as `".safetensors"`, whatever its name is. Defaults
+            to None: its own suffix.
+        weights_only: Whether only the weights in it are read, so that trusting it is enough even where Keras would
+            refuse to build the network. Defaults to False.
 
     Raises:
-        ScanError: If anything is found.
+        ScanError: If anything is found; says whether trusting the file would help.
         InputError: If there is no such file or folder, or it is damaged or of an unknown kind.
     """
     if trust:
         print(f"warning: {printable(str(path))} is loaded without a scan: code in it can run", file=sys.stderr)
         return
-    findings = scan(path)
+    findings = scan(path) if kind is None else _findings_as(Path(path), kind)
     dangers = [finding for finding in findings if not finding.damaged]
     if dangers:
         more = f" (and {len(dangers) - 1} more: `tftransfer scan {path}`)" if len(dangers) > 1 else ""
-        raise ScanError(f"{dangers[0]}{more}. It was not loaded; if you trust its source, `trust` it (`--trust`)")
+        raise ScanError(f"{dangers[0]}{more}. It was not loaded; {_TRUST if weights_only else _advice(dangers)}")
     if findings:
         raise InputError(f"{replace(findings[0], file=f'{path} cannot be loaded')}")
+
+
+def _advice(findings: Sequence[Finding]) -> str:
+    """Say what helps for all of several findings."""
+    return next((advice for advice in (UNSAFE, FOREIGN, REFUSED) if advice in {f.advice for f in findings}), _TRUST)
+
+
+def _findings_as(path: Path, kind: str) -> tuple[Finding, ...]:
+    if not os.path.lexists(path):
+        raise InputError(f"there is no file {path}")
+    return _findings(path, _file_problems(path, kind))
 
 
 def examine(path: str | os.PathLike[str]) -> Iterator[tuple[Path, tuple[Finding, ...]]]:
@@ -141,24 +161,25 @@ def _judge_of(file: Path) -> Callable[[Path], Problems] | None:
     return next((judge for suffix, judge in _BY_SUFFIX.items() if name.endswith(suffix)), None)
 
 
-def _file_problems(file: Path) -> Problems:
-    judge = _judge_of(file)
+def _file_problems(file: Path, kind: str | None = None) -> Problems:
+    """Judge a file as what its name says, or as another kind."""
+    judge = _BY_SUFFIX[kind] if kind else _judge_of(file)
     if judge is None:
         yield "", Damage(f"unknown kind of file: none of {', '.join(_BY_SUFFIX)} and no folder of a SavedModel")
     elif not file.is_file():
         yield "", Damage("is no ordinary file")
-    elif problem := _kind_problem(file):
+    elif problem := _kind_problem(file, kind or file.name.lower()):
         yield "", problem
     else:
         yield from judge(file)
 
 
-def _kind_problem(file: Path) -> str | None:
+def _kind_problem(file: Path, name: str) -> str | None:
     """Compare a file's first bytes with its name: some readers go by the one, some by the other."""
     with file.open("rb") as opened:
         head = opened.read(8)
     for magic, suffixes in _BY_CONTENT.items():
-        if head.startswith(magic) != file.name.lower().endswith(suffixes):
+        if head.startswith(magic) != name.endswith(suffixes):
             kind = f"begins like {suffixes[0]}" if head.startswith(magic) else f"does not begin like {suffixes[0]}"
             return Damage(f"{kind}: damaged, cut short or of another kind than its name says")
     if not head.startswith(_ZIP) and zipfile.is_zipfile(file):
@@ -180,7 +201,13 @@ def _findings(model: Path, problems: Problems) -> tuple[Finding, ...]:
     if more > 1:
         found.append(("", f"and {more - 1} more findings"))
     return tuple(
-        Finding(str(model), where[:_LONGEST], problem[:_LONGEST], isinstance(problem, Damage))
+        Finding(
+            str(model),
+            where[:_LONGEST],
+            problem[:_LONGEST],
+            isinstance(problem, Damage),
+            problem.advice if isinstance(problem, Advised) else "",
+        )
         for where, problem in found
     )
 

@@ -17,6 +17,24 @@ class Damage(str):
     __slots__ = ()
 
 
+class Advised(str):
+    """A problem of a file that whatever loads it refuses too, so that trusting it is not enough.
+
+    Args:
+        text: The problem.
+        advice: Who refuses it, and what helps.
+    """
+
+    __slots__ = ("advice",)
+
+    advice: str
+
+    def __new__(cls, text: str, advice: str) -> Advised:
+        problem = super().__new__(cls, text)
+        problem.advice = advice
+        return problem
+
+
 @dataclass(frozen=True)
 class Finding:
     """One reason not to load a file.
@@ -26,6 +44,7 @@ class Finding:
         where: The place in the file, such as `"function f, node Write"`; empty for the file as a whole.
         problem: What is wrong there.
         damaged: Whether the file is cut short, damaged or of another kind, which loading it would say too.
+        advice: Who else refuses it, and what helps; empty if trusting the file is enough.
 
     Example:
         >>> str(Finding("m.keras", "config.json: layers[2]", "class Lambda of keras.layers is not on the list"))
@@ -36,6 +55,7 @@ class Finding:
     where: str
     problem: str
     damaged: bool = False
+    advice: str = ""
 
     def __str__(self) -> str:
         return printable(": ".join(part for part in (self.file, self.where, self.problem) if part))
