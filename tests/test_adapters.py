@@ -1,14 +1,15 @@
 import dataclasses
+import json
 
 import keras
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tftransfer import adapters, builders, strategies, tasks, trainable, training
+from tftransfer import adapters, builders, strategies, tasks, tensor_files, trainable, training
 from tftransfer.adapters import Adapter, Lora
 from tftransfer.averages import WiseFt
-from tftransfer.errors import InputError
+from tftransfer.errors import InputError, ScanError
 from tftransfer.penalties import L2SP
 from tftransfer.strategies import Phase
 
@@ -199,8 +200,10 @@ def test_files_that_are_no_adapters_are_refused(tmp_path):
     with pytest.raises(InputError, match="no file"):
         Adapter.load(tmp_path / "missing")
     (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="text cannot be loaded: header: claims"):
         Adapter.load(tmp_path / "text")
+    with pytest.raises(InputError, match="text cannot be read"):
+        Adapter.load(tmp_path / "text", trust=True)
     save_file({"x": np.zeros(1)}, tmp_path / "other")
     with pytest.raises(InputError, match="no file of this kind"):
         Adapter.load(tmp_path / "other")
@@ -214,6 +217,26 @@ def test_a_flipped_bit_is_seen(trained, tmp_path):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"adapter\.safetensors is damaged"):
         Adapter.load(path)
+
+
+def test_an_adapter_is_scanned_before_it_is_read(trained, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "adapter"  # whatever its name is
+    trained[2].save(path)
+    assert Adapter.load(path).base == trained[2].base
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["b:0"]["data_offsets"] = header["a:0"]["data_offsets"]  # two tensors in one place
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with monkeypatch.context() as patched:
+        patched.setattr(tensor_files, "read", lambda *_: pytest.fail("was read"))
+        with pytest.raises(ScanError, match="trusted or not, the library of the format refuses it") as caught:
+            Adapter.load(path)
+    assert "--trust" not in str(caught.value)
+    with pytest.raises(InputError, match="cannot be read"):
+        Adapter.load(path, trust=True)
+    assert "is loaded without a scan" in capsys.readouterr().err
 
 
 def test_an_adapter_for_other_labels_is_refused(trained, small_network, small_data):

@@ -191,7 +191,7 @@ def test_a_damaged_file_is_named(small_network, small_task, small_data, tmp_path
     path = tmp_path / "checkpoints" / "phase.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
-    for damage, said in ((bytes(content), "is damaged"), (b"damaged", "cannot be read")):
+    for damage, said in ((bytes(content), "is damaged"), (b"damaged", "cannot be loaded")):
         path.write_bytes(damage)
         with pytest.raises(InputError, match=rf"phase\.safetensors {said}.*remove it to begin again"):
             training.fine_tune(_fresh(small_network), small_task, small_data, strategy, output=tmp_path)

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tftransfer import tensor_files
+from tftransfer import scanning, tensor_files
 from tftransfer.errors import InputError, check, is_number, nearest
 from tftransfer.optimizers import Moment
 from tftransfer.trainable import all_groups, is_generator, own_name, weight_layers
@@ -272,12 +272,18 @@ class Adapter:
         )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Adapter:
+    def load(cls, path: str | os.PathLike[str], *, trust: bool = False) -> Adapter:
         """Read an adapter's file.
+
+        Args:
+            path: The file.
+            trust: Read it without a scan. Defaults to False.
 
         Raises:
             InputError: If there is none, it is damaged, or it is no adapter.
+            ScanError: If a scan finds something in it.
         """
+        scanning.check(path, trust=trust, kind=".safetensors")
         described, kinds = tensor_files.read(Path(path), FORMAT)
         a, b, head, generators = (
             tensor_files.in_order(kinds.get(kind, {})) for kind in ("a", "b", "head", "generator")

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tftransfer import tensor_files
+from tftransfer import scanning, tensor_files
 from tftransfer.adapters import Adapter, Attached
 from tftransfer.data import Data
 from tftransfer.errors import InputError
@@ -181,14 +181,16 @@ def latest(folder: Path, call: Call) -> Kept | None:
 
     Raises:
         InputError: If the folder holds phases of another call; says what differs. If the file is damaged.
+        ScanError: If a scan finds something in the file.
     """
     path = folder / FOLDER / FILE
     if not path.is_file():
         return None
     try:
+        scanning.check(path, kind=".safetensors")
         described, kinds = tensor_files.read(path, FORMAT)
     except InputError as error:
-        raise InputError(f"{error}; remove it to begin again") from None
+        raise type(error)(f"{error}; remove it to begin again") from None
     before, now = described["call"], call.to_json()
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
