@@ -305,6 +305,8 @@ def load_model(path: str | os.PathLike[str], *, trust: bool = False) -> keras.Mo
     from tftransfer import optimizers, schedules  # noqa: F401  register their classes
 
     scanning.check(path, trust=trust)
+    if not trust and os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise InputError(f"{path} is no Keras model but a folder: give its .keras file")
     try:
         return keras.saving.load_model(path, compile=False)
     except (ValueError, OSError, TypeError, KeyError) as error:

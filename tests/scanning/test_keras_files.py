@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import marshal
+import shutil
 import stat
 import struct
 import zipfile
@@ -379,6 +380,34 @@ def test_unpacked_archives_are_judged(config, write_keras, tmp_path, problems_of
     found = problems_of(tmp_path / "unpacked")
     assert len(found) == 3
     assert any("class system of os" in line for line in found)
+
+
+def test_a_description_without_weights_is_judged(config, tmp_path, problems_of):
+    """Keras builds the network of a folder before it misses the weights."""
+    config["config"]["layers"].append(named("os", "system"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    np.savez(folder / "honest.npz", x=np.ones(3))
+    (folder / "config.json").write_text(json.dumps(config))
+    found = problems_of(folder)
+    assert len(found) == 1
+    assert "config.json" in found[0]
+    assert "class system of os" in found[0]
+
+
+def test_descriptions_of_other_programs_have_no_findings(tmp_path):
+    content = {"architectures": ["BertModel"], "hidden_size": 768, "vocab_size": 30522, "_name_or_path": "/x"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert scan(tmp_path) == ()
+
+
+def test_a_savedmodel_is_no_folder_of_keras(everything, config, kept, tmp_path, problems_of):
+    """TensorFlow would load the one, Keras the other."""
+    shutil.copytree(everything, tmp_path / "both")
+    config["config"]["layers"].append(named("os", "system"))
+    (tmp_path / "both" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "both" / "model.weights.h5").write_bytes(kept["model.weights.h5"])
+    assert "config.json: lies in a SavedModel" in problems_of(tmp_path / "both")[0]
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,17 @@ def test_a_savedmodel_is_scanned_before_it_is_verified(evil_export, tmp_path, ca
     assert LOUD in capsys.readouterr().err
 
 
+def test_folders_are_loaded_only_where_they_were_judged(everything, tmp_path):
+    """Keras takes a folder with a number in it for a checkpoint of Orbax, which no scan knows."""
+    shutil.copytree(everything, tmp_path / "serving" / "1")
+    with pytest.raises(InputError, match=r"is no Keras model but a folder: give its \.keras file"):
+        bundles.load_model(tmp_path / "serving")
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(tmp_path / "x.keras")
+    with zipfile.ZipFile(tmp_path / "x.keras") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    assert bundles.load_model(tmp_path / "unpacked").layers
+
+
 # What a refusal says helps, and whether it does.
 
 

@@ -15,7 +15,9 @@ from tftransfer.scanning.configs import FOREIGN, UNSAFE
 from tftransfer.scanning.files import files_below
 from tftransfer.scanning.finding import Advised, Damage, Finding, Problem, Problems, printable
 from tftransfer.scanning.keras_files import (
+    CONFIG,
     archive_file_problems,
+    config_file_problems,
     hdf5_file_problems,
     is_unpacked,
     npz_file_problems,
@@ -137,6 +139,8 @@ def examine(path: str | os.PathLike[str]) -> Iterator[tuple[Path, tuple[Finding,
 
 def _models_in(folder: Path) -> dict[Path, Problems]:
     """Return the models in a folder, in order, each with what judges it."""
+    if is_savedmodel(folder) and os.path.lexists(folder / CONFIG):
+        return {folder: iter([(CONFIG, "lies in a SavedModel: Keras would load another network than TensorFlow")])}
     if is_savedmodel(folder):
         return {folder: savedmodel_problems(folder)}
     if is_unpacked(folder):
@@ -156,8 +160,10 @@ def _models_in(folder: Path) -> dict[Path, Problems]:
 
 
 def _judge_of(file: Path) -> Callable[[Path], Problems] | None:
-    """Return what judges a file of this name."""
+    """Return what judges a file of this name; Keras builds what `config.json` describes before it looks for weights."""
     name = file.name.lower()
+    if name == CONFIG:
+        return config_file_problems
     return next((judge for suffix, judge in _BY_SUFFIX.items() if name.endswith(suffix)), None)
 
 

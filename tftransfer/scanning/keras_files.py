@@ -83,12 +83,17 @@ def unpacked_problems(folder: Path) -> Problems:
             problem = code_problem(name, opened.read(8))
         if problem:
             yield name, problem
-    with (folder / CONFIG).open("rb") as opened:
-        yield from described(config_text_problems(opened.read(LARGEST_CONFIG + 1), modules_needed=True), CONFIG)
+    yield from described(config_file_problems(folder / CONFIG), CONFIG)
     for name in WEIGHTS:
         if (folder / name).is_file():
             problems = hdf5_file_problems if name.endswith(".h5") else npz_file_problems
             yield from described(problems(folder / name), name)
+
+
+def config_file_problems(path: Path) -> Problems:
+    """Yield what is wrong with the description of a network in a file of its own."""
+    with path.open("rb") as opened:
+        yield from config_text_problems(opened.read(LARGEST_CONFIG + 1), modules_needed=True)
 
 
 def hdf5_file_problems(path: Path) -> Problems:
