@@ -85,6 +85,17 @@ def _shape_bomb(file):
     file.create_dataset("bomb", (1 << 20, 1 << 20), "f4", chunks=(1024, 1024), compression="gzip")
 
 
+def _chunk_bomb(file):
+    """A tensor of four numbers in a chunk of 128 MB, packed twice into a few thousand bytes."""
+    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plan.set_chunk((1 << 25,))
+    plan.set_deflate(1)
+    plan.set_deflate(1)
+    space = h5py.h5s.create_simple((4,), (h5py.h5s.UNLIMITED,))
+    h5py.h5d.create(file.id, b"bomb", h5py.h5t.NATIVE_FLOAT, space, plan)
+    file["bomb"][:] = 1
+
+
 def _many_bombs(file):
     for number in range(60):
         file.create_dataset(f"bomb{number}", (1 << 20,), "f4", chunks=(1024,), compression="gzip")
@@ -113,6 +124,7 @@ def _type(file):
         (_references, "/references: holds references"),
         (_reference, "attribute 'reference' refers"),
         (_shape_bomb, "/bomb: claims 4398046511104 bytes"),
+        (_chunk_bomb, "/bomb: claims 134217728 bytes"),
         (_many_bombs, "bytes of tensors in a file of"),
         (_filter, "/filtered: needs the filter 305"),
         (_type, "/type: is neither a group nor a tensor"),

@@ -94,7 +94,9 @@ def _dataset_problems(dataset: h5py.Dataset) -> Iterator[str]:
 
 
 def _claimed(dataset: h5py.Dataset) -> int:
-    return math.prod(dataset.shape or ()) * dataset.dtype.itemsize
+    """Return what reading takes: a tensor, and at least one of its chunks, which may be larger."""
+    numbers = max(math.prod(dataset.shape or ()), math.prod(dataset.chunks or ()))
+    return numbers * dataset.dtype.itemsize
 
 
 def _attribute_problems(found: h5py.HLObject, place: str) -> Problems:
