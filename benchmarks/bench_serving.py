@@ -3,13 +3,15 @@
     python benchmarks/bench_serving.py [--backbones MobileNetV2 EfficientNetB0] [--batch-sizes 1 16]
 
 The signature for pixels, at 224 pixels, with random weights, biases and statistics of BatchNorm. Both SavedModels are
-loaded by one process that never imports TensorFlow, and answer in turn. Writes results/serving_BACKBONE_BATCH.json.
+loaded by one process that never imports TensorFlow, and answer in turn; so does a LiteRT file of the network in
+float32, on as many threads as there are processors, for comparison. Writes results/serving_BACKBONE_BATCH.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,14 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tftransfer.serving import capi
+from tftransfer.serving import capi, tflite_files
 
 SIDE, CLASSES = 224, 1000
 SECONDS = 1.5  # of calls on each side in each round
 
 
 def export(backbone: str, folder: Path) -> dict[str, dict[str, object]]:
-    """Write both SavedModels of one network; returns where each is, and its tensors."""
+    """Write two SavedModels and a LiteRT file of one network; returns where each is, and the tensors of the former."""
     from tftransfer import builders, cli, serving, tasks
     from tftransfer.serving import structure
 
@@ -38,7 +40,8 @@ def export(backbone: str, folder: Path) -> dict[str, dict[str, object]]:
     task = tasks.SingleLabel(tuple(map(str, range(CLASSES))))
     serving.export_savedmodel(model, task, folder / "ours")
     model.export(folder / "stock", verbose=False)
-    found = {}
+    serving.export_litert(model, task, folder / "model.tflite")
+    found: dict[str, dict[str, object]] = {"litert": {"file": str(folder / "model.tflite")}}
     for side, signature, output in (("ours", "tensor", "probabilities"), ("stock", "serving_default", "output_0")):
         definition = structure.read(folder / side).meta_graphs[0].signature_def[signature]
         (given,) = definition.inputs.values()
@@ -46,11 +49,12 @@ def export(backbone: str, folder: Path) -> dict[str, dict[str, object]]:
     return found
 
 
-def measure(sides: dict[str, dict[str, str]], batch: int, rounds: int) -> list[tuple[float, float]]:
-    """Return seconds per call of the stock SavedModel and of ours, for each round."""
+def measure(sides: dict[str, dict[str, str]], batch: int, rounds: int) -> list[tuple[float, ...]]:
+    """Return seconds per call of the stock SavedModel, of ours and of the LiteRT file, for each round."""
     library = capi.load_library()
     pixels = np.random.default_rng(0).uniform(0, 255, (batch, SIDE, SIDE, 3)).astype(np.float32)
-    answers = {}
+    lite = tflite_files.open_file(sides.pop("litert")["file"], len(os.sched_getaffinity(0)))
+    answers = {"litert": lambda: lite(pixels)}
     for side, told in sides.items():
         session = capi.Session(library, told["folder"])
 
@@ -59,7 +63,8 @@ def measure(sides: dict[str, dict[str, str]], batch: int, rounds: int) -> list[t
 
         answer()
         answers[side] = answer
-    return [(_seconds(answers["stock"]), _seconds(answers["ours"])) for _ in range(rounds)]
+    answers["litert"]()
+    return [tuple(_seconds(answers[side]) for side in ("stock", "ours", "litert")) for _ in range(rounds)]
 
 
 def _seconds(answer: object) -> float:
@@ -86,17 +91,22 @@ def main() -> None:
             assert "tensorflow" not in sys.modules
             print(json.dumps(measured))
         return
-    from record import record  # which imports Keras
+    from record import compare, record  # which imports Keras
 
     for backbone in options.backbones:
         with tempfile.TemporaryDirectory() as scratch:
             sides = _step(f"export:{scratch}", "--backbones", backbone)
             for batch in options.batch_sizes:
-                pairs = _step(
-                    f"measure:{json.dumps(sides)}", "--batch-sizes", str(batch), "--rounds", str(options.rounds)
-                )
-                setting = {"backbone": backbone, "batch": batch, "rival": "model.export", "signature": "tensor"}
-                record(f"serving_{backbone}_{batch}", [(one, two) for one, two in pairs], **setting)
+                given = ("--batch-sizes", str(batch), "--rounds", str(options.rounds))
+                stock, ours, litert = zip(*_step(f"measure:{json.dumps(sides)}", *given), strict=True)
+                setting = {
+                    "backbone": backbone,
+                    "batch": batch,
+                    "rival": "model.export",
+                    "signature": "tensor",
+                    "litert_times_faster": compare(stock, litert),
+                }
+                record(f"serving_{backbone}_{batch}", list(zip(stock, ours, strict=True)), **setting)
 
 
 def _step(step: str, *arguments: str) -> list | dict:
