@@ -1,7 +1,7 @@
 """What LiteRT's files cost and are worth, against the network they come from.
 
     python recipes/image_classification.py --data FOLDER --backbone MobileNetV2-0.35 --weights FILE --epochs 10 --out R
-    python benchmarks/litert_files.py --run R
+    python benchmarks/litert_files.py --run R --data FOLDER
 
 First what int8 is built on, on validation pictures and a hundred training pictures that calibrate nothing: how many
 pictures calibrate, whether everything is int8 or what surrounds the layers with weights stays in float, and whether
@@ -30,17 +30,18 @@ BATCHES, ROUNDS = (1, 16), 30
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--data", help="(default: the run's own, where its manifest can name them)")
     options = parser.parse_args()
     cli.import_tensorflow()
     from tftransfer import bundles, exports
     from tftransfer.serving import litert
 
     bundle = bundles.load(options.run)
-    data, note = exports.data_again(bundle)
+    data, note = exports.data_again(bundle, options.data)
     if note:
         parser.error(note)
     choices = fidelity(bundle, data)
-    folder, verification, table = exports.export_files(bundle, litert.RUNTIME, tuple(litert.FILES))
+    folder, verification, table = exports.export_files(bundle, litert.RUNTIME, tuple(litert.FILES), options.data)
     if folder is None:
         parser.error("; ".join(verification.failed))
     rows = {row[0]: described(table.columns[1:], row[1:]) for row in table.rows}

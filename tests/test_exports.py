@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -207,3 +208,15 @@ def test_data_are_divided_as_they_were(write_run, colours):
     bundle = replace(bundle, task=replace(bundle.task, labels=few.labels))
     again, note = exports.data_again(bundle)
     assert (again.fingerprint, note) == (few.fingerprint, "")
+
+
+def test_data_whose_path_the_run_does_not_keep_must_be_named(write_run, colours):
+    configuration = runs.prepare("image_classification", _options(colours)).configuration
+    bundle = bundles.load(write_run(data=configuration["data"]))
+    with pytest.raises(InputError, match="keeps no absolute paths.*by `--data`"):
+        exports.data_again(bundle)
+    assert len(exports.data_again(bundle, str(colours))[0].test) == 14
+
+
+def _options(data):
+    return argparse.Namespace(data=str(data), out=None, quiet=True)

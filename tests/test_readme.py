@@ -90,7 +90,7 @@ def test_what_is_against_forgetting_keeps_fifteen_points_more_for_one_point_less
 def test_speed_and_labels_are_the_committed_numbers(repository):
     text = (repository / "README.md").read_text(encoding="utf-8")
     results = repository / "benchmarks" / "results"
-    speeds = re.findall(r"\| ([\d.]+) \(([\d.]+) to ([\d.]+)\) \|", text)
+    speeds = re.findall(r"\| ([\d.]+) \(([\d.]+) to ([\d.]+)\) \|", text.partition("\n## Speed\n")[2])
     names = [
         *(f"frozen_training_0.35_{side}" for side in ("ours", "warm", "views")),
         *(f"frozen_training_1_{side}" for side in ("ours", "warm")),
@@ -157,3 +157,24 @@ def test_the_advice_is_good_and_never_dearer_than_training_everything_and_the_re
     assert lost <= 0.02
     assert max(*costs, *(one["cost"]["processor"] for one in found["settings"].values())) <= 1
     assert len(found["settings"]) >= 8
+
+
+def test_savedmodels_serve_as_much_faster_as_is_asked_and_the_readme_says_so(repository):
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    for backbone in ("MobileNetV2", "EfficientNetB0"):
+        for batch in (1, 16):
+            name = f"serving_{backbone}_{batch}"
+            found = json.loads((repository / "benchmarks" / "results" / f"{name}.json").read_text())
+            lite = found["setting"]["litert_times_faster"]
+            both = [(found["times_faster"], *found["range"]), (lite["median"], *lite["range"])]
+            cells = " | ".join(f"{median} ({low} to {high})" for median, low, high in both)
+            assert f"| `{backbone}`, batches of {batch} | {cells} |" in text
+            assert found["times_faster"] >= 1.3
+
+
+def test_int8_loses_a_point_at_most_and_the_readme_says_so(repository):
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    files = json.loads((repository / "benchmarks" / "results" / "litert_flowers.json").read_text())["files"]
+    for name, row in list(files.items())[1:4]:
+        assert f"| `{name}` | {row['MB']:.2f} | {row['accuracy']:.3f} | {row['same answer']:.1%} |" in text
+    assert files["model_int8.tflite"]["accuracy"] >= files["model.keras"]["accuracy"] - 0.01

@@ -86,6 +86,8 @@ def data_again(bundle: Bundle, source: str | None = None) -> tuple[Data, str]:
     name = source or configuration.get("data")
     if not name:
         raise InputError(f"{bundle.folder / bundles.MANIFEST} does not name the run's data")
+    if not source and runs.is_hidden_path(name):
+        raise InputError(f"the run keeps no absolute paths, of its data the name alone, {name}: give them by `--data`")
     data, task = load(
         name,
         image_size=bundle.image_size,

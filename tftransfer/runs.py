@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -400,3 +401,13 @@ def _plain(value: Any) -> Any:
     if isinstance(text, str) and Path(text).is_absolute():
         return f"{Path(text).name} (path {hashlib.sha256(os.fsencode(text)).hexdigest()[:12]})"
     return list(text) if isinstance(text, tuple) else text
+
+
+def is_hidden_path(text: str) -> bool:
+    """Whether a run's configuration has this in the place of an absolute path.
+
+    Example:
+        >>> is_hidden_path("flowers (path 0123456789ab)"), is_hidden_path("flowers")
+        (True, False)
+    """
+    return re.search(r" \(path [0-9a-f]{12}\)$", text) is not None
