@@ -25,9 +25,10 @@ def _weights(model) -> dict[str, np.ndarray]:
     return {w.path: w.numpy() for w in model.weights if "seed_generator" not in w.path}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trained(small_network, small_task, small_data):
-    """A network trained with LoRA, its weights before, and the adapter."""
+    """A network trained with LoRA, its weights before, and the adapter; nobody may change them."""
+    keras.utils.set_random_seed(0)
     model = small_network()
     before = _weights(model)
     history = training.fine_tune(model, small_task, small_data, (_phase(4),), batch_size=8)

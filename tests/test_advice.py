@@ -41,21 +41,26 @@ def test_relative_gradient_norms_are_those_by_hand(small_network, small_task, sm
     assert norms["conv_2"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_short_trials_decide_between_sets_of_groups(small_network, small_task, small_data):
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["once", "again"])
+def test_short_trials_decide_between_sets_of_groups(small_network, small_task, small_data, monkeypatch, again):
+    """The trials that the advice is based on, and those of another call with the same seed."""
+    seen, measure = [], surgery.probe_and_measure
+
+    def noted(*given, **options):
+        seen.append((options["trial"], measure(*given, **options)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(surgery, "probe_and_measure", noted)
     model = small_network()
     before = model.get_weights()
     found = advice.surgical(model, small_task, small_data, search=2, epochs=4, batch_size=8, seed=1)
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
-    measured = surgery.probe_and_measure(
-        model,
-        small_task,
-        small_data,
-        found.strategy[0],
-        trial=dataclasses.replace(found.strategy[1], epochs=2, augmentation="none"),
-        batch_size=8,
-        seed=1,
-    )
+    ((trial, measured),) = seen
+    assert (trial.epochs, trial.augmentation) == (2, "none")
+    if again:
+        trial = dataclasses.replace(found.strategy[1], epochs=2, augmentation="none")
+        measured = measure(model, small_task, small_data, found.strategy[0], trial=trial, batch_size=8, seed=1)
     losses = [one.loss for one in measured.tried]
     assert losses == sorted(losses)
     assert len({one.groups for one in measured.tried}) == len(losses) > 1
@@ -121,7 +126,7 @@ def test_a_tuned_probe_is_the_best_head_of_those_that_were_tried(small_network, 
     assert again.strategy == found.strategy
 
 
-@pytest.mark.parametrize("name", ["tuned_probe", "auto"])
+@pytest.mark.parametrize("name", [pytest.param("tuned_probe", marks=pytest.mark.slow), "auto"])
 def test_a_class_of_one_example_is_advised_on(small_network, small_task, small_data, name):
     train = small_data.train.subset(np.array([0, 3, 6, 9, 1, 4, 7, 2]))  # four, three and one of the three classes
     data = dataclasses.replace(small_data, train=train)
@@ -131,7 +136,12 @@ def test_a_class_of_one_example_is_advised_on(small_network, small_task, small_d
 
 
 @pytest.mark.parametrize(
-    ("name", "batch_size"), [("tuned_probe:augmentation=light,views=2", 8), ("auto", 32), ("auto", 16)]
+    ("name", "batch_size"),
+    [
+        pytest.param("tuned_probe:augmentation=light,views=2", 8, marks=pytest.mark.slow),
+        pytest.param("auto", 32, marks=pytest.mark.slow),
+        ("auto", 16),
+    ],
 )
 def test_training_finds_the_features_that_advice_was_based_on(
     small_network, small_task, small_data, tmp_path, name, batch_size

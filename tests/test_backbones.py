@@ -64,7 +64,13 @@ def _stock(name, model):
     return stock
 
 
-@pytest.fixture(scope="module", params=SMALL_ROWS)
+LARGE = ("InceptionResNetV2", "NASNetMobile")  # prepared as other families are, and long to build
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in SMALL_ROWS],
+)
 def built(request, estimate_batch_norm):
     """One row per family with re-estimated BatchNorm: name, network, and Keras' network with its weights."""
     keras.utils.set_random_seed(0)

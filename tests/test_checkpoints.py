@@ -48,7 +48,9 @@ def _weights(model: keras.Model) -> list[np.ndarray]:
     return [w.numpy() for w in model.weights if "seed_generator" not in w.path]
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "LoRA goes on" else pytest.mark.slow) for name in STRATEGIES]
+)
 def test_going_on_at_a_phase_boundary_equals_never_having_stopped(
     small_network, small_task, small_data, tmp_path, name
 ):
@@ -116,8 +118,8 @@ def test_resume_false_begins_again(small_network, small_task, small_data, tmp_pa
     ("changes", "said"),
     [
         ({"strategy": strategies.linear_probe(epochs=2)}, "differs in strategy"),
-        ({"seed": 1}, "differs in seed"),
-        ({"batch_size": 4}, "differs in batch_size"),
+        pytest.param({"seed": 1}, "differs in seed", marks=pytest.mark.slow),
+        pytest.param({"batch_size": 4}, "differs in batch_size", marks=pytest.mark.slow),
     ],
 )
 def test_another_call_cannot_go_on(small_network, small_task, small_data, tmp_path, changes, said):

@@ -187,7 +187,7 @@ def _depthwise_input(node, operations: dict[str, str]) -> bool:
     return any(operations.get(name) == "DepthwiseConv2dNative" for name in node.input)
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("chunk", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_functions_that_layers_trace_live_as_long_as_the_graph(chunk):
     """Keras puts grouped convolutions into functions of their own, which TensorFlow forgets with the traced graph."""
     inputs = keras.Input((8, 8, 4))

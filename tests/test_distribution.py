@@ -175,6 +175,7 @@ _EXTRAS_ON_TWO_DEVICES = (
 )
 
 
+@pytest.mark.slow
 def test_two_devices_train_as_one(run_python):
     found = run_python(_TWO_DEVICES)
     assert found["replicas"] == [1, 2]

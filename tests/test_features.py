@@ -45,7 +45,7 @@ def data(small_data):
     return dataclasses.replace(small_data, **splits)
 
 
-BY_DEFAULT = {("top", "memory"), ("top", "files"), ("views", "files"), ("averaged", "memory"), ("endless", "memory")}
+BY_DEFAULT = {("views", "files"), ("averaged", "memory")}
 CASES = [
     pytest.param(*case, marks=() if case in BY_DEFAULT else pytest.mark.slow)
     for case in itertools.product(PHASES, ("memory", "files"))
@@ -94,14 +94,9 @@ def _damage(folder, kind):
             file.unlink()
 
 
-DAMAGE_BY_DEFAULT = {("cut short", "memory"), ("a flipped bit", "files")}
-DAMAGE = [
-    pytest.param(*case, marks=() if case in DAMAGE_BY_DEFAULT else pytest.mark.slow)
-    for case in itertools.product(("cut short", "a flipped bit", "removed"), ("memory", "files"))
-]
-
-
-@pytest.mark.parametrize(("kind", "place"), DAMAGE)
+@pytest.mark.slow  # by default `test_damaged_files_are_computed_again` below, and `test_shelf.py`
+@pytest.mark.parametrize("place", ["memory", "files"])
+@pytest.mark.parametrize("kind", ["cut short", "a flipped bit", "removed"])
 def test_a_run_goes_on_with_damaged_files(small_network, small_task, data, tmp_path, monkeypatch, kind, place):
     if place == "files":
         monkeypatch.setattr(features, "MEMORY_SHARE", 0.0)
@@ -115,7 +110,7 @@ def test_a_run_goes_on_with_damaged_files(small_network, small_task, data, tmp_p
     assert "0 computed" in _tuned(small_network, small_task, data, tmp_path)[1]
 
 
-@pytest.mark.parametrize("place", ["memory", "files"])
+@pytest.mark.parametrize("place", [pytest.param("memory", marks=pytest.mark.slow), "files"])
 def test_a_run_goes_on_when_the_disk_is_full(small_network, small_task, data, tmp_path, monkeypatch, place):
     expected, _ = _tuned(small_network, small_task, data, None)
     if place == "files":
@@ -396,6 +391,7 @@ def test_half_precision_is_the_same_kept_or_not(small_network, small_task, data)
     assert any(differs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not constants.has_bfloat16(), reason="needs a processor with AVX512-BF16 or AMX")
 def test_bfloat16_is_the_same_kept_or_not_and_its_error_is_said(small_network, small_task, data):
     model = small_network()
@@ -611,7 +607,7 @@ def test_what_is_frozen_in_several_phases_is_kept_apart_where_that_saves_somethi
     assert not feeding.pays_to_share([dataclasses.replace(use, phase=endless) for use in uses], 0.4)
 
 
-@pytest.mark.parametrize("strategy", ["norm_only", "bias_only"])
+@pytest.mark.parametrize("strategy", [pytest.param("norm_only", marks=pytest.mark.slow), "bias_only"])
 def test_a_probe_before_little_that_is_frozen_finds_what_another_probe_kept(
     small_network, small_task, data, tmp_path, strategy
 ):

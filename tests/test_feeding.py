@@ -34,7 +34,9 @@ def test_the_time_that_is_spent_waiting_is_measured(giving, taking, least, most)
         (Phase("head", "head", 5), "off", "switched off"),
         (Phase("head", "head", 5, augmentation="light"), "auto", "new views"),
         (Phase("head", "head", 6, augmentation="light", views=2), "auto", "kept in memory"),
-        (Phase("head", "head", 2, augmentation="light", views=2), "auto", "would not pay"),
+        pytest.param(
+            Phase("head", "head", 2, augmentation="light", views=2), "auto", "would not pay", marks=pytest.mark.slow
+        ),
         (Phase("head", "head", 2, augmentation="light", views=2, average_views=True), "auto", "kept in memory"),
         (Phase("head", "head", 1), "auto", "would not pay"),
         (Phase("all", "all", 5), "auto", "nothing is frozen"),

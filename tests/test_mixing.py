@@ -59,7 +59,10 @@ def test_the_same_key_gives_the_same_mix():
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize(("name", "count"), [("MobileNetV2-0.35", 10), ("ConvNeXtTiny", 18), ("VGG16", 0)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("MobileNetV2-0.35", 10), pytest.param("ConvNeXtTiny", 18, marks=pytest.mark.slow), ("VGG16", 0)],
+)
 def test_identity_shortcuts_are_found(name, count):
     """MobileNetV2 has ten blocks with a shortcut, ConvNeXtTiny a shortcut in each of its 18 blocks."""
     assert len(mixing.residual_branches(backbones.build(name, (32, 32)))) == count

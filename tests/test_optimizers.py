@@ -46,6 +46,7 @@ def test_step_follows_a_schedule():
     )
 
 
+@pytest.mark.slow
 def test_survives_saving_and_loading(tmp_path):
     model = _two_kernels()
     model.compile(optimizer=LayerwiseAdamW(0.01, weight_decay=0.1, multipliers={"low/kernel": 0.25}), loss="mse")

@@ -55,6 +55,7 @@ def test_features_that_do_not_fit_into_memory_are_refused(network, small_data, m
         inference.pooled_features(network, small_data.validation, augmentation="light", views=2)
 
 
+@pytest.mark.slow
 def test_views_of_pooled_features_differ(network, small_data):
     found = inference.pooled_features(network, small_data.validation, augmentation="strong", views=2)
     assert found.values.shape == (2, 12, 256)
@@ -71,7 +72,7 @@ def test_scores_are_those_of_the_training_split(network, small_data, small_task)
     assert ranking.score(network, "demo", small_task, other).logme != scores.logme
 
 
-@pytest.mark.parametrize("kind", ["multi_label", "regression"])
+@pytest.mark.parametrize("kind", [pytest.param("multi_label", marks=pytest.mark.slow), "regression"])
 def test_tasks_without_one_class_each_are_ranked_too(network, small_data, kind):
     targets = np.eye(3, dtype=np.float32)[small_data.train.targets]
     data = dataclasses.replace(small_data, train=dataclasses.replace(small_data.train, targets=targets))
@@ -96,7 +97,8 @@ def test_kept_features_are_found_and_change_nothing(network, small_data, small_t
     assert (first.logme, first.probe, first.n_leep) == (second.logme, second.probe, second.n_leep)
 
 
-@pytest.mark.parametrize("name", ["MobileNet-0.25", pytest.param("EfficientNetB0", marks=pytest.mark.slow)])
+@pytest.mark.slow  # by default what advice kept: see `test_advice.py`
+@pytest.mark.parametrize("name", ["MobileNet-0.25", "EfficientNetB0"])
 def test_training_finds_the_features_that_ranking_kept(small_data, small_task, tmp_path, name):
     pictures = dataclasses.replace(small_data.train.pictures, digests=tuple(f"{n:064x}" for n in range(24)))
     data = dataclasses.replace(small_data, train=dataclasses.replace(small_data.train, pictures=pictures))

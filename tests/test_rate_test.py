@@ -34,6 +34,7 @@ def test_batch_losses_are_undone_from_running_means():
     assert watch.smoothed[:2] == pytest.approx([first, second])
 
 
+@pytest.mark.slow
 def test_the_loss_over_averaged_views_is_undone_too(small_network, small_task, small_data):
     """The last batch of the epoch is smaller; the rates of the first steps are too small to change anything."""
     phase = Phase("probe", "head", augmentation="light", views=2, average_views=True)

@@ -251,7 +251,7 @@ def test_the_command_repeats_what_was_given_and_loads_each_size_once(pictures, t
     assert shlex.split(call)[-6:] == given
 
 
-@pytest.mark.parametrize("command", ["rank", "suggest"])
+@pytest.mark.parametrize("command", [pytest.param("rank", marks=pytest.mark.slow), "suggest"])
 def test_commands_take_a_class_with_one_training_example(tmp_path, capsys, command):
     generator = np.random.default_rng(0)
     for number in range(9):

@@ -6,9 +6,16 @@ from tftransfer import builders, trainable
 from tftransfer.errors import InputError
 
 
-@pytest.fixture
-def network():
+@pytest.fixture(scope="module")
+def built():
     return builders.image_classifier("MobileNetV2-0.35", 3, image_size=32, weights=None, hidden=(8,))
+
+
+@pytest.fixture
+def network(built):
+    """One network for all tests; what each sets on it is undone."""
+    with trainable.as_it_was(built):
+        yield built
 
 
 def _trains(model: keras.Model) -> set[str]:

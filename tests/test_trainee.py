@@ -25,6 +25,8 @@ EXTRAS = {
     "SGD": {"optimizer": "sgd"},
     "one cycle": {"schedule": "one_cycle"},
 }
+# By the combination of both, by another selector, by a strong penalty, by the step on averaged views.
+SHOWN_ELSEWHERE = ("mixup", "cutmix", "EWC", "distillation", "L2-SP", "SGD")
 
 
 def _tuned(network, task, data, selector="all", rate=0.02, epochs=1, **extras):
@@ -52,7 +54,15 @@ def plain(small_network, small_task, small_data):
 
 @pytest.mark.parametrize(
     ("name", "selector"),
-    [*((name, "all") for name in EXTRAS if name != "WiSE-FT"), ("EWC", "last:2"), ("distillation", "last:2")],
+    [
+        *(
+            pytest.param(name, "all", marks=pytest.mark.slow if name in SHOWN_ELSEWHERE else ())
+            for name in EXTRAS
+            if name != "WiSE-FT"
+        ),
+        ("EWC", "last:2"),
+        ("distillation", "last:2"),
+    ],
 )
 def test_an_extra_changes_training_reproducibly_and_leaves_a_plain_model(
     small_network, small_task, small_data, plain, name, selector
@@ -68,7 +78,13 @@ def test_an_extra_changes_training_reproducibly_and_leaves_a_plain_model(
     assert [w.path for w in first.weights] == [w.path for w in small_network().weights]
 
 
-@pytest.mark.parametrize("penalty", [L2SP(30.0), EWC(30.0, examples=8), DistillFromSource(30.0)])
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        L2SP(30.0),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (EWC(30.0, examples=8), DistillFromSource(30.0))),
+    ],
+)
 def test_a_strong_penalty_keeps_the_network_near_its_start(small_network, small_task, small_data, penalty):
     held, before, _ = _tuned(small_network, small_task, small_data, epochs=3, rate=0.005, penalty=penalty)
     free, _, _ = _tuned(small_network, small_task, small_data, epochs=3, rate=0.005)
@@ -84,6 +100,7 @@ def test_a_strong_penalty_keeps_the_network_near_its_start(small_network, small_
         assert _distance(held, before) < 0.7 * _distance(free, before)
 
 
+@pytest.mark.slow
 def test_a_penalty_of_strength_zero_changes_nothing(small_network, small_task, small_data):
     with_it, _, _ = _tuned(small_network, small_task, small_data, penalty=L2SP(0.0), weight_decay=0.0)
     without, _, _ = _tuned(small_network, small_task, small_data, weight_decay=0.0)
@@ -148,6 +165,7 @@ def test_a_leash_takes_the_place_of_weight_decay_below_the_head(small_network, s
     assert _distance(held, before) < 0.2 * _distance(free, before)
 
 
+@pytest.mark.slow
 def test_a_float16_network_carries_its_moments(small_task, small_data):
     with distribution.devices("cpu", "mixed_float16"):
         inputs = keras.Input((32, 32, 3))

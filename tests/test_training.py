@@ -36,7 +36,9 @@ def _value(model: keras.Model, path: str) -> np.ndarray:
     return next(weight.numpy() for weight in model.weights if weight.path == path)
 
 
-@pytest.mark.parametrize("selector", ["head", "last:1", "norm", "all"])
+@pytest.mark.parametrize(
+    "selector", [*(pytest.param(selector, marks=pytest.mark.slow) for selector in ("head", "last:1", "norm")), "all"]
+)
 def test_batch_norm_statistics_are_bit_equal_after_training(small_network, small_task, small_data, selector):
     model = small_network()
     before = _statistics(model)
@@ -45,7 +47,13 @@ def test_batch_norm_statistics_are_bit_equal_after_training(small_network, small
         np.testing.assert_array_equal(old, new)
 
 
-@pytest.mark.parametrize("extra", [{"mixup": 0.3}, {"average": Ema(0.5)}], ids=["mixup", "average"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param({"mixup": 0.3}, id="mixup"),
+        pytest.param({"average": Ema(0.5)}, id="average", marks=pytest.mark.slow),
+    ],
+)
 def test_steps_at_once_are_the_steps_one_by_one(small_network, small_task, small_data, monkeypatch, extra):
     """A callback that hears of each batch makes them come one by one."""
     at_once, batches = [], []
@@ -100,6 +108,7 @@ def test_overfits_a_batch(small_network, small_task, small_data):
     assert history["loss"][-1] < 0.1 * history["loss"][0]
 
 
+@pytest.mark.slow
 def test_a_frozen_network_cannot_overfit_in_the_same_way(small_network, small_task, small_data):
     """The test above can fail: with a learning rate near zero the loss stays."""
     phase = Phase("all", "all", 5, 1e-9, warmup=0)
@@ -230,7 +239,10 @@ def test_a_model_with_other_outputs_is_refused(small_network, small_task, small_
         training.fine_tune(small_network(num_classes=4), small_task, small_data, (Phase("probe"),))
 
 
-@pytest.mark.parametrize("penalty", [None, L2SP(0.1)], ids=["plain", "with a penalty"])
+@pytest.mark.parametrize(
+    "penalty",
+    [pytest.param(None, id="plain", marks=pytest.mark.slow), pytest.param(L2SP(0.1), id="with a penalty")],
+)
 def test_the_heads_own_l2_shrinks_its_kernel(small_network, small_task, small_data, penalty):
     """Also beside a penalty of the phase, which runs another network than the one that is compiled."""
     body = small_network()
@@ -279,7 +291,7 @@ def test_an_interrupted_process_ends():
     assert done.returncode == 75, done.stderr
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_the_groups_step_at_the_rates_that_layer_decay_asks_for(small_network, small_task, small_data, optimizer):
     """In the first step, weight decay included: against that of the same phase without `layer_decay`."""
 
@@ -346,6 +358,7 @@ def test_callbacks_that_set_the_rate_are_refused(small_network, small_task, smal
         training.fine_tune(small_network(), small_task, small_data, (Phase("probe"),), callbacks=[callback])
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_logged_now_and_then_is_undefined_elsewhere(small_network, small_task, small_data, tmp_path):
     class Sometimes(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -360,7 +373,7 @@ def test_a_metric_that_is_logged_now_and_then_is_undefined_elsewhere(small_netwo
     assert len((tmp_path / "history.csv").read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize("unit", [1e-6, pytest.param(1.0, marks=pytest.mark.slow), 1e10])
+@pytest.mark.parametrize("unit", [*(pytest.param(unit, marks=pytest.mark.slow) for unit in (1e-6, 1.0)), 1e10])
 def test_numbers_are_learned_in_any_unit(small_network, make_examples, unit):
     generator = np.random.default_rng(0)
     brightness = generator.uniform(0, 200, (48, 1)).astype(np.float32)

@@ -1,5 +1,6 @@
 """Weights go in whole or not at all, from each kind of file, and the manifest says which they were."""
 
+import functools
 import json
 import shutil
 import zipfile
@@ -44,8 +45,16 @@ def _write(model, path):
     return path
 
 
-@pytest.mark.parametrize("include_top", [False, True])
-@pytest.mark.parametrize("file", ["net.h5", "net.weights.h5", "net.keras"])
+@pytest.mark.parametrize(
+    ("file", "include_top"),
+    [
+        ("net.h5", False),
+        ("net.weights.h5", False),
+        ("net.keras", False),
+        ("net.h5", True),
+        *(pytest.param(file, True, marks=pytest.mark.slow) for file in ("net.weights.h5", "net.keras")),
+    ],
+)
 def test_each_kind_of_file_is_loaded(tmp_path, file, include_top):
     source = _random(_stock(include_top))
     path = _write(source, tmp_path / file)
@@ -163,16 +172,16 @@ def test_a_file_with_keras_name_but_another_digest_is_refused(tmp_path):
 # ImageNet weights without a network: Keras' download is replaced by a file of random weights.
 
 
+def _download(monkeypatch, result):
+    replacement = mock.Mock(side_effect=[result] if isinstance(result, Exception) else None)
+    replacement.return_value = result
+    monkeypatch.setattr("keras.src.utils.file_utils.get_file", replacement)
+
+
 @pytest.fixture
 def download(monkeypatch):
     """Return a function that sets what Keras' download gives: a file, or an exception."""
-
-    def _set(result):
-        replacement = mock.Mock(side_effect=[result] if isinstance(result, Exception) else None)
-        replacement.return_value = result
-        monkeypatch.setattr("keras.src.utils.file_utils.get_file", replacement)
-
-    return _set
+    return functools.partial(_download, monkeypatch)
 
 
 def test_a_failed_download_says_what_to_do(download):
@@ -201,17 +210,20 @@ def _distance(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-@pytest.fixture
-def efficientnet(tmp_path, download, estimate_batch_norm):
+@pytest.fixture(scope="module")
+def efficientnet(tmp_path_factory, estimate_batch_norm):
     """A file of EfficientNetB0 weights, and Keras' own network with them as its ImageNet weights."""
+    keras.utils.set_random_seed(0)
     source = estimate_batch_norm(_efficientnet(None))
-    path = _write(source, tmp_path / "net.h5")
-    download(str(path))
-    return path, _efficientnet("imagenet")
+    path = _write(source, tmp_path_factory.mktemp("efficientnet") / "net.h5")
+    with pytest.MonkeyPatch.context() as patched:
+        _download(patched, str(path))
+        return path, _efficientnet("imagenet")
 
 
-def test_efficientnet_from_a_file_equals_efficientnet_with_its_own_weights(efficientnet):
+def test_efficientnet_from_a_file_equals_efficientnet_with_its_own_weights(efficientnet, download):
     path, keras_own = efficientnet
+    download(str(path))
     expected = _features(keras_own)
     assert np.abs(expected).max() > 1e-3
     from_file = backbones.build("EfficientNetB0", SIZE, path, weights_kind="imagenet")

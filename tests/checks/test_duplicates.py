@@ -67,7 +67,12 @@ def originals():
     return [_picture(seed) for seed in range(40)]
 
 
-@pytest.mark.parametrize("kind", COPIES)
+BY_DEFAULT = ("resized", "encoded again", "mirrored and cropped")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in BY_DEFAULT else pytest.mark.slow) for kind in COPIES]
+)
 def test_copies_are_found_whichever_split_has_the_original(originals, kind):
     changed = [COPIES[kind](picture) for picture in originals[:10]]
     others = [_picture(seed) for seed in range(100, 110)]

@@ -84,6 +84,7 @@ print((max(sizes) - sizes[0]) / (1000 * 320 * 320 * 3))
 """
 
 
+@pytest.mark.slow
 def test_decoded_pictures_are_held_once(repository):
     command = [sys.executable, "-c", _PEAK]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
@@ -160,7 +161,7 @@ def broken_folder(make_folder, encoded, odd_files):
     return root
 
 
-@pytest.mark.parametrize("memory_budget", [None, 0])
+@pytest.mark.parametrize("memory_budget", [None, pytest.param(0, marks=pytest.mark.slow)])
 def test_broken_files_are_set_aside_with_their_reason(broken_folder, memory_budget):
     data, _ = load(broken_folder, image_size=SIZE, memory_budget=memory_budget)
     assert {item.file: item.reason for item in data.quarantined} == {f"cat/{n}": r for n, r in BROKEN.items()}

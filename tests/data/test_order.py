@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -75,6 +76,7 @@ def test_in_order_gives_each_example_once(examples):
     np.testing.assert_array_equal(np.concatenate([batch[1] for batch in batches]), np.arange(10))
 
 
+@pytest.mark.slow
 def test_averaged_views_are_those_that_come_in_turn_otherwise(examples):
     options = {"seed": 3, "phase": 1, "augmentation": "light", "views": 3}
     for step, joined in enumerate(order.batches(examples, 4, steps=5, average_views=True, **options)):
@@ -103,8 +105,13 @@ def test_all_tensors_of_several_are_averaged_over_views(examples):
     np.testing.assert_array_equal(second[:, 1] - second[:, 0], [0, 0, 0, 10, 10, 10])
 
 
-@pytest.mark.parametrize("views", [0, 2])
-@pytest.mark.parametrize("name", ["none", "light", "strong"])
+PLACED = [
+    pytest.param(*case, marks=() if case in {("strong", 0), ("light", 2)} else pytest.mark.slow)
+    for case in itertools.product(("none", "light", "strong"), (0, 2))
+]
+
+
+@pytest.mark.parametrize(("name", "views"), PLACED)
 def test_each_picture_lies_where_its_geometry_says(make_examples, name, views):
     height, width = 24, 36
     rows, columns = np.mgrid[:height, :width].astype(np.uint8)

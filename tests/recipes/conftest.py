@@ -1,11 +1,21 @@
 """Recipes as a user runs them, but in this process."""
 
+import functools
 import importlib.util
 import sys
 
 import pytest
 
 from tftransfer import cli
+from tftransfer.checks import forgetting
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signs_are_generated_once():
+    """Drawing the old task's pictures takes seconds, and each run of a recipe would draw the same ones."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(forgetting, "demo_source", functools.cache(forgetting.demo_source))
+        yield
 
 
 @pytest.fixture(scope="session")

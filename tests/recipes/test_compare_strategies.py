@@ -15,11 +15,11 @@ def recipe(recipe_named):
     return recipe_named("compare_strategies")
 
 
-@pytest.fixture(scope="module")
-def finished(recipe, tmp_path_factory):
-    """A comparison that was stopped in its second trial and after its last one, and which trials were run."""
+@pytest.fixture(scope="module", params=["0", pytest.param("0,1", marks=pytest.mark.slow)])
+def finished(request, recipe, tmp_path_factory):
+    """A comparison, stopped in its second trial and after its last one; which trials were run, and its seeds."""
     folder = tmp_path_factory.mktemp("runs") / "comparison"
-    arguments = [*SMALL, "--strategy", "linear_probe,partial:last=1", "--seeds", "0,1", "--out", folder]
+    arguments = [*SMALL, "--strategy", "linear_probe,partial:last=1", "--seeds", request.param, "--out", folder]
     real, done = comparison.run_trial, []
 
     def noted(choice, *given, **named):
@@ -37,7 +37,11 @@ def finished(recipe, tmp_path_factory):
             stopping.setattr(bundles, "finish", _stop)
             assert recipe(*arguments) == 75
         assert recipe(*arguments) == 0
-    return folder, done
+    return folder, done, request.param
+
+
+def _planned(seeds):
+    return [(name, int(seed)) for name in ("linear_probe", "partial:last=1") for seed in seeds.split(",")]
 
 
 def _stop(*_, **__):
@@ -47,7 +51,7 @@ def _stop(*_, **__):
 def test_every_trial_is_written_down(finished):
     found = json.loads((finished[0] / "comparison.json").read_text())
     keys = {(trial["strategy"], trial["seed"], trial["fold"]) for trial in found["trials"]}
-    assert keys == {(name, seed, -1) for name in ("linear_probe", "partial:last=1") for seed in (0, 1)}
+    assert keys == {(*trial, -1) for trial in _planned(finished[2])}
     assert {row["strategy"] for row in found["strategies"]} == {"linear_probe", "partial:last=1"}
     for trial in found["trials"]:
         assert 0 <= trial["metric"] <= 1
@@ -65,7 +69,7 @@ def test_table_and_picture_stand_beside_it(finished):
 
 
 def test_a_finished_comparison_is_not_run_again(recipe, finished, capsys):
-    arguments = [*SMALL, "--strategy", "linear_probe,partial:last=1", "--seeds", "0,1", "--out", finished[0]]
+    arguments = [*SMALL, "--strategy", "linear_probe,partial:last=1", "--seeds", finished[2], "--out", finished[0]]
     arguments.remove("--quiet")
     before = (finished[0] / "comparison.json").stat().st_mtime_ns
     assert recipe(*arguments) == 0
@@ -74,9 +78,10 @@ def test_a_finished_comparison_is_not_run_again(recipe, finished, capsys):
 
 
 def test_a_stopped_comparison_goes_on_after_its_last_trial(finished):
-    assert finished[1] == [(name, seed) for name in ("linear_probe", "partial:last=1") for seed in (0, 1)]
+    assert finished[1] == _planned(finished[2])
 
 
+@pytest.mark.slow
 def test_folds_leave_the_test_split_alone(recipe, tmp_path, monkeypatch):
     """With folds every measurement is on training examples: the test split's loader is never asked."""
     from tftransfer import data

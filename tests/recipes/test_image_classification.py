@@ -393,11 +393,13 @@ def _contents(folder):
 @pytest.mark.parametrize(
     "name",
     [
-        "missing folder", "empty folder", "one class", "empty class", "class of one", "labels that training lacks",
-        "missing column", "bad encoding", "missing file", "unknown backbone", "weights of another network",
+        "missing folder", "class of one", "bad encoding", "unknown backbone", "weights of another network",
         "missing weights", "image too small", "zero epochs", "unwritable folder", "another run", "unknown strategy",
         "unknown option", "unknown devices", "zero batch", "negative seed",
         "seed too large", "more groups than there are", "path that is a pattern",
+        # By default `tests/data/test_loading.py` and `test_tables.py` refuse these:
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("empty folder", "one class", "empty class",
+          "labels that training lacks", "missing column", "missing file")),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_2(recipe, tmp_path, capsys, name):
@@ -446,6 +448,7 @@ def test_later_exports_are_verified_on_pictures_of_the_run(finished):
     assert "samples/0.png" in bundles.read_manifest(finished)["files"]
 
 
+@pytest.mark.slow
 def test_a_version_of_a_run_is_compared_with_the_runs_model(finished, capsys):
     assert cli.main(["verify", str(finished / "serving" / "1"), "--repeats", "2", "--json"]) == 0
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}

@@ -66,6 +66,7 @@ def test_answers_come_closer_to_those_in_float(tmp_path, monkeypatch):
     assert apart["corrected"] < 0.7 * apart["as it was"]
 
 
+@pytest.mark.slow
 def test_layers_that_share_a_bias_keep_their_own(tmp_path):
     pictures = np.random.default_rng(0).uniform(0, 255, (4, 24, 24, 3)).astype(np.float32)
     serving.export_litert(_network(), TASK, tmp_path / "a.tflite", quantize="int8", calibration=pictures)

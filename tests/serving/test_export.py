@@ -25,7 +25,10 @@ def answer(directory, signature, values):
 
 
 @pytest.mark.parametrize("optimise", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(TASKS[0], id="multi_label", marks=pytest.mark.slow), pytest.param(TASKS[1], id="regression")],
+)
 def test_every_task_serves_what_keras_answers(task, optimise, model, pictures, tmp_path):
     serving.export_savedmodel(model, task, tmp_path / "1", optimise=optimise)
     verification = serving.verify(tmp_path / "1", pictures, model=model, task=task, repeats=3)
@@ -95,6 +98,7 @@ def test_contract_of_names_and_types(exported):
     assert structure.image_size(structure.read(exported)) == (16, 24)
 
 
+@pytest.mark.slow
 def test_an_empty_batch_is_answered(exported):
     answers = answer(exported, "serving_default", loaders.as_texts([]))
     assert {name: values.shape for name, values in answers.items()} == {
@@ -119,6 +123,7 @@ def test_probabilities_from_an_activation_pass_unchanged(model, task, pictures, 
     np.testing.assert_allclose(both[0]["probabilities"], both[1]["probabilities"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_from_logits_can_be_said(model, task, pictures, tmp_path):
     serving.export_savedmodel(model, task, tmp_path / "1", from_logits=False)
     numbers = answer(tmp_path / "1", "serving_default", loaders.as_texts(pictures))["probabilities"]
@@ -126,7 +131,7 @@ def test_from_logits_can_be_said(model, task, pictures, tmp_path):
 
 
 @pytest.mark.usefixtures("without_c_library")
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
 def test_mixed_precision_answers_in_float32(policy, network, task, pictures, tmp_path):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)

@@ -77,19 +77,24 @@ def test_files_are_published_with_their_numbers(model, task, run, evidence):
     assert "On 40 test pictures." in table.note
 
 
+@pytest.mark.slow
+def test_without_a_newest_savedmodel_there_is_no_time_of_it(model, task, run, exported, evidence):
+    (run / "serving" / "4").mkdir(parents=True)
+    (run / "serving" / "3").symlink_to(exported)
+    _, _, table = files.publish_files(litert.RUNTIME, model, task, run, ["none"], evidence)
+    assert len(table.rows) == 2, "the newest SavedModel is none"
+
+
 def test_the_time_of_the_savedmodel_stands_beside_them(model, task, run, exported, evidence):
     (run / "serving").mkdir()
     (run / "serving" / "3").symlink_to(exported)
-    (run / "serving" / "4").mkdir()
-    _, _, table = files.publish_files(litert.RUNTIME, model, task, run, ["none"], evidence)
-    assert len(table.rows) == 2, "the newest SavedModel is none"
-    (run / "serving" / "4").rmdir()
     _, _, table = files.publish_files(litert.RUNTIME, model, task, run, ["none"], evidence)
     name, size, *quality, taken = table.rows[-1]
     assert (name, quality) == ("serving/3", [None, None, None])
     assert size > 0 < taken
 
 
+@pytest.mark.slow
 def test_an_export_takes_the_place_of_the_last_one(model, task, run, evidence):
     for kinds, expected in ((KINDS[:2], ["model.tflite", "model_float16.tflite"]), (KINDS[:1], ["model.tflite"])):
         files.publish_files(litert.RUNTIME, model, task, run, kinds, evidence)
@@ -101,7 +106,7 @@ def test_another_network_is_refused_and_the_last_export_stays(model, network, ta
     files.publish_files(litert.RUNTIME, model, task, run, ["none"], evidence)
     other = network(seed=1)
     wrong = replace(litert.RUNTIME, write=lambda _, *given: litert.RUNTIME.write(other, *given))
-    folder, verification, _ = files.publish_files(wrong, model, task, run, KINDS, evidence)
+    folder, verification, _ = files.publish_files(wrong, model, task, run, KINDS[:2], evidence)
     assert folder is None
     assert "model.tflite: equals Keras within 0.0001" in verification.failed
     assert "model_float16.tflite: loses 1% at most" in verification.failed
@@ -117,16 +122,17 @@ def test_int8_that_was_calibrated_on_other_pictures_is_refused(model, task, run,
     assert contents(run) == ["model.keras"]
 
 
-def test_answers_that_are_not_finite_are_refused(model, task, run, evidence):
+@pytest.mark.parametrize("kinds", [KINDS[:1], pytest.param(KINDS, marks=pytest.mark.slow)], ids=len)
+def test_answers_that_are_not_finite_are_refused(kinds, model, task, run, evidence):
     def broken(path, threads):
         answer = tflite_files.open_file(path, threads)
         return lambda pictures: {name: values * np.nan for name, values in answer(pictures).items()}
 
     runtime = replace(litert.RUNTIME, open=broken)
-    folder, verification, table = files.publish_files(runtime, model, task, run, KINDS, evidence)
+    folder, verification, table = files.publish_files(runtime, model, task, run, kinds, evidence)
     assert folder is None
-    assert len(verification.failed) == len(verification.checks) == 6
-    assert [row[2:4] for row in table.rows[1:]] == [(None, None)] * 3
+    assert len(verification.failed) == len(verification.checks) == 2 * len(kinds)
+    assert [row[2:4] for row in table.rows[1:]] == [(None, None)] * len(kinds)
     json.dumps([check.metrics for check in verification.checks], allow_nan=False)
 
 
@@ -155,7 +161,11 @@ def test_errors_of_numbers_count_in_units_of_their_deviation():
 
 
 @pytest.mark.parametrize(
-    "task", [tasks.MultiLabel(("red", "green", "blue")), tasks.Regression(("a", "b", "c"))], ids=lambda task: task.kind
+    "task",
+    [
+        pytest.param(tasks.MultiLabel(("red", "green", "blue")), id="multi_label", marks=pytest.mark.slow),
+        pytest.param(tasks.Regression(("a", "b", "c")), id="regression"),
+    ],
 )
 def test_other_tasks_are_published_too(task, model, run, make_examples):
     pictures, output = soft_pictures(40), "values" if task.kind == "regression" else "probabilities"
@@ -171,7 +181,7 @@ def test_other_tasks_are_published_too(task, model, run, make_examples):
     assert (folder / "labels.txt").exists() == (task.kind != "regression")
 
 
-@pytest.mark.parametrize("samples", [True, False])
+@pytest.mark.parametrize("samples", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_without_data_the_pictures_that_are_kept_must_do(samples, model, task, run, pictures):
     evidence = Evidence(samples=pictures if samples else (), note="Nothing else was at hand.")
     folder, verification, table = files.publish_files(litert.RUNTIME, model, task, run, ["none", "float16"], evidence)

@@ -148,7 +148,7 @@ def test_the_same_network_gives_the_same_file_with_no_path_inside(model, task, t
     assert not any(str(path).encode() in content for path in (repository, tmp_path, "/tmp/"))
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("policy", [pytest.param("mixed_bfloat16", marks=pytest.mark.slow), "mixed_float16"])
 def test_mixed_precision_becomes_float32(policy, network, task, tmp_path):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)

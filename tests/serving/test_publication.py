@@ -197,6 +197,7 @@ def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path):
         publication.publish_directory(build, tmp_path / "serving", lambda _: PASSED)
 
 
+@pytest.mark.slow
 def test_publish_exports_and_verifies(model, task, pictures, tmp_path):
     version, verification = serving.publish(model, task, tmp_path, pictures, repeats=2)
     assert version == tmp_path / "1"
@@ -206,14 +207,17 @@ def test_publish_exports_and_verifies(model, task, pictures, tmp_path):
 
 
 @pytest.mark.usefixtures("without_c_library")
-def test_publish_refuses_an_export_that_answers_otherwise(model, network, task, pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimise", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_publish_refuses_an_export_that_answers_otherwise(
+    optimise, model, network, task, pictures, tmp_path, monkeypatch
+):
     export = publication.export_savedmodel
     monkeypatch.setattr(
         publication,
         "export_savedmodel",
         lambda _, *arguments, **options: export(network(seed=1), *arguments, **options),
     )
-    version, verification = serving.publish(model, task, tmp_path, pictures, repeats=2)
+    version, verification = serving.publish(model, task, tmp_path, pictures, repeats=2, optimise=optimise)
     assert version is None
     assert verification.failed == ("graph session equals Keras",)
     assert os.listdir(tmp_path) == []

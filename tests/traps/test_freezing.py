@@ -160,7 +160,13 @@ class _Record(keras.callbacks.Callback):
         self.moved.append(_moved(self.before, self.model))
 
 
-@pytest.mark.parametrize("selectors", [("head", "all"), ("all", "head")], ids=["unfreezing", "freezing"])
+@pytest.mark.parametrize(
+    "selectors",
+    [
+        pytest.param(("head", "all"), id="unfreezing"),
+        pytest.param(("all", "head"), id="freezing", marks=pytest.mark.slow),
+    ],
+)
 def test_each_phase_of_ours_trains_what_it_says(small_network, small_task, small_data, selectors):
     """Within one call: each phase is compiled anew."""
     model, record = small_network(), _Record()
@@ -173,8 +179,20 @@ def test_each_phase_of_ours_trains_what_it_says(small_network, small_task, small
     assert record.moved == [trains[selector] for selector in selectors]
 
 
-@pytest.mark.parametrize("moment", ["on_train_begin", "on_epoch_begin", "on_epoch_end"])
-@pytest.mark.parametrize("trains", [True, False], ids=["unfreezing", "freezing"])
+MOMENTS = [
+    pytest.param(way == "unfreezing", moment, id=f"{way}-{moment}", marks=() if shown else pytest.mark.slow)
+    for way, moment, shown in (
+        ("unfreezing", "on_train_begin", True),
+        ("unfreezing", "on_epoch_begin", False),
+        ("unfreezing", "on_epoch_end", False),
+        ("freezing", "on_train_begin", False),
+        ("freezing", "on_epoch_begin", False),
+        ("freezing", "on_epoch_end", True),
+    )
+]
+
+
+@pytest.mark.parametrize(("trains", "moment"), MOMENTS)
 def test_ours_refuses_a_callback_that_changes_what_trains(small_network, small_task, small_data, trains, moment):
     model = small_network()
     flip = keras.callbacks.LambdaCallback(**{moment: lambda *given: _set_all(model, trains)})
@@ -209,6 +227,7 @@ def test_ours_from_random_weights_infers_as_it_trains():
     assert _gap(ours) < 0.05
 
 
+@pytest.mark.slow
 def test_ours_from_random_weights_learns_within_a_hundred_steps(make_examples):
     """Where 1 is left of the first variances, the network answers the same whatever it sees."""
     keras.utils.set_random_seed(0)
@@ -264,6 +283,7 @@ def test_gamma_that_trains_in_a_frozen_layer_and_its_slots_are_lost_on_load(smal
     assert not np.any(loaded.optimizer.variables[2].numpy())  # what is left of the slots begins from nothing
 
 
+@pytest.mark.slow
 def test_ours_trains_gamma_on_after_a_stop(small_network, small_task, small_data, tmp_path):
     """The second phase of a stopped call goes on with the same selector and the same moments."""
     phases = (Phase("one", "norm", 2, 0.01), Phase("two", "norm", 1, 0.01, carry_moments=True))
@@ -284,7 +304,7 @@ def test_ours_trains_gamma_on_after_a_stop(small_network, small_task, small_data
     assert "norm_1/gamma" in _moved(_values(small_network()), resumed)
 
 
-@pytest.mark.parametrize("name", ["norm_only", "head_and_norm"])
+@pytest.mark.parametrize("name", ["norm_only", pytest.param("head_and_norm", marks=pytest.mark.slow)])
 def test_ours_trains_gamma_on_after_a_load(small_network, small_task, small_data, tmp_path, name):
     """The file has lost what trains; each phase says it again, so that the loaded network learns as the other does."""
     strategy = strategies.parse(name, epochs=2, learning_rate=0.02)
@@ -323,6 +343,7 @@ def _drops(model: keras.Model) -> list[keras.Layer]:
     return [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Dropout)]
 
 
+@pytest.mark.slow
 def test_stochastic_depth_stays_active_in_fit_in_a_frozen_efficientnet(estimate_batch_norm):
     """Nothing can move at a rate of zero, and yet each epoch has another loss."""
     stock = keras.applications.EfficientNetB0(include_top=False, weights=None, input_shape=(32, 32, 3), pooling="avg")
@@ -337,6 +358,7 @@ def test_stochastic_depth_stays_active_in_fit_in_a_frozen_efficientnet(estimate_
     assert len({round(loss, 2) for loss in losses}) == 3
 
 
+@pytest.mark.slow
 def test_a_frozen_efficientnet_of_ours_is_calm_in_training(efficientnet, small_task, small_data):
     phase = Phase("probe", "head", 3, 1e-12, schedule="constant", warmup=0)
     losses = training.fine_tune(efficientnet, small_task, small_data, (phase,), batch_size=24)["loss"]

@@ -50,7 +50,7 @@ def _slots(optimizer: LayerwiseAdamW) -> dict[str, list[np.ndarray]]:
     return {variable.path: [slot.numpy() for slot in slots] for variable, *slots in kept}
 
 
-@pytest.mark.parametrize("carry", [True, False])
+@pytest.mark.parametrize("carry", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_phase_of_ours_begins_with_the_moments_of_the_one_before(
     small_network, small_task, small_data, monkeypatch, carry
 ):
@@ -185,6 +185,7 @@ def test_keras_lora_is_dead_after_a_load(tmp_path):
         np.testing.assert_array_equal(layer._kernel.numpy(), kernel)  # biases alone go on
 
 
+@pytest.mark.slow
 def test_ours_learns_on_from_its_file(small_network, small_task, small_data, tmp_path):
     start, tuned = small_network(), small_network()
     tuned.set_weights(start.get_weights())
@@ -227,7 +228,10 @@ def test_toggling_a_layer_with_keras_lora_unfreezes_its_kernel():
     assert layer._kernel.trainable
 
 
-@pytest.mark.parametrize("toggled", [False, True], ids=["frozen before", "toggled"])
+@pytest.mark.parametrize(
+    "toggled",
+    [pytest.param(False, id="frozen before"), pytest.param(True, id="toggled", marks=pytest.mark.slow)],
+)
 def test_factors_of_ours_train_and_the_base_does_not(small_network, small_task, small_data, monkeypatch, toggled):
     """Until it is merged, whatever was frozen or toggled before: the base's kernels are bit for bit what they were."""
     model = small_network()

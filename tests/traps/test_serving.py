@@ -23,6 +23,7 @@ def test_a_module_that_holds_a_keras_model_fails_in_a_graph_session(small_networ
             session.run(answer, {given: np.zeros((1, 32, 32, 3), np.float32)})
 
 
+@pytest.mark.slow
 def test_ours_answers_in_a_graph_session(small_network, small_task, tmp_path):
     model = small_network()
     serving.export_savedmodel(model, small_task, tmp_path / "1")

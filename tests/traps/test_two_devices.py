@@ -79,6 +79,7 @@ _OURS = (
 )
 
 
+@pytest.mark.slow
 def test_stock_keras_keeps_the_first_devices_statistics_and_fails_on_a_model_from_outside(run_python):
     found = run_python(_STOCK)
     assert found["statistics"] == pytest.approx([0.5 * 5, 0.5 * 1 + 0.5 * 25])  # of 0 and 10 alone
