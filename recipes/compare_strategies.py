@@ -138,7 +138,7 @@ def _about(options: Any, network: Any, data: Any, devices: Any) -> dict[str, Any
         "batch_size": options.batch_size,
         "learning_rate": options.learning_rate,
         "precision": devices.precision,
-        "versions": tft.bundles.versions(),
+        "versions": tft.versions.versions(),
     }
 
 

@@ -32,6 +32,12 @@ def main() -> int:
     parser.add_argument(
         "--remove-duplicates", action="store_true", help="train without pictures that are in another split too"
     )
+    parser.add_argument(
+        "--time-limit",
+        type=cli.duration,
+        metavar="SECONDS|90m|2h",
+        help="end training then, evaluate and export the best so far; the same command goes on (default: no limit)",
+    )
     options = cli.parse(parser)
     import keras  # after TensorFlow was loaded quietly
 
@@ -89,6 +95,7 @@ def main() -> int:
             **common,
             output=run.folder,
             source=source,
+            time_limit=run.seconds_left,
             cache=options.cache,
             quiet=options.quiet,
         )

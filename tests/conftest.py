@@ -21,7 +21,7 @@ cli.import_tensorflow()
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from tftransfer import bundles, tasks  # noqa: E402
+from tftransfer import bundles, tasks, versions  # noqa: E402
 from tftransfer.data.examples import Data, Examples, Pictures  # noqa: E402
 from tftransfer.report import CLASSES, Check, Number, Report, Table  # noqa: E402
 
@@ -160,7 +160,7 @@ def _report() -> Report:
         },
         seconds={"train": 1.25, "total": 2.5},
         checks=(Check("calibration", True, {"expected_calibration_error": 0.0123}), Check("duplicates", False)),
-        versions=bundles.versions(),
+        versions=versions.versions(),
         tables=(Table("Each class", ("class", "recall", "F1", "test examples"), tuple(rows), section=CLASSES),),
     )
 
@@ -173,7 +173,7 @@ def _written_run(tmp_path_factory, small_task) -> Path:
     bundles.begin(folder, configuration)
     saved_model = ("saved_model.pb", "fingerprint.pb", "variables/variables.index", "variables/variables.data-00000")
     names = [f"serving/{version}/{name}" for version in (1, 2) for name in saved_model]
-    for name in (*names, "logs/train/events.out.v2", "checkpoints/phase.safetensors", "history.csv"):
+    for name in (*names, "logs/train/events.out.v2", "checkpoints/001-000000000/state.safetensors", "history.csv"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(f"what {name} holds\n".encode() * 20)
     bundles.write_samples(folder, [tf.io.encode_png(np.zeros((32, 32, 3), np.uint8)).numpy()] * 2)

@@ -1,10 +1,11 @@
 import dataclasses
+import errno
 
 import keras
 import numpy as np
 import pytest
 
-from tftransfer import builders, checkpoints, strategies, tasks, training
+from tftransfer import builders, checkpoints, sealed_folders, strategies, tasks, training
 from tftransfer.adapters import Adapter, Lora
 from tftransfer.averages import Ema
 from tftransfer.errors import InputError
@@ -187,16 +188,32 @@ def test_variables_of_other_shapes_are_not_restored(small_network):
         checkpoints.Kept({"0.kernel": np.zeros((2, 2))}, (), "", {}, History()).restore(small_network())
 
 
-def test_a_damaged_file_is_named(small_network, small_task, small_data, tmp_path):
+def test_what_is_damaged_at_a_boundary_is_set_aside_and_trained_again(small_network, small_task, small_data, tmp_path):
+    strategy = (Phase("probe", "head", 1), Phase("top", "last:1", 1))
+    whole = _fresh(small_network)
+    training.fine_tune(whole, small_task, small_data, strategy, output=tmp_path)
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["001-000000000", "002-000000000"]
+    (folder / "002-000000000" / "manifest.json").write_bytes(b"damaged")
+    again = _fresh(small_network)
+    history = training.fine_tune(again, small_task, small_data, strategy, output=tmp_path)
+    assert "it is damaged-002-000000000 now, and the one before it is used" in history.notes[0]
+    assert (folder / "damaged-002-000000000").is_dir()
+    for one, two in zip(_weights(whole), _weights(again), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_what_cannot_be_read_now_is_not_set_aside(small_network, small_task, small_data, tmp_path, monkeypatch):
     strategy = (Phase("probe", "head", 1),)
     training.fine_tune(_fresh(small_network), small_task, small_data, strategy, output=tmp_path)
-    path = tmp_path / "checkpoints" / "phase.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    for damage, said in ((bytes(content), "is damaged"), (b"damaged", "cannot be loaded")):
-        path.write_bytes(damage)
-        with pytest.raises(InputError, match=rf"phase\.safetensors {said}.*remove it to begin again"):
-            training.fine_tune(_fresh(small_network), small_task, small_data, strategy, output=tmp_path)
+
+    def none_left(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(sealed_folders, "digest", none_left)
+    with pytest.raises(InputError, match="001-000000000 cannot be read: Too many open files"):
+        training.fine_tune(_fresh(small_network), small_task, small_data, strategy, output=tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["001-000000000"]
 
 
 def test_another_task_source_or_adapter_cannot_go_on(small_task, small_data, make_examples):

@@ -157,7 +157,9 @@ def test_a_run_whose_version_is_gone_fails_with_its_files(written_run, verified,
     assert "serving/2/saved_model.pb" in found["files equal the manifest"][1]["missing"]
 
 
-@pytest.mark.parametrize("name", ["model.keras", "samples/0.png", "report.html", "checkpoints/phase.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model.keras", "samples/0.png", "report.html", "checkpoints/001-000000000/state.safetensors"]
+)
 def test_another_changed_file_is_named_and_not_used(written_run, verified, flip_a_bit, capsys, name):
     flip_a_bit(written_run / name)
     code, found = _verify(written_run, capsys)

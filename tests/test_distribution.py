@@ -191,3 +191,45 @@ def test_what_a_phase_adds_works_on_two_devices_as_on_one(run_python):
     apart = run_python(_EXTRAS_ON_TWO_DEVICES)
     assert apart.pop("mixing") > 1e-5
     assert max(apart.values()) < 1e-5, apart
+
+
+_RESUMED_ON_TWO_DEVICES = (
+    _EXTRAS_ON_TWO_DEVICES.partition("    tried = {")[0]
+    + """
+    import tempfile
+    from tftransfer import checkpoints
+
+    phase = Phase("tune", "all", 2, 1e-2, mixup=0.4, average=Ema(1.0), train_batch_norm=True)
+    write, left = checkpoints.save_progress, [None]
+
+    def write_and_end(*given, **named):
+        write(*given, **named)
+        left[0] = left[0] and left[0] - 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    checkpoints.save_progress = write_and_end
+
+    def trained(ends_after, **given):
+        left[0] = ends_after
+        with distribution.devices("2"):
+            model = small()
+        try:
+            history = training.fine_tune(model, task, data, (phase,), batch_size=8, save_every=0, **given)
+        except KeyboardInterrupt:
+            return None
+        return dict(history), np.concatenate([w.numpy().ravel() for w in model.weights])
+
+    with tempfile.TemporaryDirectory() as folder:
+        straight = trained(None, output=folder + "/straight")
+        ended = [trained(number, output=folder + "/stopped") for number in (2, 3)]
+        resumed = trained(None, output=folder + "/stopped")
+    same = bool(np.array_equal(straight[1], resumed[1]))
+    print(json.dumps([ended == [None, None], same, straight[0] == resumed[0]]))
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_run_on_two_devices_goes_on_within_an_epoch_with_the_same_bits(run_python):
+    assert run_python(_RESUMED_ON_TWO_DEVICES) == [True, True, True]

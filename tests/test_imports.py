@@ -12,7 +12,7 @@ import tftransfer
 PACKAGE = Path(tftransfer.__file__).parent
 # From the bottom up: a module imports from its own line and the lines above it only.
 LAYERS = (
-    {"errors"},
+    {"errors", "locks", "interruption", "versions"},
     {"scanning"},
     {"report", "report_html"},
     {"tasks", "heads", "optimizers", "metrics", "averages"},
@@ -20,6 +20,7 @@ LAYERS = (
     {"data"},
     {"features"},
     {"depth", "weights"},
+    {"sealed_folders"},
     {"weight_files"},
     {"backbones"},
     {"builders", "trainable"},
@@ -27,7 +28,7 @@ LAYERS = (
     {"strategies"},
     {"prefix", "constants", "distribution", "callbacks", "mixing", "schedules", "history"},
     {"trainee", "checkpoints", "planning"},
-    {"inference", "feeding"},
+    {"inference", "feeding", "recording"},
     {"training"},
     {"checks", "ranking", "head_search", "suggestion", "surgery"},
     {"advice", "rate_test"},

@@ -12,7 +12,8 @@ from tftransfer import bundles, integrity
 
 # Every kind of file that a run writes.
 FILES = (
-    "MODEL_CARD.md", "checkpoints/phase.safetensors", "history.csv", "logs/train/events.out.v2", "model.keras",
+    "MODEL_CARD.md", "checkpoints/001-000000000/state.safetensors", "history.csv", "logs/train/events.out.v2",
+    "model.keras",
     "report.html", "report.json", "samples/0.png", "samples/1.png", "serving/1/fingerprint.pb",
     "serving/1/saved_model.pb", "serving/1/variables/variables.data-00000", "serving/1/variables/variables.index",
     "serving/2/fingerprint.pb", "serving/2/saved_model.pb", "serving/2/variables/variables.data-00000",

@@ -26,6 +26,7 @@ _MODULES = (
     "serving",
     "strategies",
     "tasks",
+    "versions",
 )
 _FUNCTIONS = {
     "InputError": "errors",

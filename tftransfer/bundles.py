@@ -6,27 +6,25 @@ import contextlib
 import fcntl
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from tftransfer import __version__, integrity, model_card, scanning, tasks
+from tftransfer import integrity, model_card, scanning, tasks
 from tftransfer.errors import InputError
 from tftransfer.integrity import MANIFEST, SEAL, digests
 from tftransfer.report import Report, Table
+from tftransfer.versions import versions
 
 MODEL = "model.keras"
 SAMPLES = "samples"
 REPORT, HTML = "report.json", "report.html"
 CARD = "MODEL_CARD.md"
 _PATTERN_CHARACTERS = frozenset("[]*?\\")
-PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "safetensors", "tensorflow-datasets")
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,7 @@ def begin(
     *,
     again: bool = False,
     decisions: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> None:
     """Make a run's folder and note in its manifest which run it holds; of several at the same time one succeeds.
 
@@ -90,23 +89,54 @@ def begin(
         configuration: Everything that decides the run's result.
         again: Whether the folder held this run, interrupted, when it was claimed. Defaults to False.
         decisions: What was decided from the data; `begun_decisions` reads it when the run goes on. Defaults to none.
+        inputs: What the result also depends on, such as the data's fingerprint. Defaults to none.
 
     Raises:
-        InputError: If another run began there, or this one was finished, since the folder was claimed.
+        InputError: If another run began there, or this one was finished, since the folder was claimed; or if this one
+            was begun with other inputs.
     """
     taken = f"`out` {folder} was taken by another run in the meantime: choose a new folder"
     if claim(folder, configuration):
         raise InputError(taken)
     if again and (folder / MANIFEST).is_file():
+        _check_inputs(folder, inputs or {})
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
         # x: of several, only one can create it.
         with (folder / MANIFEST).open("x", encoding="utf-8", errors="backslashreplace") as file:
-            begun = {"complete": False, "configuration": dict(configuration), "decisions": dict(decisions or {})}
-            file.write(_json(begun))
+            begun = {"configuration": configuration, "decisions": decisions or {}, "inputs": inputs or {}}
+            file.write(_json({"complete": False, **{name: dict(part) for name, part in begun.items()}}))
     except FileExistsError:
         raise InputError(taken) from None
+
+
+def _check_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that was begun with other data or versions."""
+    before = read_manifest(folder).get("inputs", {})
+    changed = [name for name in inputs if name in before and before[name] != inputs[name]]
+    if changed:
+        told = ", ".join(f"{name} {_difference(before[name], inputs[name])}" for name in changed)
+        raise InputError(f"`out` {folder} was begun with other {told}: choose a new folder to begin again")
+
+
+def _difference(before: Any, now: Any) -> str:
+    if not isinstance(before, dict):
+        return "than there are now"
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    return "(" + ", ".join(f"{name} {before.get(name)} there, {now.get(name)} here" for name in changed) + ")"
+
+
+def newest_unfinished(root: Path, name: str, configuration: Mapping[str, Any]) -> Path | None:
+    """Return the newest `root/NAME-NNN` that holds the unfinished run of a configuration; None if there is none."""
+    wanted = json.loads(json.dumps(configuration))
+    numbered = [path for path in root.glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdecimal()]
+    for folder in sorted(numbered, key=lambda path: int(path.name.removeprefix(f"{name}-")), reverse=True):
+        with contextlib.suppress(InputError):
+            manifest = read_manifest(folder)
+            if not manifest.get("complete") and manifest.get("configuration") == wanted:
+                return folder
+    return None
 
 
 def begun_decisions(folder: Path) -> dict[str, Any]:
@@ -369,15 +399,6 @@ def read_report(folder: Path) -> Report:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is no report of a run: {error}") from None
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python, this toolkit and the packages that decide results."""
-    found = {"python": platform.python_version(), "tftransfer": __version__}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

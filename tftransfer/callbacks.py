@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -63,6 +63,18 @@ class KeepBest(keras.callbacks.Callback):
             self.kept_epoch = epoch
             self._weights = self.model.get_weights()
             self.kept = self._remember()
+
+    def state(self) -> tuple[list[np.ndarray], dict[str, float], Any]:
+        """Return the best weights, the numbers that decide what comes after them, and what was kept with them."""
+        names = ("kept_epoch", "_epoch", "_lowest", "_lowest_epoch", "_most")
+        return self._weights, {name.lstrip("_"): getattr(self, name) for name in names}, self.kept
+
+    def put_back(self, weights: list[np.ndarray], numbers: Mapping[str, float], kept: Any) -> None:
+        """Go on from what `state` returned."""
+        self._weights, self.kept = weights, kept
+        self.kept_epoch, self._epoch = int(numbers["kept_epoch"]), int(numbers["epoch"])
+        self._lowest, self._lowest_epoch = numbers["lowest"], int(numbers["lowest_epoch"])
+        self._most = numbers["most"]
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         logs = logs or {}
@@ -229,22 +241,23 @@ def callback_list(
     trained: keras.Model,
     whole: keras.Model,
     params: dict[str, int],
+    last: Sequence[keras.callbacks.Callback] = (),
 ) -> keras.callbacks.CallbackList:
     """Put callbacks together so that the toolkit's see the part that trains and the user's the whole model.
 
     Args:
         own: The toolkit's callbacks; they run first.
         users: The user's callbacks.
-        trained: The model on which `fit` is called.
+        trained: The model that trains.
         whole: The model that the user gave.
         params: `epochs` and `steps`, as Keras hands them to callbacks.
+        last: The toolkit's callbacks that run after all others. Defaults to none.
 
     Returns:
-        What `fit` takes as `callbacks`, with Keras' own history added.
+        What `Trainee.train` takes as `callbacks`, with Keras' own history added.
     """
-    together = keras.callbacks.CallbackList(
-        [*own, *users, HeedStop(whole), HoldPlan(whole)], add_history=True, model=trained, verbose=0, **params
-    )
+    listed = [*own, *users, HeedStop(whole), HoldPlan(whole), keras.callbacks.History(), *last]
+    together = keras.callbacks.CallbackList(listed, model=trained, verbose=0, **params)
     for callback in users:
         callback.set_model(whole)
     return together

@@ -1,32 +1,45 @@
-"""What a strategy leaves behind after each finished phase, so that a later call goes on with the next one."""
+"""What a run leaves behind after each phase, and within one from time to time, so that a later call goes on from there.
+
+A phase that was interrupted is prepared again from where the one before it ended, as it was the first time; then what
+was written down within it takes the place of what changes while it trains.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
+import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from tftransfer import scanning, tensor_files
+from tftransfer import scanning, sealed_folders, tensor_files
 from tftransfer.adapters import Adapter, Attached
 from tftransfer.data import Data
 from tftransfer.errors import InputError
 from tftransfer.history import History, PhaseRecord
 from tftransfer.optimizers import Moment
 from tftransfer.penalties import Source
+from tftransfer.sealed_folders import DamageError
 from tftransfer.strategies import Strategy
 from tftransfer.tasks import Task
+from tftransfer.tensor_files import Kinds
 from tftransfer.trainable import AuditRow, places
+from tftransfer.versions import versions
 
-FORMAT = "tftransfer phase 1"
-FOLDER, FILE = "checkpoints", "phase.safetensors"
+PHASE, STEP = "tftransfer phase 2", "tftransfer step 1"
+FOLDER, FILE = "checkpoints", "state.safetensors"
+KEPT = 2  # of each kind: where one is damaged, the one before it serves
+_NAME = re.compile(r"\d{3}-\d{9}")  # finished phases, and steps of the next one
+_SPARE = 2**20  # bytes that a file needs beyond its tensors
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,7 @@ class Call:
         adapter: Digest of the adapter it went on from, empty without one.
         base: Digest of the network below its head before the first step.
         cache_dtype: What the frozen part's outputs are rounded to, and computed in.
+        versions: Of the packages that decide results. Defaults to those at work.
     """
 
     strategy: Strategy
@@ -53,6 +67,7 @@ class Call:
     adapter: str = ""
     base: str = ""
     cache_dtype: str = "float32"
+    versions: Mapping[str, str] = field(default_factory=versions)
 
     def to_json(self) -> dict[str, Any]:
         """Return what is written beside the weights."""
@@ -137,6 +152,42 @@ class Kept:
             variable.assign(self.weights[place])
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Where a phase was when it was written down.
+
+    Args:
+        phase: Its number, from 0.
+        epoch: How many of its epochs were finished, with their validation.
+        place: How many steps of the next one were done.
+        steps: How many steps of the phase that makes.
+        kinds: Tensors by kind and name.
+        told: JSON that goes with them.
+    """
+
+    phase: int
+    epoch: int
+    place: int
+    steps: int
+    kinds: Kinds
+    told: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds of a call.
+
+    Args:
+        kept: The last finished phase; None before the end of the first.
+        progress: Where the phase after it was; None at its beginning.
+        notes: What was damaged, and is set aside.
+    """
+
+    kept: Kept | None
+    progress: Progress | None
+    notes: tuple[str, ...]
+
+
 def save(
     folder: Path,
     call: Call,
@@ -147,7 +198,7 @@ def save(
     moments: Mapping[str, Moment],
     generators: Sequence[np.ndarray] = (),
 ) -> None:
-    """Write what a later call needs to go on after the phases that `history` holds, in one step.
+    """Write what a later call needs to go on after the phases that `history` holds.
 
     Args:
         folder: The run's folder.
@@ -158,6 +209,9 @@ def save(
         base: Digest of its base.
         moments: Of the last phase's optimizer, by place of the variable or name of the factor.
         generators: States of the network's random layers when the weights were kept. Defaults to none.
+
+    Raises:
+        OSError: If it cannot be written; what was written before is still there.
     """
     slots, ages = tensor_files.pack(moments)
     factors = attached.arrays() if attached else ()
@@ -168,46 +222,147 @@ def save(
         "generator": tensor_files.numbered(generators),
         **slots,
     }
-    path = folder / FOLDER / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     records = [_record_to_json(record) for record in history.phases]
-    tensor_files.write(
-        path, kinds, FORMAT, call=call.to_json(), base=base, ages=ages, history=_no_nan(history), phases=records
-    )
+    described = {"base": base, "ages": ages, "history": _no_nan(history), "phases": records}
+    _write(folder, len(history.phases), 0, kinds, PHASE, call, described)
 
 
-def latest(folder: Path, call: Call) -> Kept | None:
-    """Read what the last finished phase of the same call left, or None if there is none.
+def save_progress(folder: Path, call: Call, progress: Progress) -> None:
+    """Write down where a phase is.
+
+    Args:
+        folder: The run's folder.
+        call: What is being done.
+        progress: Where it is, after at least one step.
 
     Raises:
-        InputError: If the folder holds phases of another call; says what differs. If the file is damaged.
-        ScanError: If a scan finds something in the file.
+        OSError: If it cannot be written; what was written before is still there.
     """
-    path = folder / FOLDER / FILE
-    if not path.is_file():
-        return None
+    described = {name: getattr(progress, name) for name in ("phase", "epoch", "place", "steps", "told")}
+    _write(folder, progress.phase, progress.steps, progress.kinds, STEP, call, described)
+
+
+def _write(
+    folder: Path, phase: int, steps: int, kinds: Kinds, format_name: str, call: Call, described: Mapping[str, Any]
+) -> None:
+    parent = folder / FOLDER
+    parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(tensor.nbytes for kind in kinds.values() for tensor in kind.values()) + _SPARE
+    if (free := shutil.disk_usage(parent).free) < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free")
+
+    def build(scratch: Path) -> None:
+        tensor_files.write(scratch / FILE, kinds, format_name, call=call.to_json(), **described)
+
+    sealed_folders.write(parent / _name(phase, steps), build)
+    _tidy(parent)
+
+
+def _tidy(parent: Path) -> None:
+    """Keep the newest of each kind: a phase's end, which is where the next one begins, and what is within phases."""
+    names = _names(parent)
+    ends = [name for name in names if name == _name(int(name[:3]), 0)]
+    within = [name for name in names if name not in ends]
+    for name in (*ends[:-KEPT], *within[:-KEPT]):
+        sealed_folders.remove(parent / name)
+
+
+def finish(folder: Path) -> None:
+    """Remove what nobody needs once all phases are done; the end of the last one stays."""
+    parent = folder / FOLDER
+    for path in (*(parent / name for name in _names(parent)[:-1]), *parent.glob(f"{sealed_folders.DAMAGED}*")):
+        sealed_folders.remove(path)
+
+
+def _name(phase: int, steps: int) -> str:
+    return f"{phase:03d}-{steps:09d}"
+
+
+def _names(parent: Path) -> list[str]:
+    """Return the names of what is kept, oldest first."""
+    folders = parent.iterdir() if parent.is_dir() else ()
+    return sorted(path.name for path in folders if _NAME.fullmatch(path.name))
+
+
+def latest(folder: Path, call: Call) -> Found:
+    """Read where the same call was when it ended; what is damaged is set aside, and the one before it serves.
+
+    Raises:
+        InputError: If the folder holds another call; says what differs.
+        ScanError: If a scan finds something in a file.
+    """
+    parent = folder / FOLDER
+    sealed_folders.sweep(parent)
+    notes = tuple(note for name in _names(parent) if (note := _without_damage(parent / name)))
+    whole = _names(parent)
+    for name in reversed(whole):
+        phase = int(name[:3])
+        end = _name(phase, 0)
+        if phase and end not in whole:
+            sealed_folders.remove(parent / name)  # what it began with is damaged
+            continue
+        kept = _kept(*_read(parent / end, PHASE, call), call.strategy) if phase else None
+        return Found(kept, None if name == end else _progress(*_read(parent / name, STEP, call)), notes)
+    return Found(None, None, notes)
+
+
+def _without_damage(path: Path) -> str:
+    """Set one aside that is not what was written; returns what there is to say about it."""
     try:
-        scanning.check(path, kind=".safetensors")
-        described, kinds = tensor_files.read(path, FORMAT)
-    except InputError as error:
-        raise type(error)(f"{error}; remove it to begin again") from None
+        sealed_folders.check(path)
+    except DamageError as error:
+        aside = sealed_folders.set_aside(path)
+        return f"{path} is damaged ({error}): it is {aside.name} now, and the one before it is used"
+    return ""
+
+
+def clear(folder: Path) -> None:
+    """Remove all there is of an earlier call."""
+    parent = folder / FOLDER
+    sealed_folders.sweep(parent)
+    for name in _names(parent):
+        sealed_folders.remove(parent / name)
+
+
+def _read(path: Path, format_name: str, call: Call) -> tuple[dict[str, Any], Kinds]:
+    """Read one that is whole, and refuse that of another call."""
+    scanning.check(path / FILE, kind=".safetensors")
+    described, kinds = tensor_files.read(path / FILE, format_name)
     before, now = described["call"], call.to_json()
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         went_on = ", unless it is half tuned already: then build it anew" if changed == ["base"] else ""
         raise InputError(
-            f"`output` {folder} holds phases of another call, which differs in {', '.join(changed)}: "
-            f"choose a new folder, or `resume=False` to begin again{went_on}"
+            f"`output` {path.parent.parent} holds phases of another call, which differs in {', '.join(changed)}"
+            f"{_other_versions(before, now)}: choose a new folder, or `resume=False` to begin again{went_on}"
         )
+    return described, kinds
+
+
+def _other_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    then, here = before.get("versions", {}), now["versions"]
+    told = [f"{name} {then.get(name)} there, {here.get(name)} here" for name in sorted({*then, *here})]
+    changed = [
+        text for text, name in zip(told, sorted({*then, *here}), strict=True) if then.get(name) != here.get(name)
+    ]
+    return f" ({'; '.join(changed)})" if changed else ""
+
+
+def _kept(described: Mapping[str, Any], kinds: Kinds, strategy: Strategy) -> Kept:
     a, b, generators = (tensor_files.in_order(kinds.get(kind, {})) for kind in ("a", "b", "generator"))
     return Kept(
         kinds["weight"],
         tuple(zip(a, b, strict=True)),
         described["base"],
         tensor_files.unpack(kinds, described["ages"]),
-        _history(described, call.strategy),
+        _history(described, strategy),
         generators,
     )
+
+
+def _progress(described: Mapping[str, Any], kinds: Kinds) -> Progress:
+    numbers = {name: described[name] for name in ("phase", "epoch", "place", "steps")}
+    return Progress(**numbers, kinds=kinds, told=described["told"])
 
 
 def _by_place(model: keras.Model) -> dict[str, keras.Variable]:

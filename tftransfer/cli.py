@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ LARGEST_SEED = 2**32 - 1
 
 CACHES = ("auto", "off")
 FORMATS = ("savedmodel", "litert", "onnx")
+_UNITS = {"s": 1, "m": 60, "h": 3600}
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 _VERIFY_HELP = """\
@@ -108,6 +110,7 @@ def recipe_parser(
         help="auto, float32, mixed_float16, mixed_bfloat16 (default: %(default)s)",
     )
     add("--out", type=Path, help=f"the run's folder (default: saved_models/{name}-NNN, next free number)")
+    add("--resume", action="store_true", help="go on with an unfinished run, in --out or the newest of these options")
     add(
         "--smoke",
         action="store_true",
@@ -143,6 +146,23 @@ def at_least(smallest: int, largest: int | None = None) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+def duration(text: str) -> float:
+    """Read a time: seconds, or a number with s, m or h.
+
+    Example:
+        >>> duration("90"), duration("1.5h")
+        (90.0, 5400.0)
+    """
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
+    try:
+        seconds = float(number) * _UNITS[unit]
+    except ValueError:
+        seconds = -1
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, or such as 90m or 2h. Received: {text!r}")
+    return seconds
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:

@@ -50,6 +50,7 @@ from tftransfer.shelf import shelf_at
 from tftransfer.strategies import describe
 from tftransfer.strategies import names as strategy_names
 from tftransfer.tasks import Task
+from tftransfer.versions import versions
 
 _BATCH_SIZE = 32  # pictures that `predict` holds at a time
 _OPTIONAL = {
@@ -66,7 +67,7 @@ def doctor(options: argparse.Namespace) -> int:
     memory = psutil.virtual_memory()
     damage = _embedded_damage()
     found = {
-        "versions": bundles.versions(),
+        "versions": versions(),
         "devices": distribution.describe_hardware(),
         "memory_gib": {
             "total": round(memory.total / 2**30, 1),

@@ -42,9 +42,9 @@ def print_table(console: Console, table: Table) -> None:
         console.print(table.note, style="dim")
 
 
-def literal_console(quiet: bool = False) -> Console:
+def literal_console(quiet: bool = False, stderr: bool = False) -> Console:
     """Return a console that prints paths and labels as they are, where rich would read `[bold]` and `:smile:`."""
-    return Console(quiet=quiet, markup=False, emoji=False)
+    return Console(quiet=quiet, stderr=stderr, markup=False, emoji=False)
 
 
 def _cell(value: Any, percent: bool) -> Text:

@@ -86,6 +86,12 @@ def strategy_of(model: keras.Model) -> tf.distribute.Strategy:
     return built_in or current
 
 
+def parts(variable: keras.Variable) -> tuple[tf.Variable, ...]:
+    """Return a variable's parts, one for each device; itself where there is one."""
+    value = variable.value
+    return tuple(getattr(value, "values", (value,)))
+
+
 @contextlib.contextmanager
 def shared_statistics(model: keras.Model) -> Iterator[None]:
     """Make BatchNorm layers that move their statistics take them over the whole batch, on however many devices.

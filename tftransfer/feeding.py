@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,7 @@ class Steps:
         start: How many were done before.
         batch_size: Examples per step.
         replicas: How many devices share them.
+        done: How many an earlier call of the same run has done. Defaults to 0.
     """
 
     seed: int
@@ -50,6 +52,7 @@ class Steps:
     start: int
     batch_size: int
     replicas: int
+    done: int = 0
 
     @property
     def chunk(self) -> int:
@@ -58,8 +61,9 @@ class Steps:
 
     @property
     def at_once(self) -> int:
-        """How many steps a graph takes in one call, where they are small: a divisor of those of an epoch."""
-        return next(count for count in range(min(_AT_ONCE, self.per_epoch), 0, -1) if self.per_epoch % count == 0)
+        """How many steps a graph takes in one call, where they are small: a divisor of those that are left."""
+        common = math.gcd(self.per_epoch, self.done)
+        return next(count for count in range(min(_AT_ONCE, common), 0, -1) if common % count == 0)
 
 
 @dataclass(frozen=True)
@@ -206,8 +210,8 @@ def feed(
             steps.batch_size,
             seed=steps.seed,
             phase=steps.phase,
-            steps=steps.per_epoch * steps.epochs,
-            start=steps.start,
+            steps=steps.per_epoch * steps.epochs - steps.done,
+            start=steps.start + steps.done,
             augmentation=phase.augmentation,
             views=phase.views,
             average_views=phase.average_views,

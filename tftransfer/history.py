@@ -28,7 +28,8 @@ class PhaseRecord:
         penalty_basis: What a penalty held the network to; empty without one.
         extract_seconds: What computing or finding the frozen part's features took, of `seconds`.
         store: What was kept of them.
-        waited_share: Share of the time in `fit`, validation included, that was spent waiting for training batches.
+        waited_share: Share of the time in training, validation included, that was spent waiting for training batches.
+        save_seconds: What checkpoints within the phase took, of `seconds`.
     """
 
     phase: Phase
@@ -42,6 +43,7 @@ class PhaseRecord:
     extract_seconds: float = 0.0
     store: str = ""
     waited_share: float = 0.0
+    save_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Describe the phase for `report.json` and the manifest."""
@@ -57,6 +59,7 @@ class PhaseRecord:
             "extract_seconds": self.extract_seconds,
             "store": self.store,
             "waited_share": self.waited_share,
+            "save_seconds": self.save_seconds,
         }
 
 
@@ -64,13 +67,16 @@ class History(dict[str, list[float]]):
     """One list per metric over all phases, such as `history["val_loss"]`.
 
     An epoch for which a metric is not known, such as one that a user's callback logs now and then, holds NaN.
-    `phases` holds a record for each phase, `adapter` the LoRA adapter that the last phase left, if it has one.
+    `phases` holds a record for each phase, `adapter` the LoRA adapter that the last phase left, if it has one;
+    `complete` says whether all phases came to their end, `notes` what else happened.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.phases: list[PhaseRecord] = []
         self.adapter: Adapter | None = None
+        self.complete = True
+        self.notes: list[str] = []
 
     def add(self, logs: dict[str, list[float]], record: PhaseRecord) -> None:
         """Append one phase."""

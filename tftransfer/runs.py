@@ -18,23 +18,24 @@ import keras
 import numpy as np
 from rich.console import Console
 
-from tftransfer import advice, bundles, distribution, inference, planning, prefix, serving, weights
+from tftransfer import advice, bundles, checkpoints, distribution, inference, locks, planning, prefix, serving, weights
 from tftransfer.checks import calibration, charts, demo, duplicates, forgetting, labels, overfitting, performance
 from tftransfer.choices import Network
 from tftransfer.console import audit_table, literal_console, print_table
 from tftransfer.data import Data
 from tftransfer.distribution import Devices
-from tftransfer.errors import check
+from tftransfer.errors import InputError, check
 from tftransfer.history import History
 from tftransfer.penalties import Source
 from tftransfer.report import Findings, Report
 from tftransfer.shelf import PathLike, folder_or_temporary, shelf_at
 from tftransfer.tasks import Task
+from tftransfer.versions import versions
 
 ADAPTER = "adapter.safetensors"
 _DATA_CHECKS = ("labels", "duplicates")
 # Options that do not decide a run's result; every other one is part of its configuration.
-_NOT_CONFIGURATION = ("out", "quiet", "dry_run", "cache", "cache_dir", "trust")
+_NOT_CONFIGURATION = ("out", "quiet", "dry_run", "cache", "cache_dir", "trust", "resume", "time_limit")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Run:
         began: When the call began, in seconds of the monotonic clock.
         again: Whether the folder already holds this run, interrupted. Defaults to False.
         decisions: What it had decided from the data by then. Defaults to nothing.
+        time_limit: Seconds from its beginning after which training ends. Defaults to None: never.
     """
 
     name: str
@@ -60,11 +62,17 @@ class Run:
     began: float
     again: bool = False
     decisions: Mapping[str, Any] = field(default_factory=dict)
+    time_limit: float | None = None
 
     @property
     def quiet(self) -> bool:
         """Whether nothing but errors is printed."""
         return self.console.quiet
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long training may take from now on; None without a limit."""
+        return None if self.time_limit is None else max(self.time_limit - (time.monotonic() - self.began), 0.0)
 
 
 def prepare(name: str, options: argparse.Namespace) -> Run:
@@ -72,19 +80,36 @@ def prepare(name: str, options: argparse.Namespace) -> Run:
 
     Args:
         name: The recipe's name.
-        options: Its parsed options, with `out` and `quiet`.
+        options: Its parsed options, with `out` and `quiet`, and `resume` and `time_limit` if it has them.
 
     Raises:
         InputError: If the folder holds another run or cannot be written.
     """
     given = {key: _plain(value) for key, value in vars(options).items() if key not in _NOT_CONFIGURATION}
-    configuration = {"recipe": name, **given}
-    folder = options.out or bundles.next_folder(Path("saved_models"), name)
+    configuration, resume = {"recipe": name, **given}, getattr(options, "resume", False)
+    folder = options.out or _folder(name, configuration, resume)
     again = (folder / bundles.MANIFEST).is_file()
+    if resume and not again:
+        raise InputError(f"`resume`: {folder} holds no run: leave `--resume` out to begin one there")
     finished = bundles.claim(folder, configuration)
-    decisions = bundles.begun_decisions(folder)
+    decisions: dict[str, Any] = {}
+    if again and not finished:
+        with locks.held(folder):
+            decisions = bundles.begun_decisions(folder)
     console = literal_console(options.quiet)
-    return Run(name, folder, configuration, finished, console, time.monotonic(), again, decisions)
+    limit = getattr(options, "time_limit", None)
+    return Run(name, folder, configuration, finished, console, time.monotonic(), again, decisions, limit)
+
+
+def _folder(name: str, configuration: Mapping[str, Any], resume: bool) -> Path:
+    """Return the folder of the newest run that was begun so and not finished, or a new one."""
+    root = Path("saved_models")
+    if not resume:
+        return bundles.next_folder(root, name)
+    found = bundles.newest_unfinished(root, name, configuration)
+    if found is None:
+        raise InputError(f"`resume`: no unfinished run of these options in {root}: name its folder by `--out`")
+    return found
 
 
 def check_names(text: str, task: Task) -> tuple[str, ...]:
@@ -170,14 +195,16 @@ def begin(run: Run, data: Data, devices: Devices, chosen: advice.Advice) -> None
     From here on the run has passed every check of its input; before, nothing is written.
 
     Raises:
-        InputError: If another run has taken the folder since `prepare`.
+        InputError: If another run has taken the folder since `prepare`, or what was begun there had other data or
+            versions.
     """
     announce(run, data, devices)
     if chosen.table:
         print_table(run.console, chosen.table)
     for reason in chosen.reasons:
         run.console.print(reason)
-    bundles.begin(run.folder, run.configuration, again=run.again, decisions={"trains": chosen.decision})
+    inputs = {"data": data.fingerprint, "versions": versions()}
+    bundles.begin(run.folder, run.configuration, again=run.again, decisions={"trains": chosen.decision}, inputs=inputs)
 
 
 def show_finished(run: Run) -> int:
@@ -257,7 +284,23 @@ def finish(
     Returns:
         The exit code: 0, or 1 if the export did not pass verification or the model's outputs are not finite.
     """
-    findings = _measure(model, task, data, history) + (found or Findings())
+    with locks.held(run.folder):
+        return _finish(run, model, task, data, history, network, devices, chosen, source, found or Findings())
+
+
+def _finish(
+    run: Run,
+    model: keras.Model,
+    task: Task,
+    data: Data,
+    history: History,
+    network: Network,
+    devices: Devices,
+    chosen: advice.Advice,
+    source: Source | None,
+    found: Findings,
+) -> int:
+    findings = _measure(model, task, data, history) + found
     if network.is_demo and data.name == "demo":
         worth = demo.demo_comparison(data, network.image_size)
         print_table(run.console, worth.tables[0])
@@ -272,7 +315,7 @@ def finish(
     bundles.write_samples(run.folder, pictures)
     version, verification = serving.publish(model, task, run.folder / "serving", pictures)
     findings += Findings(checks=verification.checks)
-    report = _report(run, task, data, history, network, findings, chosen.reasons)
+    report = _report(run, task, data, history, network, findings, (*chosen.reasons, *history.notes))
     provenance = {
         "backbone": network.backbone,
         "weights": weights.describe_weights(network.backbone, network.weights, image_size=network.image_size),
@@ -284,6 +327,7 @@ def finish(
             "quarantined": len(data.quarantined),
         },
         "current": version and version.name,
+        "inputs": {"data": data.fingerprint, "versions": versions()},
         "decisions": {
             "devices": devices.reason,
             "replicas": devices.replicas,
@@ -293,6 +337,8 @@ def finish(
             "trains": chosen.decision,
         },
     }
+    if history.complete:
+        checkpoints.finish(run.folder)
     bundles.save(run.folder, model, task, report, configuration=run.configuration, provenance=provenance)
     _print_result(run, report, version)
     return _exit_code(report, published=version is not None)
@@ -334,7 +380,7 @@ def _report(
         task=task.name,
         backbone=network.backbone,
         strategy=[record.to_json() for record in history.phases],
-        complete=True,
+        complete=history.complete,
         data=_describe_data(data, task),
         metrics=findings.metrics,
         seconds={
@@ -344,7 +390,7 @@ def _report(
             "total": time.monotonic() - run.began,
         },
         checks=findings.checks,
-        versions=bundles.versions(),
+        versions=versions(),
         seed=int(run.configuration["seed"]),
         tables=audits + findings.tables,
         pictures=findings.pictures,
@@ -378,6 +424,8 @@ def _per_label(data: Data) -> dict[str, list[int]]:
 
 def _print_result(run: Run, report: Report, version: Path | None) -> None:
     _print_metrics(run.console, report)
+    if not report.complete:
+        run.console.print("Training ended at the time limit: the same command goes on with it", soft_wrap=True)
     failed = [check.name for check in report.checks if check.passed is False]
     if failed:
         run.console.print(f"Not passed: {', '.join(failed)}")

@@ -31,11 +31,17 @@ def write(path: Path, kinds: Kinds, format_name: str, **described: Any) -> None:
         kinds: The tensors.
         format_name: What the file is, see `read`.
         described: JSON to go with them.
+
+    Raises:
+        OSError: If it cannot be written.
     """
-    tensors = {f"{kind}:{name}": np.ascontiguousarray(t) for kind, part in kinds.items() for name, t in part.items()}
+    tensors = {f"{kind}:{name}": np.asarray(t, order="C") for kind, part in kinds.items() for name, t in part.items()}
     text = json.dumps({**described, "format": format_name, "sha256": _digest(tensors)}, allow_nan=False)
     staged = path.with_name(f".{path.name}.staged")
-    save_file(tensors, staged, {_KEY: text})
+    try:
+        save_file(tensors, staged, {_KEY: text})
+    except SafetensorError as error:  # how it says that a disk is full
+        raise OSError(f"{path.name} cannot be written: {error}") from None
     sync(staged)
     os.replace(staged, path)
     sync(path.parent)

@@ -57,6 +57,7 @@ class Trainee(keras.Model):
     below_training: Below | None = None
     below_validation: Below | None = None
     train_function: Any
+    history: keras.callbacks.History
     _at_once: int | None = None
     _again: tuple[Any, Any, int] = (None, None, 0)  # a data set, an iterator that repeats it, its number of batches
 
@@ -117,6 +118,56 @@ class Trainee(keras.Model):
             return self.get_metrics_result()
 
         return run
+
+    def train(
+        self,
+        batches: tf.data.Dataset,
+        validation: tf.data.Dataset,
+        *,
+        epochs: range,
+        per_epoch: int,
+        place: int = 0,
+        callbacks: keras.callbacks.CallbackList,
+    ) -> dict[str, list[float]]:
+        """Train as `fit` does, from any step of an epoch on, which `fit` cannot; `evaluate` was called before.
+
+        Args:
+            batches: All that are left, one after the other.
+            validation: Each example once; evaluated after each epoch.
+            epochs: Their numbers, for callbacks and logs.
+            per_epoch: Steps of an epoch.
+            place: How many of the first epoch's were done before. Defaults to 0.
+            callbacks: With a history among them.
+
+        Returns:
+            One list per metric.
+        """
+        iterator = iter(self.distribute_strategy.experimental_distribute_dataset(batches))
+        self.make_train_function()
+        self.stop_training = False
+        callbacks.on_train_begin()
+        logs: dict[str, Any] = {}
+        for epoch in epochs:
+            self.reset_metrics()
+            callbacks.on_epoch_begin(epoch)
+            self._train_epoch(iterator, range(place, per_epoch, self.steps_per_execution), callbacks)
+            place = 0
+            logs = {name: float(value) for name, value in self.get_metrics_result().items()}
+            validated = self.evaluate(validation, callbacks=callbacks, return_dict=True, verbose=0)
+            logs.update({f"val_{name}": value for name, value in validated.items()})
+            callbacks.on_epoch_end(epoch, logs)
+            if self.stop_training:
+                break
+        callbacks.on_train_end(logs)
+        return self.history.history
+
+    def _train_epoch(self, iterator: Any, steps: range, callbacks: keras.callbacks.CallbackList) -> None:
+        for begin in steps:
+            callbacks.on_train_batch_begin(begin)
+            logs = self.train_function(iterator)
+            callbacks.on_train_batch_end(begin + steps.step - 1, logs)
+            if self.stop_training:
+                break
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         adapter = self.extras.adapter

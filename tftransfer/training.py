@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from tftransfer import (
     constants,
     distribution,
     feeding,
+    locks,
     mixing,
     penalties,
     prefix,
@@ -39,12 +43,14 @@ from tftransfer.callbacks import (
 )
 from tftransfer.console import audit_table, literal_console, print_table
 from tftransfer.data import Data, order
-from tftransfer.errors import check
+from tftransfer.errors import check, is_number
 from tftransfer.history import History, PhaseRecord
+from tftransfer.interruption import Signals
 from tftransfer.metrics import LossError
 from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD, Moment, renamed
 from tftransfer.penalties import Source
 from tftransfer.planning import below_the_head, check_call, check_strategy, functional, plan
+from tftransfer.recording import Recorder, Subject
 from tftransfer.shelf import Shelf, shelf_at
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
@@ -65,6 +71,8 @@ def fine_tune(
     source: Source | None = None,
     adapter: Adapter | None = None,
     resume: bool = True,
+    time_limit: float | None = None,
+    save_every: float = 60.0,
     cache: str = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     cache_dtype: str = "float32",
@@ -86,8 +94,9 @@ def fine_tune(
         task: What the outputs mean.
         data: Training and validation examples, from `data.load`.
         strategy: A tuple of phases, from `strategies`.
-        output: A folder for `history.csv`, TensorBoard `logs/` and, after each phase, `checkpoints/`. Defaults to None:
-            nothing is written.
+        output: A folder for `history.csv`, TensorBoard `logs/` and `checkpoints/`, which no other run may use at the
+            same time. SIGINT (Ctrl-C), SIGTERM and SIGHUP then wait until the step that runs is written down; a second
+            one does not. Defaults to None: nothing is written.
         callbacks: Keras callbacks; each sees the whole model. Keras calls them once more per phase. Where one may
             look at the model at every batch, nothing that is frozen is kept, as for `cache="off"`.
         seed: Decides the order of the examples, augmentation and dropout. Defaults to 0.
@@ -97,8 +106,13 @@ def fine_tune(
             None.
         adapter: A LoRA adapter to train on from; the model must be its base and the first phase its kind. Defaults to
             None.
-        resume: Whether to go on after the last phase that `output` holds, if it is of the same network, strategy, data
-            and seed. Defaults to True.
+        resume: Whether to go on from the last step that `output` holds, if it is of the same network, strategy, data,
+            seed and versions; the result is then the same bit for bit as without the interruption. Of a user's
+            callbacks, what their attributes hold in numbers, texts and arrays is kept too. Defaults to True.
+        time_limit: Seconds after which training ends, with the best weights so far and `history.complete` False; a
+            later call goes on. Defaults to None: never.
+        save_every: Seconds between checkpoints within a phase; longer ones where they would take more than 2% of the
+            time, 0 for one after every step. Defaults to 60.
         cache: `"auto"` keeps what the frozen part gives where that pays, `"off"` computes it in every epoch; the result
             is the same bit for bit. Defaults to `"auto"`.
         cache_dir: A folder where it is kept for later runs too, and where it does not fit into memory. Defaults to
@@ -113,7 +127,7 @@ def fine_tune(
 
     Raises:
         InputError: If the model's outputs do not fit the task, nothing would train, a phase asks for what the network
-            does not have, or `output` holds phases of another call.
+            does not have, or `output` holds phases of another call or is in use by another run.
 
     Example:
         >>> import tftransfer as tft
@@ -133,6 +147,9 @@ def fine_tune(
     check(
         can, "frozen_dtype", "float32 here: bfloat16 needs a processor with AVX512-BF16 or AMX, and no GPU", "bfloat16"
     )
+    for name, seconds in (("time_limit", time_limit), ("save_every", save_every)):
+        fits = seconds is None or (is_number(seconds) and seconds >= 0)
+        check(fits, name, "a number of seconds from 0", seconds)
     folder, shelf = Path(output) if output else None, shelf_at(cache_dir)
     run = _Run(
         model=model,
@@ -150,16 +167,32 @@ def fine_tune(
         shelf=shelf,
         narrow=cache_dtype == "float16",
         bfloat16=frozen_dtype == "bfloat16",
+        save_every=save_every,
+        deadline=math.inf if time_limit is None else time.monotonic() + time_limit,
     )
     base = base_digest(model) if folder else ""
     dtypes = cache_dtype if frozen_dtype == "float32" else f"{cache_dtype} of {frozen_dtype}"
     call = checkpoints.call_of(strategy, seed, batch_size, max_steps, data, task, source, adapter, base, dtypes)
-    kept = checkpoints.latest(folder, call) if folder and resume else None
-    with prefix.nodes_as_they_were(model):
-        history = _run_phases(run, strategy, call, kept)
-    if folder:
-        history.write_csv(folder / "history.csv")
+    with contextlib.ExitStack() as stack:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locks.held(folder))
+            run = dataclasses.replace(run, call=call, signals=stack.enter_context(Signals()))
+        found = _earlier(folder, call, resume)
+        stack.enter_context(prefix.nodes_as_they_were(model))
+        history = _run_phases(run, strategy, found)
+        if folder:
+            history.write_csv(folder / "history.csv")
     return history
+
+
+def _earlier(folder: Path | None, call: checkpoints.Call, resume: bool) -> checkpoints.Found:
+    """Return what an earlier call has left to go on from."""
+    if folder and resume:
+        return checkpoints.latest(folder, call)
+    if folder:
+        checkpoints.clear(folder)
+    return checkpoints.Found(None, None, ())
 
 
 @dataclass(frozen=True)
@@ -191,7 +224,12 @@ class _Run:
     shelf: Shelf | None
     narrow: bool
     bfloat16: bool
+    save_every: float
+    deadline: float
+    call: checkpoints.Call | None = None
+    signals: Signals = field(default_factory=Signals)
     shared: feeding.Shared = field(default_factory=dict)
+    unsaved: list[str] = field(default_factory=list)
 
     def steps(self, phase: Phase) -> tuple[int, int]:
         """Return `(steps per epoch, epochs)` of a phase."""
@@ -200,11 +238,24 @@ class _Run:
             return per_epoch, phase.epochs
         return min(per_epoch, self.max_steps), 1
 
-    def feed_steps(self, number: int, phase: Phase) -> feeding.Steps:
+    def feed_steps(self, number: int, phase: Phase, done: int) -> feeding.Steps:
         """Return which steps of a phase are to be fed."""
         place, start = self.place(number)
         replicas = distribution.strategy_of(self.model).num_replicas_in_sync
-        return feeding.Steps(self.seed, place, *self.steps(phase), start, self.batch_size, replicas)
+        return feeding.Steps(self.seed, place, *self.steps(phase), start, self.batch_size, replicas, done)
+
+    def try_to_save(self, save: Callable[[Path, checkpoints.Call], None]) -> None:
+        """Write a checkpoint; where that fails, say so once and go on with the one before."""
+        if not (self.output and self.call):
+            return
+        try:
+            save(self.output, self.call)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if reason not in self.unsaved:
+                self.unsaved.append(reason)
+                text = f"A checkpoint could not be written ({reason}): training goes on, with the one before it kept"
+                literal_console(stderr=True).print(text, soft_wrap=True)
 
     def place(self, number: int) -> tuple[int, int]:
         """Return a phase's number for every seed, and how many steps of it an earlier call has done."""
@@ -272,22 +323,40 @@ def _finish_adapter(run: _Run, carried: _Carried, history: History) -> Adapter |
     return adapter
 
 
-def _run_phases(run: _Run, strategy: Strategy, call: checkpoints.Call, kept: checkpoints.Kept | None) -> History:
+def _run_phases(run: _Run, strategy: Strategy, found: checkpoints.Found) -> History:
     """Train the phases that are left, and write down after each what a later call goes on from."""
-    carried, history = _begin(run) if kept is None else _go_on(run, strategy, kept)
-    for number in range(len(history.phases), len(strategy)):
+    carried, history = _begin(run) if found.kept is None else _go_on(run, strategy, found.kept)
+    history.notes += found.notes
+    for note in found.notes:
+        literal_console(stderr=True).print(note, soft_wrap=True)
+    first = len(history.phases)
+    for number in range(first, len(strategy)):
         if number or run.adapter is None:
             carried = _continued(run, carried, strategy[number])
-        carried = _run_phase(run, strategy, number, history, carried)
-        if run.output:
-            moments = renamed(carried.moments, trainable.places(run.model))
-            left = (carried.attached, carried.base, moments, carried.generators)
-            checkpoints.save(run.output, call, run.model, history, *left)
+        carried = _run_phase(run, strategy, number, history, carried, found.progress if number == first else None)
+        if not history.complete:
+            break
+        moments = renamed(carried.moments, trainable.places(run.model))
+        left = (carried.attached, carried.base, moments, carried.generators)
+        run.try_to_save(partial(_save_phase, model=run.model, history=history, left=left))
+        run.signals.release()
+    history.notes += [f"Checkpoints could not be written: {reason}." for reason in run.unsaved]
     history.adapter = _finish_adapter(run, carried, history)
     return history
 
 
-def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, carried: _Carried) -> _Carried:
+def _save_phase(folder: Path, call: checkpoints.Call, model: keras.Model, history: History, left: tuple) -> None:
+    checkpoints.save(folder, call, model, history, *left)
+
+
+def _run_phase(
+    run: _Run,
+    strategy: Strategy,
+    number: int,
+    history: History,
+    carried: _Carried,
+    progress: checkpoints.Progress | None,
+) -> _Carried:
     """Train one phase, add it to the history, and return what the next one may go on with."""
     began, phase = time.monotonic(), strategy[number]
     later, variables = feeding.still_frozen(run.model, strategy[number:], lambda one: run.steps(one)[1])
@@ -295,7 +364,7 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
     if not run.quiet:
         print_table(literal_console(), audit_table(f"What trains: {phase.name}", audit, _penalty_basis(run, phase)))
     _seed_generators(run, number)
-    steps = run.feed_steps(number, phase)
+    steps = run.feed_steps(number, phase, progress.steps if progress else 0)
     below = _below(run, parts, steps.chunk)
     trainee = _compiled(run, phase, number, parts.trained, below, carried, steps.per_epoch * steps.epochs)
     feed = _fed(run, phase, steps, parts, below, later, trainee)
@@ -304,9 +373,13 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
     before = trainee.evaluate(feed.validation, return_dict=True, verbose=0)
     keep.consider(0, before["loss"], before["loss_error"])
     start = trainee.get_weights()
+    recorder = _recorder(
+        run, number, steps.per_epoch, history, Subject(trainee, run.model, keep, run.callbacks), progress
+    )
     fitting = time.monotonic()
-    logs = _fitted(run, phase, steps, feed, keep, trainee, sum(record.epochs for record in history.phases))
+    logs = _fitted(run, phase, steps, feed, keep, trainee, recorder)
     fitting = time.monotonic() - fitting
+    history.complete = not recorder.out_of_time
     tuned_share = _interpolate(phase, trainee, start, feed.validation)
     seconds = time.monotonic() - began
     record = PhaseRecord(
@@ -321,9 +394,33 @@ def _run_phase(run: _Run, strategy: Strategy, number: int, history: History, car
         feed.seconds,
         feed.summary,
         feed.waited() / fitting,
+        recorder.seconds,
     )
     history.add(logs, record)
     return dataclasses.replace(carried, **keep.kept)
+
+
+def _recorder(
+    run: _Run, number: int, per_epoch: int, history: History, subject: Subject, progress: checkpoints.Progress | None
+) -> Recorder:
+    """Return the callback that writes the phase down, with everything put back that an earlier call has left."""
+    if progress:
+        subject.put_back(progress)
+
+    def write(now: checkpoints.Progress) -> None:
+        run.try_to_save(partial(checkpoints.save_progress, progress=now))
+
+    return Recorder(
+        subject,
+        write if run.output else None,
+        number,
+        per_epoch,
+        sum(record.epochs for record in history.phases),
+        began_with=progress,
+        every=run.save_every,
+        deadline=run.deadline,
+        signals=run.signals,
+    )
 
 
 def _fed(
@@ -355,21 +452,21 @@ def _fitted(
     feed: feeding.Feed,
     keep: KeepBest,
     trainee: Trainee,
-    first_epoch: int,
+    recorder: Recorder,
 ) -> dict[str, list[float]]:
     """Train what trains, and return one list per metric."""
-    last_epoch = first_epoch + steps.epochs
+    last_epoch = recorder.first_epoch + steps.epochs
+    callbacks = _callbacks(run, phase, keep, trainee, recorder, last_epoch, steps.per_epoch)
+    run.signals.hold()
     with distribution.shared_statistics(run.model):
-        return trainee.fit(
+        return trainee.train(
             feed.training,
-            shuffle=False,  # the batches come in the order that the seed decides
-            steps_per_epoch=steps.per_epoch,
-            initial_epoch=first_epoch,
-            epochs=last_epoch,
-            validation_data=feed.validation,
-            callbacks=_callbacks(run, phase, keep, trainee, last_epoch, steps.per_epoch),
-            verbose=0,
-        ).history
+            feed.validation,
+            epochs=range(recorder.first_epoch + recorder.epoch, last_epoch),
+            per_epoch=steps.per_epoch,
+            place=recorder.place,
+            callbacks=callbacks,
+        )
 
 
 def _below(run: _Run, parts: prefix.Cut, chunk: int) -> constants.Constants | None:
@@ -515,7 +612,7 @@ def _optimizer(run: _Run, phase: Phase, attached: Attached | None, steps: int) -
 
 
 def _callbacks(
-    run: _Run, phase: Phase, keep: KeepBest, trainee: keras.Model, last_epoch: int, steps: int
+    run: _Run, phase: Phase, keep: KeepBest, trainee: Trainee, recorder: Recorder, last_epoch: int, steps: int
 ) -> keras.callbacks.CallbackList:
     own: list[keras.callbacks.Callback] = [LearningRateLog(), keep]
     if isinstance(phase.average, Ema):
@@ -524,7 +621,7 @@ def _callbacks(
         own.append(keras.callbacks.TensorBoard(str(run.output / "logs"), write_graph=False))
     if not run.quiet:
         own.append(Progress(phase.name, last_epoch))
-    return callback_list(own, run.callbacks, trainee, run.model, {"epochs": last_epoch, "steps": steps})
+    return callback_list(own, run.callbacks, trainee, run.model, {"epochs": last_epoch, "steps": steps}, (recorder,))
 
 
 def _generators(model: keras.Model) -> list[keras.Variable]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tftransfer import advice, builders, checkpoints, strategies, tensor_files, trainable, training
+from tftransfer import advice, builders, checkpoints, sealed_folders, strategies, tensor_files, trainable, training
 from tftransfer.errors import InputError
 from tftransfer.history import History
 from tftransfer.strategies import Strategy
@@ -89,8 +89,11 @@ def _weights(model: keras.Model) -> dict[str, np.ndarray]:
     return {weight.path: weight.numpy() for weight in model.weights if "seed_generator" not in weight.path}
 
 
-class _KeepBoundaries(keras.callbacks.Callback):
-    """Copy what the output folder holds when a phase begins: what a process that is stopped there leaves behind."""
+class _KeepCopies(keras.callbacks.Callback):
+    """Copy what the output folder holds when a phase begins, and within its first epoch after a step.
+
+    That is what a process that is stopped there leaves behind.
+    """
 
     def __init__(self, output: Path, copies: Path) -> None:
         super().__init__()
@@ -98,8 +101,17 @@ class _KeepBoundaries(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         if self.phase:
-            shutil.copytree(self.output / checkpoints.FOLDER, self.copies / str(self.phase) / checkpoints.FOLDER)
+            self._copy("boundary")
         self.phase += 1
+        self.first = True
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 1 and self.first:
+            self._copy("within")
+            self.first = False
+
+    def _copy(self, kind):
+        shutil.copytree(self.output / checkpoints.FOLDER, self.copies / kind / str(self.phase) / checkpoints.FOLDER)
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,7 @@ class _Finished:
     history: History
     state_before: dict[str, Any]
     boundaries: list[Path]
+    within: list[Path]
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +140,11 @@ def finished(request, fresh, small_task, data, state_of, tmp_path_factory):
         _strategy(name),
         batch_size=2,
         output=folder / "output",
-        callbacks=[_KeepBoundaries(folder / "output", folder / "copies")],
+        callbacks=[_KeepCopies(folder / "output", folder / "copies")],
+        save_every=0,
     )
-    return _Finished(name, real, model, history, before, sorted(folder.glob("copies/*")))
+    copies = [sorted(folder.glob(f"copies/{kind}/*")) for kind in ("boundary", "within")]
+    return _Finished(name, real, model, history, before, *copies)
 
 
 def _on(names, real=()):
@@ -190,10 +205,20 @@ def test_a_strategy_that_does_not_fit_the_network_is_refused(small_network, smal
 
 @_on(SEVERAL, REAL)
 def test_going_on_at_each_phase_boundary_equals_never_having_stopped(finished, fresh, small_task, data, tmp_path):
+    assert len(finished.boundaries) == len(_strategy(finished.name)) - 1
+    _goes_on(finished, finished.boundaries, fresh, small_task, data, tmp_path)
+
+
+@_on(NAMES, REAL)
+def test_going_on_within_each_phase_equals_never_having_stopped(finished, fresh, small_task, data, tmp_path):
+    assert len(finished.within) == len(_strategy(finished.name))
+    _goes_on(finished, finished.within, fresh, small_task, data, tmp_path)
+
+
+def _goes_on(finished, copies, fresh, small_task, data, tmp_path):
     expected, strategy = _weights(finished.model), _strategy(finished.name)
-    assert len(finished.boundaries) == len(strategy) - 1
-    for boundary in finished.boundaries:
-        output = shutil.copytree(boundary, tmp_path / boundary.name)
+    for copy in copies:
+        output = shutil.copytree(copy, tmp_path / copy.name)
         model = fresh(finished.name, finished.real)
         history = training.fine_tune(model, small_task, data, strategy, batch_size=2, output=output)
         assert dict(history) == dict(finished.history)
@@ -206,11 +231,16 @@ def test_going_on_at_each_phase_boundary_equals_never_having_stopped(finished, f
 def test_what_is_lost_at_a_boundary_would_be_seen(finished, fresh, small_task, data, tmp_path, lost):
     """The promise above can fail: without a weight or a moment, training goes on elsewhere."""
     output, model = shutil.copytree(finished.boundaries[-1], tmp_path / "output"), fresh(finished.name)
-    file = output / checkpoints.FOLDER / checkpoints.FILE
-    described, kinds = tensor_files.read(file, checkpoints.FORMAT)
+    for within in (output / checkpoints.FOLDER).glob("*-*[1-9]*"):
+        shutil.rmtree(within)
+    folder = max((output / checkpoints.FOLDER).iterdir())
+    described, kinds = tensor_files.read(folder / checkpoints.FILE, checkpoints.PHASE)
     place = trainable.places(model)["logits/kernel"]
     changed = {**kinds, lost: {**kinds[lost], place: np.zeros_like(kinds[lost][place])}}
-    tensor_files.write(file, changed, described.pop("format"), **{k: v for k, v in described.items() if k != "sha256"})
+    told = {name: value for name, value in described.items() if name not in ("format", "sha256")}
+    sealed_folders.write(
+        folder, lambda new: tensor_files.write(new / checkpoints.FILE, changed, checkpoints.PHASE, **told)
+    )
     history = training.fine_tune(model, small_task, data, _strategy(finished.name), batch_size=2, output=output)
     assert dict(history) != dict(finished.history)
     assert not np.array_equal(_weights(model)["logits/kernel"], _weights(finished.model)["logits/kernel"])

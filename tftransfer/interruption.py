@@ -1,0 +1,72 @@
+"""Signals that end a process: heard at once, or when the step that is running is done and written down."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class Signals:
+    """Holds signals back while a step runs; used as a context, outside of which they do what they did before.
+
+    The second signal of a kind is never held back: whoever presses Ctrl-C twice means it.
+
+    Example:
+        >>> with Signals() as signals:
+        ...     signals.hold()
+        ...     signals.release()
+    """
+
+    def __init__(self) -> None:
+        self.came: int | None = None
+        self._holds = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
+            numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+            before = {number: signal.getsignal(number) for number in numbers}
+            self._before = {n: one for n, one in before.items() if one not in (signal.SIG_IGN, None)}
+            for number in self._before:
+                signal.signal(number, self._hear)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+        if kind is None:
+            self._deliver()
+
+    def hold(self) -> None:
+        """Hold back what comes from now on."""
+        self._holds = True
+
+    def release(self) -> None:
+        """Let what has come have its effect, which is mostly that this raises KeyboardInterrupt; and hold no more."""
+        self._holds = False
+        if self.came is not None:
+            self._restore()
+            self._deliver()
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._holds and self.came is None:
+            self.came = number
+            return
+        self._restore()
+        self.came = None
+        signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _deliver(self) -> None:
+        came, self.came = self.came, None
+        if came is not None:
+            signal.raise_signal(came)

@@ -1,0 +1,93 @@
+"""One run at a time in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from tftransfer.errors import InputError
+
+FILE = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)  # of file systems that have none
+_held: dict[Path, int] = {}  # by this process, and how many times over
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process; the system lets go of it when the process ends, in whatever way.
+
+    Within it the same process may hold the folder again. On a file system without locks, a process of this machine
+    that has ended is taken to have let go.
+
+    Args:
+        folder: It exists.
+
+    Raises:
+        InputError: If another process holds it.
+
+    Example:
+        >>> import tempfile
+        >>> with held(Path(tempfile.gettempdir())):
+        ...     pass
+    """
+    path = folder.resolve() / FILE
+    if path in _held:
+        _held[path] += 1
+    else:
+        descriptor = _taken(path, folder)
+        _held[path] = 1
+    try:
+        yield
+    finally:
+        _held[path] -= 1
+        if not _held[path]:
+            del _held[path]
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _taken(path: Path, folder: Path) -> int:
+    """Return the descriptor of a lock that is ours; who had it before may remove its file at any moment."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = _owner(descriptor)
+            if error.errno not in _NO_LOCKS or _lives(owner):
+                os.close(descriptor)
+                raise InputError(
+                    f"`out` {folder} is in use by another run ({owner}): wait until it has ended, or choose another "
+                    "folder"
+                ) from None
+        if _is_still_there(path, descriptor):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_still_there(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _owner(descriptor: int) -> str:
+    return os.pread(descriptor, 200, 0).decode(errors="replace") or "it does not say which"
+
+
+def _lives(owner: str) -> bool:
+    """Whether a process that wrote its name into a lock runs, as far as this machine can tell."""
+    words = owner.split()
+    if len(words) < 4 or not words[1].isdecimal():
+        return False
+    return words[3] != platform.node() or psutil.pid_exists(int(words[1]))
