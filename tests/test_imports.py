@@ -18,7 +18,7 @@ LAYERS = (
     {"tasks", "heads", "optimizers", "metrics", "averages"},
     {"tensor_files", "transferability", "shelf"},
     {"data"},
-    {"features"},
+    {"features", "soundness"},
     {"depth", "weights"},
     {"sealed_folders"},
     {"weight_files"},

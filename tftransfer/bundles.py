@@ -14,7 +14,7 @@ from typing import Any
 
 import keras
 
-from tftransfer import integrity, model_card, scanning, tasks
+from tftransfer import integrity, model_card, scanning, soundness, tasks
 from tftransfer.errors import InputError
 from tftransfer.integrity import MANIFEST, SEAL, digests
 from tftransfer.report import Report, Table
@@ -170,7 +170,11 @@ def save(
         report: What was measured.
         configuration: Everything that decided the result.
         provenance: Decisions, data fingerprint and the weights that went in.
+
+    Raises:
+        InputError: If a weight of the model is not finite; nothing is written then.
     """
+    soundness.check_weights(model)
     save_model(model, folder / MODEL)
     told = report.to_json()
     write_json(folder / REPORT, told)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import keras
 
-from tftransfer import mixing, prefix, trainable
+from tftransfer import mixing, prefix, soundness, trainable
 from tftransfer.adapters import Adapter, Attached
 from tftransfer.data import Data
 from tftransfer.errors import InputError, check
@@ -100,6 +100,9 @@ def check_call(
             f"the model takes pictures of {expected[0]}x{expected[1]}, but the data was loaded at "
             f"{given[0]}x{given[1]}: give both the same `image_size`"
         )
+    soundness.check_weights(model)
+    for split, examples in (("training", data.train), ("validation", data.validation)):
+        soundness.check_examples(task, examples, split)
 
 
 # They set the rate of a compiled model; here it is the phase's, and the whole model is never compiled.

@@ -182,6 +182,11 @@ class Trainee(keras.Model):
         fixed = {id(variable) for variable in (*kernels, *self.trainable_variables)}
         return [variable for variable in self.variables if id(variable) not in fixed]
 
+    def answer(self, inputs: Any) -> tf.Tensor:
+        """Return the outputs for a batch of validation as it comes."""
+        below = self.below_validation
+        return self(inputs if below is None else unpacked(below(inputs)), training=False)
+
     def test_step(self, data: Batch) -> dict[str, tf.Tensor]:
         return super().test_step(_through(self.below_validation, data))
 

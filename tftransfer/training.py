@@ -52,6 +52,7 @@ from tftransfer.penalties import Source
 from tftransfer.planning import below_the_head, check_call, check_strategy, functional, plan
 from tftransfer.recording import Recorder, Subject
 from tftransfer.shelf import Shelf, shelf_at
+from tftransfer.soundness import check_outputs
 from tftransfer.strategies import Phase, Strategy
 from tftransfer.tasks import Task
 from tftransfer.trainee import Extras, Trainee, unpacked
@@ -371,6 +372,8 @@ def _run_phase(
     matters = _moments_matter(strategy, number)
     keep = KeepBest(trainee, phase.patience, remember=lambda: _state(run, trainee) if matters else {"moments": {}})
     before = trainee.evaluate(feed.validation, return_dict=True, verbose=0)
+    if not math.isfinite(before["loss"]):
+        check_outputs(trainee.answer, feed.validation, run.data.validation.names)
     keep.consider(0, before["loss"], before["loss_error"])
     start = trainee.get_weights()
     recorder = _recorder(

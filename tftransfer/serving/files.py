@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tftransfer import soundness
 from tftransfer.checks import intervals, performance
 from tftransfer.data.examples import Examples
 from tftransfer.data.order import in_order
@@ -113,8 +114,10 @@ def publish_files(
         The folder of the files, or None; what was checked; and a table of sizes, the task's main metric and times.
 
     Raises:
-        InputError: If the runtime is not installed, the network cannot be converted, or the folder cannot be written.
+        InputError: If the runtime is not installed, the network cannot be converted or has a weight that is not finite,
+            or the folder cannot be written.
     """
+    soundness.check_weights(model)
     case = _Case(task, image_size(model), evidence)
     found: list[_Measured] = []
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import keras
 import psutil
 
-from tftransfer import errors, tensor_files
+from tftransfer import errors, soundness, tensor_files
 from tftransfer.errors import InputError
 from tftransfer.serving import warm_up
 from tftransfer.serving.export import export_savedmodel
@@ -59,9 +59,10 @@ def publish(
         The version's folder, or None if it did not pass and was not published; and what was checked.
 
     Raises:
-        InputError: If the network does not suit the task, or the folder cannot be written.
+        InputError: If the network does not suit the task, one of its weights is not finite, or the folder cannot be
+            written.
     """
-
+    soundness.check_weights(model)
     kept = ""
 
     def build(directory: Path, constant: bool) -> None:
