@@ -26,6 +26,7 @@ LAYERS = (
     {"builders", "trainable"},
     {"adapters", "penalties", "console"},
     {"strategies"},
+    {"guard"},
     {"prefix", "constants", "distribution", "callbacks", "mixing", "schedules", "history"},
     {"trainee", "checkpoints", "planning"},
     {"inference", "feeding", "recording"},

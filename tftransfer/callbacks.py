@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from tftransfer.errors import InputError
+from tftransfer.guard import Guard
 
 Logs = dict[str, float] | None
 _NOT_SHOWN = ("learning_rate", "loss_error", "val_loss_error")
@@ -48,20 +49,30 @@ class KeepBest(keras.callbacks.Callback):
         self._most = math.inf  # the highest loss that counts as good as the lowest
         self._weights: list[np.ndarray] = []
 
+    @property
+    def weights(self) -> list[np.ndarray]:
+        """The weights that are kept so far."""
+        return self._weights
+
     def consider(self, epoch: int, loss: float, error: float = 0.0) -> None:
         """Keep the model's weights if their validation loss is within reach of the lowest; NaN and infinity never are.
+
+        Nor are weights that are not finite.
 
         Args:
             epoch: Counted from 1 within the phase; 0 for the weights that it begins with.
             loss: The validation loss.
             error: Its standard error. Defaults to 0.
         """
-        if math.isfinite(loss) and loss < self._lowest:
+        counts = math.isfinite(loss) and loss <= self._most
+        weights = self.model.get_weights() if counts or not self._weights else []
+        counts = counts and all(np.isfinite(part).all() for part in weights)
+        if counts and loss < self._lowest:
             self._lowest, self._lowest_epoch = loss, epoch
             self._most = loss + (error if math.isfinite(error) else 0.0)
-        if not self._weights or (math.isfinite(loss) and loss <= self._most):
+        if counts or not self._weights:
             self.kept_epoch = epoch
-            self._weights = self.model.get_weights()
+            self._weights = weights
             self.kept = self._remember()
 
     def state(self) -> tuple[list[np.ndarray], dict[str, float], Any]:
@@ -85,6 +96,34 @@ class KeepBest(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Logs = None) -> None:
         self.model.set_weights(self._weights)
+
+
+class TellSkipped(keras.callbacks.Callback):
+    """Say which steps a guard has skipped when an epoch ends, and leave no number behind for an epoch without any step.
+
+    Args:
+        guard: Of the model that trains.
+        quiet: Whether to print nothing.
+        console: Where to print. Defaults to standard output.
+    """
+
+    def __init__(self, guard: Guard, quiet: bool, console: Console | None = None) -> None:
+        super().__init__()
+        self.guard, self.quiet = guard, quiet
+        self.console = console or Console()
+        self._before = 0
+        self._told = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        self._before = self.guard.skipped().total
+
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        total = self.guard.skipped().total
+        if logs is not None and total - self._before >= self.params.get("steps", math.inf):
+            logs.update({name: math.nan for name in logs if not name.startswith("val_") and name != "learning_rate"})
+        if total > self._told and not self.quiet:
+            self.console.print(f"{self.guard.phase}: {self.guard.sentence()}", markup=False, soft_wrap=True)
+        self._told = total
 
 
 class SwapAverages(keras.callbacks.SwapEMAWeights):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tftransfer import __version__
-from tftransfer.errors import InputError, ScanError, check
+from tftransfer.errors import DivergedError, InputError, ScanError, check
 
 LARGEST_SEED = 2**32 - 1
 """NumPy's."""
@@ -220,9 +220,9 @@ def run_recipe(main: Callable[[], int | None]) -> NoReturn:
 def guarded(main: Callable[[], int | None]) -> int:
     """Call a function, and turn bad input into one line and exit code 2, an interruption into 75.
 
-    What a scan found in a file that was to be loaded is one line and exit code 1. SIGTERM and SIGHUP, as batch systems
-    and closed terminals send them, end it as Ctrl-C does. What the terminal cannot show, such as names of files that
-    are not UTF-8, is printed as `\\udcXX`.
+    What a scan found in a file that was to be loaded, and training that diverged, is one line and exit code 1. SIGTERM
+    and SIGHUP, as batch systems and closed terminals send them, end it as Ctrl-C does. What the terminal cannot show,
+    such as names of files that are not UTF-8, is printed as `\\udcXX`.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -232,6 +232,9 @@ def guarded(main: Callable[[], int | None]) -> int:
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED if isinstance(error, ScanError) else BAD_INPUT
+    except DivergedError as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("stopped; the same command with the same --out goes on with this run", file=sys.stderr)
         return STOPPED

@@ -86,9 +86,9 @@ def strategy_of(model: keras.Model) -> tf.distribute.Strategy:
     return built_in or current
 
 
-def parts(variable: keras.Variable) -> tuple[tf.Variable, ...]:
+def parts(variable: keras.Variable | tf.Variable) -> tuple[tf.Variable, ...]:
     """Return a variable's parts, one for each device; itself where there is one."""
-    value = variable.value
+    value = variable.value if isinstance(variable, keras.Variable) else variable
     return tuple(getattr(value, "values", (value,)))
 
 

@@ -16,6 +16,10 @@ class ScanError(InputError):
     """Say what a scan found in a file that was to be loaded; the command line ends with exit code 1."""
 
 
+class DivergedError(ArithmeticError):
+    """Say that training met numbers that are not finite again and again, and where; exit code 1 on the command line."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Name the known words that are closest to a misspelt one.
 

@@ -30,6 +30,9 @@ class PhaseRecord:
         store: What was kept of them.
         waited_share: Share of the time in training, validation included, that was spent waiting for training batches.
         save_seconds: What checkpoints within the phase took, of `seconds`.
+        skipped: How many steps were skipped, because their numbers were not finite.
+        rollbacks: How often training went back to the best weights, because several in a row were.
+        faults: What was skipped, in plain words; empty if nothing was.
     """
 
     phase: Phase
@@ -44,6 +47,9 @@ class PhaseRecord:
     store: str = ""
     waited_share: float = 0.0
     save_seconds: float = 0.0
+    skipped: int = 0
+    rollbacks: int = 0
+    faults: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Describe the phase for `report.json` and the manifest."""
@@ -60,6 +66,9 @@ class PhaseRecord:
             "store": self.store,
             "waited_share": self.waited_share,
             "save_seconds": self.save_seconds,
+            "skipped": self.skipped,
+            "rollbacks": self.rollbacks,
+            "faults": self.faults or None,
         }
 
 

@@ -112,6 +112,20 @@ class _Layerwise(keras.optimizers.Optimizer):
                 for slot, value in zip(self._slots(), moment.slots, strict=True):
                     slot[index].assign(value)
 
+    def count_from(self, step: int) -> None:
+        """Let the age of all moments count from a step on; call this before the step is traced, as `start_from`."""
+        self._ages = [-step] * len(self._ages)
+
+    def restart(self) -> None:
+        """Forget all moments, whose age counts from here on, and let averages of weights begin with the weights."""
+        for slots in self._slots():
+            for slot in slots:
+                slot.assign(keras.ops.zeros_like(slot))
+        if self.use_ema:
+            for average, variable in zip(self._model_variables_moving_average, self._trainable_variables, strict=True):
+                average.assign(variable)
+        self.count_from(int(keras.ops.convert_to_numpy(self.iterations)))
+
     def _fits(self, moment: Moment, variable: keras.Variable) -> bool:
         """Whether moments are of this kind of optimizer, of this variable's shape, and finite."""
         shapes = [slot.shape for slot in moment.slots]
@@ -120,6 +134,11 @@ class _Layerwise(keras.optimizers.Optimizer):
 
 def _finite(slot: np.ndarray) -> bool:
     return bool(np.isfinite(slot).all())
+
+
+def own(optimizer: keras.optimizers.Optimizer) -> Any:
+    """Return the optimizer that takes the steps; Keras wraps it for float16 models, to scale the loss."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 @keras.saving.register_keras_serializable("tftransfer")

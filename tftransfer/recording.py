@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tftransfer import distribution, tensor_files, trainable
 from tftransfer.callbacks import KeepBest, Logs
@@ -23,7 +24,7 @@ from tftransfer.trainee import Trainee
 SHARE = 0.02
 """Of a run's time that checkpoints within phases may take."""
 
-_Plain = None | bool | int | float | str
+_Variable = keras.Variable | tf.Variable
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,14 @@ class Subject:
     keep: KeepBest
     callbacks: tuple[keras.callbacks.Callback, ...]
 
-    def _variables(self) -> dict[str, Sequence[keras.Variable]]:
+    def _variables(self) -> dict[str, Sequence[_Variable]]:
         generators = [variable for variable in self.model.variables if trainable.is_generator(variable)]
         return {
             "variable": self.trainee.variables,
             "optimizer": self.trainee.optimizer.variables,
             "metric": self.trainee.metrics_variables,
             "generator": generators,
+            "counter": list(self.trainee.counters().values()),
         }
 
     def read(self) -> tuple[Kinds, dict[str, Any]]:
@@ -85,7 +87,7 @@ class Subject:
             InputError: If it is of another network.
         """
         kinds, told = progress.kinds, progress.told
-        for kind in ("variable", "optimizer", "generator"):
+        for kind in ("variable", "optimizer", "generator", "counter"):
             _assign(kind, self._variables()[kind], kinds.get(kind, {}))
         paths = {place: path for path, place in trainable.places(self.model).items()}
         kept: dict[str, Any] = {"moments": renamed(_moments(kinds, told["ages"]), paths)}
@@ -111,7 +113,7 @@ def _moments(kinds: Kinds, ages: Mapping[str, int]) -> dict[str, Moment]:
     return tensor_files.unpack(kinds, ages)
 
 
-def _arrays(variables: Sequence[keras.Variable]) -> dict[str, np.ndarray]:
+def _arrays(variables: Sequence[_Variable]) -> dict[str, np.ndarray]:
     """Return the values of variables on each device; one where all have the same."""
     found = {}
     for number, variable in enumerate(variables):
@@ -121,7 +123,7 @@ def _arrays(variables: Sequence[keras.Variable]) -> dict[str, np.ndarray]:
     return found
 
 
-def _assign(kind: str, variables: Sequence[keras.Variable], arrays: Mapping[str, np.ndarray]) -> None:
+def _assign(kind: str, variables: Sequence[_Variable], arrays: Mapping[str, np.ndarray]) -> None:
     if len({name.partition(".")[0] for name in arrays}) != len(variables):
         raise InputError(
             f"`output` holds progress of another network: {len(variables)} variables ({kind}) are expected"
@@ -130,7 +132,7 @@ def _assign(kind: str, variables: Sequence[keras.Variable], arrays: Mapping[str,
         for device, part in enumerate(distribution.parts(variable)):
             value = arrays.get(f"{number}.{device}", arrays[f"{number}.0"])
             if value.shape != tuple(part.shape):
-                raise InputError(f"`output` holds progress of another network: it differs in {variable.path}")
+                raise InputError(f"`output` holds progress of another network: it differs in {part.name}")
             part.assign(value)
 
 

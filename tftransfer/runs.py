@@ -375,6 +375,7 @@ def _report(
     findings: Findings,
     notes: tuple[str, ...],
 ) -> Report:
+    notes += tuple(f"Phase {one.phase.name!r}: {one.faults}." for one in history.phases if one.faults)
     audits = tuple(audit_table(f"What trained: {r.phase.name}", r.audit, r.penalty_basis) for r in history.phases)
     return Report(
         task=task.name,

@@ -46,6 +46,22 @@ class OneCycle(keras.optimizers.schedules.LearningRateSchedule):
         return {"peak": self.peak, "steps": self.steps, "warmup_steps": self.warmup_steps}
 
 
+class Scaled(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule times a factor that may change on the way.
+
+    Args:
+        schedule: The schedule.
+        factor: A scalar variable.
+    """
+
+    def __init__(self, schedule: keras.optimizers.schedules.LearningRateSchedule, factor: Any) -> None:
+        super().__init__()
+        self.schedule, self.factor = schedule, factor
+
+    def __call__(self, step: Any) -> Any:
+        return self.schedule(step) * keras.ops.convert_to_tensor(self.factor)
+
+
 def learning_rate(phase: Phase, steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
     """Return a phase's learning rate per step.
 

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tftransfer import mixing
 from tftransfer.adapters import Attached
+from tftransfer.guard import Guard, moving_before
 from tftransfer.penalties import Term
 
 Batch = tuple[Any, tf.Tensor, tf.Tensor]
@@ -54,6 +55,7 @@ class Trainee(keras.Model):
     """
 
     extras = Extras()
+    guard: Guard | None = None
     below_training: Below | None = None
     below_validation: Below | None = None
     train_function: Any
@@ -71,6 +73,16 @@ class Trainee(keras.Model):
         if extras.adapter:
             self.factors = extras.adapter.variables
 
+    def add_guard(self, guard: Guard) -> None:
+        """Skip the steps whose numbers are not finite; call this after `compile`, in the scope of the strategy."""
+        self.guard = guard
+        if not self.optimizer.built:  # a step that may be skipped can't create variables
+            self.optimizer.build(self.trainable_variables)
+
+    def counters(self) -> dict[str, tf.Variable]:
+        """Return what was skipped and what that led to: all of it decides later steps, as weights and moments do."""
+        return self.guard.counters() if self.guard else {}
+
     def run_at_once(self, steps: int) -> None:
         """Run so many steps, or all of a validation, in one call of a graph: for steps that take less than a call.
 
@@ -83,11 +95,34 @@ class Trainee(keras.Model):
         self._at_once = self.steps_per_execution = steps
 
     def make_train_function(self, force: bool = False) -> Any:
-        if self._at_once is None:
-            return super().make_train_function(force)
         if self.train_function is None or force:
-            self.train_function = self._repeated(self.train_step, self._at_once)
+            self.train_function = self._watched()
         return self.train_function
+
+    def _watched(self) -> Callable[[Any], Any]:
+        """Return what takes steps, and goes back where too many in a row were skipped; they are traced anew then."""
+        if self.guard:
+            self.guard.take_over(self)
+        take, begin = self._traced(), tf.constant(0)
+
+        def run(iterator: Any) -> Any:
+            nonlocal take
+            done, logs = take(iterator, begin)
+            while self.guard and self.guard.too_many:
+                self.guard.roll_back(self)
+                take = self._traced()
+                if done < (self._at_once or 1):
+                    done, logs = take(iterator, done)
+            return logs
+
+        return run
+
+    def _traced(self) -> Callable[[Any, Any], tuple[Any, Any]]:
+        """Return a new graph of one step or many, from the number that is done to the number then, and metrics."""
+        if self._at_once is not None:
+            return self._repeated(self.train_step, self._at_once, self.guard)
+        one = self._make_function(self.train_step)
+        return lambda iterator, done: (1, one(iterator))
 
     def evaluate(self, x: Any = None, *given: Any, callbacks: Any = None, **named: Any) -> Any:
         if self._at_once is None:
@@ -99,23 +134,28 @@ class Trainee(keras.Model):
         if callbacks:  # averages of weights are put in their place by one
             callbacks.on_test_begin()
         self.reset_metrics()
-        logs = {name: float(value) for name, value in self.test_function(self._again[1]).items()}
+        _, found = self.test_function(self._again[1], tf.constant(0))
+        logs = {name: float(value) for name, value in found.items()}
         if callbacks:
             callbacks.on_test_end(logs)
         return logs
 
-    def _repeated(self, step: Callable[[Batch], Any], count: int) -> Callable[[Any], dict[str, tf.Tensor]]:
-        """Return a graph that takes so many steps, and says what the metrics are then."""
+    def _repeated(
+        self, step: Callable[[Batch], Any], count: int, guard: Guard | None = None
+    ) -> Callable[[Any, Any], tuple[Any, dict[str, tf.Tensor]]]:
+        """Return a graph that takes steps until so many are done, or too many were skipped; and says the metrics."""
 
         def one(done: tf.Tensor, iterator: Any) -> tuple[tf.Tensor]:
             self.distribute_strategy.run(step, args=(next(iterator),))
             return (done + 1,)
 
+        def goes_on(done: tf.Tensor) -> tf.Tensor:
+            return (done < count) & guard.goes_on() if guard else done < count
+
         @tf.function(autograph=False)
-        def run(iterator: Any) -> dict[str, tf.Tensor]:
-            start = (tf.constant(0),)
-            tf.while_loop(lambda done: done < count, lambda done: one(done, iterator), start, parallel_iterations=1)
-            return self.get_metrics_result()
+        def run(iterator: Any, start: tf.Tensor) -> tuple[Any, dict[str, tf.Tensor]]:
+            (done,) = tf.while_loop(goes_on, lambda done: one(done, iterator), (start,), parallel_iterations=1)
+            return done, self.get_metrics_result()
 
         return run
 
@@ -198,11 +238,18 @@ class Trainee(keras.Model):
         everywhere = here if replicas == 1 else context.all_reduce(tf.distribute.ReduceOp.SUM, here)
         share = here * replicas / everywhere
         key = self._key(context.replica_id_in_sync_group)
+        before = moving_before(self) if self.guard else []
         with tf.GradientTape() as tape:
             outputs, loss = self._outputs_and_loss((inputs, targets, weights * share), key, share / replicas)
             scaled = self.optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled, self.trainable_weights)
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+        if self.guard is None:
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+        else:
+            taken = self.guard.apply(self.optimizer, gradients, self.trainable_weights, loss, before)
+            loss, everywhere, outputs, weights = (  # a step that was skipped counts for nothing
+                tf.where(taken, value, tf.zeros((), value.dtype)) for value in (loss, everywhere, outputs, weights)
+            )
         self._loss_tracker.update_state(loss * replicas, sample_weight=everywhere / replicas)
         return self.compute_metrics(inputs, targets, outputs, sample_weight=weights)
 

@@ -37,6 +37,7 @@ from tftransfer.callbacks import (
     LearningRateLog,
     Progress,
     SwapAverages,
+    TellSkipped,
     callback_list,
     hears_of_batches,
     looks_at_batches,
@@ -44,10 +45,11 @@ from tftransfer.callbacks import (
 from tftransfer.console import audit_table, literal_console, print_table
 from tftransfer.data import Data, order
 from tftransfer.errors import check, is_number
+from tftransfer.guard import Guard
 from tftransfer.history import History, PhaseRecord
 from tftransfer.interruption import Signals
 from tftransfer.metrics import LossError
-from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD, Moment, renamed
+from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD, Moment, own, renamed
 from tftransfer.penalties import Source
 from tftransfer.planning import below_the_head, check_call, check_strategy, functional, plan
 from tftransfer.recording import Recorder, Subject
@@ -375,6 +377,7 @@ def _run_phase(
     if not math.isfinite(before["loss"]):
         check_outputs(trainee.answer, feed.validation, run.data.validation.names)
     keep.consider(0, before["loss"], before["loss_error"])
+    guard = _guarded(trainee, keep)
     start = trainee.get_weights()
     recorder = _recorder(
         run, number, steps.per_epoch, history, Subject(trainee, run.model, keep, run.callbacks), progress
@@ -398,6 +401,9 @@ def _run_phase(
         feed.summary,
         feed.waited() / fitting,
         recorder.seconds,
+        guard.skipped().total,
+        guard.skipped().rollbacks,
+        guard.sentence(),
     )
     history.add(logs, record)
     return dataclasses.replace(carried, **keep.kept)
@@ -424,6 +430,20 @@ def _recorder(
         deadline=run.deadline,
         signals=run.signals,
     )
+
+
+def _guarded(trainee: Trainee, keep: KeepBest) -> Guard:
+    """Return the model's guard, which knows the way back from here on; a test of rates has one that does nothing."""
+    guard = trainee.guard or Guard()
+    guard.way_back = lambda: keep.weights
+    return guard
+
+
+def _names(run: _Run, steps: feeding.Steps, step: int) -> list[str]:
+    """Return the names of a step's examples."""
+    examples = run.data.train
+    chosen = order.batch_indices(len(examples), steps.batch_size, steps.seed, steps.phase, step)
+    return [examples.names[number] for number in chosen.numpy()]
 
 
 def _fed(
@@ -486,12 +506,7 @@ def _below(run: _Run, parts: prefix.Cut, chunk: int) -> constants.Constants | No
 def _state(run: _Run, trainee: keras.Model) -> dict[str, Any]:
     """Return what there is beside the weights, for somebody who goes on from here."""
     generators = tuple(variable.numpy() for variable in _generators(run.model))
-    return {"moments": _own(trainee.optimizer).moments(), "generators": generators}
-
-
-def _own(optimizer: keras.optimizers.Optimizer) -> LayerwiseAdamW | LayerwiseSGD:
-    """Return our optimizer; Keras wraps it for float16 models, to scale the loss."""
-    return getattr(optimizer, "inner_optimizer", optimizer)
+    return {"moments": own(trainee.optimizer).moments(), "generators": generators}
 
 
 def _moments_matter(strategy: Strategy, number: int) -> bool:
@@ -534,7 +549,9 @@ def _compiled(
     extras = _extras(run, phase, number, trainee, below, carried.attached)  # outside the scope: it runs the network
     with distribution.strategy_of(run.model).scope():
         trainee.add_extras(extras)
-        optimizer = _optimizer(run, phase, carried.attached, steps)
+        fed = run.feed_steps(number, phase)
+        guard = Guard(phase.name, fed.start, lambda step: _names(run, fed, step))
+        optimizer = _optimizer(run, phase, carried.attached, steps, guard.rate)
         if phase.penalty and phase.penalty.replaces_decay:
             optimizer.exclude_from_weight_decay(list(below_the_head(run.model, trainee)))
         trainee.compile(
@@ -544,6 +561,8 @@ def _compiled(
             weighted_metrics=[LossError(loss)],
         )
         optimizer.start_from(trainee.trainable_variables, carried.moments)
+        if phase.schedule != "exponential":  # a test of rates wants to see where the numbers leave
+            trainee.add_guard(guard)
     return trainee
 
 
@@ -600,14 +619,16 @@ def _branches(phase: Phase, part: keras.Model) -> dict[int, tuple[int, float]]:
     }
 
 
-def _optimizer(run: _Run, phase: Phase, attached: Attached | None, steps: int) -> LayerwiseAdamW | LayerwiseSGD:
+def _optimizer(
+    run: _Run, phase: Phase, attached: Attached | None, steps: int, factor: tf.Variable
+) -> LayerwiseAdamW | LayerwiseSGD:
     multipliers = trainable.rate_multipliers(run.model, phase.layer_decay)
     averaged: dict[str, Any] = {}
     if isinstance(phase.average, Ema):
         averaged = {"use_ema": True, "ema_momentum": phase.average.momentum(run.steps(phase)[0])}
     optimizer = LayerwiseAdamW if phase.optimizer == "adamw" else LayerwiseSGD
     return optimizer(
-        learning_rate=schedules.learning_rate(phase, steps),
+        learning_rate=schedules.Scaled(schedules.learning_rate(phase, steps), factor),
         weight_decay=phase.weight_decay,
         multipliers={**multipliers, **(attached.multipliers(multipliers) if attached else {})},
         **averaged,
@@ -617,14 +638,16 @@ def _optimizer(run: _Run, phase: Phase, attached: Attached | None, steps: int) -
 def _callbacks(
     run: _Run, phase: Phase, keep: KeepBest, trainee: Trainee, recorder: Recorder, last_epoch: int, steps: int
 ) -> keras.callbacks.CallbackList:
-    own: list[keras.callbacks.Callback] = [LearningRateLog(), keep]
+    ours: list[keras.callbacks.Callback] = [LearningRateLog(), keep]
+    if trainee.guard:
+        ours.insert(1, TellSkipped(trainee.guard, run.quiet))
     if isinstance(phase.average, Ema):
-        own.insert(0, SwapAverages())
+        ours.insert(0, SwapAverages())
     if run.output:
-        own.append(keras.callbacks.TensorBoard(str(run.output / "logs"), write_graph=False))
+        ours.append(keras.callbacks.TensorBoard(str(run.output / "logs"), write_graph=False))
     if not run.quiet:
-        own.append(Progress(phase.name, last_epoch))
-    return callback_list(own, run.callbacks, trainee, run.model, {"epochs": last_epoch, "steps": steps}, (recorder,))
+        ours.append(Progress(phase.name, last_epoch))
+    return callback_list(ours, run.callbacks, trainee, run.model, {"epochs": last_epoch, "steps": steps}, (recorder,))
 
 
 def _generators(model: keras.Model) -> list[keras.Variable]:
