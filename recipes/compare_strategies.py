@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import tftransfer as tft
 from tftransfer import cli
+from tftransfer.versions import versions
 
 if TYPE_CHECKING:
     import keras
@@ -138,7 +139,7 @@ def _about(options: Any, network: Any, data: Any, devices: Any) -> dict[str, Any
         "batch_size": options.batch_size,
         "learning_rate": options.learning_rate,
         "precision": devices.precision,
-        "versions": tft.versions.versions(),
+        "versions": versions(),
     }
 
 

@@ -28,6 +28,7 @@ LAYERS = (
     {"strategies"},
     {"guard"},
     {"prefix", "constants", "distribution", "callbacks", "mixing", "schedules", "history"},
+    {"memory", "memory_probe", "micro_batches"},
     {"trainee", "checkpoints", "planning"},
     {"inference", "feeding", "recording"},
     {"training"},

@@ -26,7 +26,6 @@ _MODULES = (
     "serving",
     "strategies",
     "tasks",
-    "versions",
 )
 _FUNCTIONS = {
     "InputError": "errors",

@@ -93,13 +93,17 @@ def parts(variable: keras.Variable | tf.Variable) -> tuple[tf.Variable, ...]:
 
 
 @contextlib.contextmanager
-def shared_statistics(model: keras.Model) -> Iterator[None]:
+def shared_statistics(model: keras.Model, divided: bool = False) -> Iterator[None]:
     """Make BatchNorm layers that move their statistics take them over the whole batch, on however many devices.
 
     Without it each device normalises by its own share, and what is kept are the first device's statistics.
+
+    Args:
+        model: Its layers are as they were afterwards.
+        divided: Whether a batch is divided in time too: then each part is normalised by itself. Defaults to False.
     """
     norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
-    several = strategy_of(model).num_replicas_in_sync > 1
+    several = strategy_of(model).num_replicas_in_sync > 1 and not divided
     changed = [norm for norm in norms if several and norm.trainable and not norm.synchronized]
     for norm in changed:
         norm.synchronized = True

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tftransfer import features, prefix, trainable
+from tftransfer import features, memory, prefix, trainable
 from tftransfer.constants import Constants
 from tftransfer.data import Data, Examples, order
 from tftransfer.data.augment import named
@@ -43,6 +43,8 @@ class Steps:
         batch_size: Examples per step.
         replicas: How many devices share them.
         done: How many an earlier call of the same run has done. Defaults to 0.
+        micro_batches: Into how many parts a batch is divided. Defaults to 1.
+        most_frozen: Examples that fit into memory in the frozen part. Defaults to 32.
     """
 
     seed: int
@@ -53,11 +55,18 @@ class Steps:
     batch_size: int
     replicas: int
     done: int = 0
+    micro_batches: int = 1
+    most_frozen: int = features.BATCH
+
+    @property
+    def at_a_time(self) -> int:
+        """How many examples of a batch go through what trains at once, over all devices."""
+        return -(-self.batch_size // self.micro_batches)
 
     @property
     def chunk(self) -> int:
         """How many examples go through the frozen part at once."""
-        return chunk_of(self.batch_size, self.replicas)
+        return min(chunk_of(self.at_a_time, self.replicas), self.most_frozen)
 
     @property
     def at_once(self) -> int:
@@ -218,10 +227,12 @@ def feed(
             read=_read(training),
         )
     )
+    if steps.micro_batches > 1:
+        batches = _few_at_a_time(batches)
     return Feed(
         batches,
         order.in_order(
-            data.validation, even_batch(len(data.validation), steps.batch_size, steps.replicas), _read(validation)
+            data.validation, even_batch(len(data.validation), steps.at_a_time, steps.replicas), _read(validation)
         ),
         None if training else below,
         None if validation else below,
@@ -229,6 +240,13 @@ def feed(
         "; ".join([summary, *(shelf.notes[noted:] if shelf else ())]),
         waited,
     )
+
+
+def _few_at_a_time(batches: tf.data.Dataset) -> tf.data.Dataset:
+    """Bound the batches that are read ahead, where one is large already."""
+    options = tf.data.Options()
+    options.autotune.ram_budget = memory.room().least // 8
+    return batches.with_options(options)
 
 
 def _clocked(batches: tf.data.Dataset) -> tuple[tf.data.Dataset, Callable[[], float]]:

@@ -33,6 +33,8 @@ class PhaseRecord:
         skipped: How many steps were skipped, because their numbers were not finite.
         rollbacks: How often training went back to the best weights, because several in a row were.
         faults: What was skipped, in plain words; empty if nothing was.
+        micro_batches: Into how many parts each batch was divided.
+        memory: Why, in plain words; empty for batches that plainly fit.
     """
 
     phase: Phase
@@ -50,6 +52,8 @@ class PhaseRecord:
     skipped: int = 0
     rollbacks: int = 0
     faults: str = ""
+    micro_batches: int = 1
+    memory: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Describe the phase for `report.json` and the manifest."""
@@ -69,6 +73,8 @@ class PhaseRecord:
             "skipped": self.skipped,
             "rollbacks": self.rollbacks,
             "faults": self.faults or None,
+            "micro_batches": self.micro_batches,
+            "memory": self.memory or None,
         }
 
 

@@ -32,16 +32,46 @@ def mix(batch: Batch, key: tf.Tensor, mixup: float, cutmix: float) -> tuple[Any,
     arXiv:1806.05236.
     """
     inputs, targets, _ = batch
-    partners = tf.argsort(tf.random.stateless_uniform((tf.shape(targets)[0],), _fold(key, 0)))
+    partners = partners_of(tf.shape(targets)[0], key)
+    mixed, share = join(inputs, rows(inputs, partners), key, mixup, cutmix)
+    return mixed, partners, share
+
+
+def partners_of(count: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
+    """Return `(count,)` numbers of examples, each example's partner.
+
+    Args:
+        count: Of examples in the batch.
+        key: As for `mix`.
+    """
+    return tf.argsort(tf.random.stateless_uniform((count,), _fold(key, 0)))
+
+
+def rows(inputs: Any, numbers: tf.Tensor) -> Any:
+    """Return some rows of a tensor, or of each of several."""
+    return tf.nest.map_structure(lambda x: tf.gather(x, numbers), inputs)
+
+
+def join(inputs: Any, others: Any, key: tf.Tensor, mixup: float, cutmix: float) -> tuple[Any, tf.Tensor]:
+    """Mix some examples of a batch with their partners, all of them in the way that the batch's key decides.
+
+    Args:
+        inputs: A tensor or several.
+        others: The partners' inputs, in the same order.
+        key, mixup, cutmix: As for `mix`.
+
+    Returns:
+        Mixed inputs, and the share that an example keeps of itself.
+    """
     if not cutmix:
-        return (*_blend(inputs, partners, _share(mixup, key)),)
+        return _blend(inputs, others, _share(mixup, key))
     if not mixup:
-        return (*_paste(inputs, partners, _share(cutmix, key), key),)
+        return _paste(inputs, others, _share(cutmix, key), key)
     heads = tf.random.stateless_uniform((), _fold(key, 1)) < 0.5
     return tf.cond(
         heads,
-        lambda: _blend(inputs, partners, _share(mixup, key)),
-        lambda: _paste(inputs, partners, _share(cutmix, key), key),
+        lambda: _blend(inputs, others, _share(mixup, key)),
+        lambda: _paste(inputs, others, _share(cutmix, key), key),
     )
 
 
@@ -51,25 +81,25 @@ def _share(alpha: float, key: tf.Tensor) -> tf.Tensor:
     return first / tf.maximum(first + second, 1e-20)
 
 
-def _blend(inputs: Any, partners: tf.Tensor, share: tf.Tensor) -> tuple[Any, tf.Tensor, tf.Tensor]:
-    def blended(x: tf.Tensor) -> tf.Tensor:
+def _blend(inputs: Any, others: Any, share: tf.Tensor) -> tuple[Any, tf.Tensor]:
+    def blended(x: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
         own = tf.cast(share, x.dtype)
-        return own * x + (1 - own) * tf.gather(x, partners)
+        return own * x + (1 - own) * other
 
-    return tf.nest.map_structure(blended, inputs), partners, share
+    return tf.nest.map_structure(blended, inputs, others), share
 
 
-def _paste(inputs: Any, partners: tf.Tensor, share: tf.Tensor, key: tf.Tensor) -> tuple[Any, tf.Tensor, tf.Tensor]:
+def _paste(inputs: Any, others: Any, share: tf.Tensor, key: tf.Tensor) -> tuple[Any, tf.Tensor]:
     """Put a rectangle of the partner at one relative place into every input; the share is what the grid leaves."""
     centre = tf.random.stateless_uniform((2,), _fold(key, 4))
     half = tf.sqrt(1 - share) / 2
     low, high = tf.clip_by_value(centre - half, 0, 1), tf.clip_by_value(centre + half, 0, 1)
 
-    def pasted(x: tf.Tensor) -> tf.Tensor:
-        return tf.where(_inside(x, low, high), tf.gather(x, partners), x)
+    def pasted(x: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+        return tf.where(_inside(x, low, high), other, x)
 
     left = 1 - tf.reduce_mean(tf.cast(_inside(tf.nest.flatten(inputs)[0], low, high), tf.float32))
-    return tf.nest.map_structure(pasted, inputs), partners, left
+    return tf.nest.map_structure(pasted, inputs, others), left
 
 
 def _inside(x: tf.Tensor, low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:

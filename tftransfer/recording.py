@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -24,7 +24,7 @@ from tftransfer.trainee import Trainee
 SHARE = 0.02
 """Of a run's time that checkpoints within phases may take."""
 
-_Variable = keras.Variable | tf.Variable
+_Variable: TypeAlias = keras.Variable | tf.Variable
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,7 @@ class Recorder(keras.callbacks.Callback):
             Defaults to 60.
         deadline: Of the monotonic clock. Defaults to none.
         signals: Ask whether the process is to end. Defaults to nobody.
+        decided: JSON that is written down too: what was decided when the phase began. Defaults to nothing.
     """
 
     def __init__(
@@ -199,6 +200,7 @@ class Recorder(keras.callbacks.Callback):
         every: float = 60.0,
         deadline: float = math.inf,
         signals: Signals | None = None,
+        decided: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.set_model(subject.trainee)
@@ -213,6 +215,7 @@ class Recorder(keras.callbacks.Callback):
         self._every = every
         self._deadline = deadline
         self._signals = signals
+        self._decided = dict(decided or {})
         self.epoch, self.place = (began_with.epoch, began_with.place) if began_with else (0, 0)
         self._next = time.monotonic() + every
 
@@ -241,7 +244,7 @@ class Recorder(keras.callbacks.Callback):
         began = time.monotonic()
         kinds, told = self._subject.read()
         steps = self.epoch * self._per_epoch + place
-        write(Progress(self._phase, self.epoch, place, steps, kinds, told))
+        write(Progress(self._phase, self.epoch, place, steps, kinds, {**told, **self._decided}))
         took = time.monotonic() - began
         self.seconds += took
         self._next = began + took + (max(self._every, took / SHARE) if self._every else 0)

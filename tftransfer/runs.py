@@ -375,7 +375,8 @@ def _report(
     findings: Findings,
     notes: tuple[str, ...],
 ) -> Report:
-    notes += tuple(f"Phase {one.phase.name!r}: {one.faults}." for one in history.phases if one.faults)
+    said = ((one.phase.name, text) for one in history.phases for text in (one.memory, one.faults) if text)
+    notes += tuple(f"Phase {name!r}: {text}." for name, text in said)
     audits = tuple(audit_table(f"What trained: {r.phase.name}", r.audit, r.penalty_basis) for r in history.phases)
     return Report(
         task=task.name,

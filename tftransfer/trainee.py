@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tftransfer import mixing
+from tftransfer import micro_batches, mixing
 from tftransfer.adapters import Attached
 from tftransfer.guard import Guard, moving_before
 from tftransfer.penalties import Term
@@ -52,10 +52,17 @@ class Trainee(keras.Model):
 
     Its train step gives each example the same share in the step, also where the last batch of an epoch does not
     split evenly over the devices: Keras averages the devices' means instead.
+
+    Where `micro_batches` is above 1, gradients are added up over so many parts of the batch, of which one at a time is
+    in memory, what is frozen included. The step is that of the undivided batch but for rounding: each part counts by
+    its share of the examples, a penalty once, and mixup and cutmix find their partners in the whole batch. What differs
+    is what depends on examples that are computed together: dropout and stochastic depth draw anew in each part, and
+    BatchNorm that trains normalises by a part, and moves its statistics once for each.
     """
 
     extras = Extras()
     guard: Guard | None = None
+    micro_batches = 1  # parts that a step's batch is divided into, one after the other
     below_training: Below | None = None
     below_validation: Below | None = None
     train_function: Any
@@ -231,7 +238,7 @@ class Trainee(keras.Model):
         return super().test_step(_through(self.below_validation, data))
 
     def train_step(self, data: Batch) -> dict[str, tf.Tensor]:
-        inputs, targets, weights = _through(self.below_training, data)
+        inputs, targets, weights = data
         context = tf.distribute.get_replica_context()
         replicas = context.num_replicas_in_sync
         here = tf.cast(tf.shape(weights)[0], tf.float32)
@@ -239,10 +246,10 @@ class Trainee(keras.Model):
         share = here * replicas / everywhere
         key = self._key(context.replica_id_in_sync_group)
         before = moving_before(self) if self.guard else []
-        with tf.GradientTape() as tape:
-            outputs, loss = self._outputs_and_loss((inputs, targets, weights * share), key, share / replicas)
-            scaled = self.optimizer.scale_loss(loss)
-        gradients = tape.gradient(scaled, self.trainable_weights)
+        batch = (inputs, targets, weights * share)
+        gradients, loss, outputs = (self._in_parts if self.micro_batches > 1 else self._in_one)(
+            batch, key, share / replicas
+        )
         if self.guard is None:
             self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
         else:
@@ -253,20 +260,61 @@ class Trainee(keras.Model):
         self._loss_tracker.update_state(loss * replicas, sample_weight=everywhere / replicas)
         return self.compute_metrics(inputs, targets, outputs, sample_weight=weights)
 
+    def _in_one(self, batch: Batch, key: tf.Tensor, portion: tf.Tensor) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
+        """Return gradients, this device's portion of the loss, and outputs."""
+        batch = _through(self.below_training, batch)
+        with tf.GradientTape() as tape:
+            outputs, loss = self._outputs_and_loss(batch, key, portion)
+            scaled = self.optimizer.scale_loss(loss)
+        return tape.gradient(scaled, self.trainable_weights), loss, outputs
+
+    def _in_parts(self, batch: Batch, key: tf.Tensor, portion: tf.Tensor) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
+        """Return the same, computed from one part of the batch after the other, each by its share of the examples."""
+        mixes = self.extras.mixup or self.extras.cutmix
+        partners = mixing.partners_of(tf.shape(batch[1])[0], key) if mixes else None
+
+        def part(numbers: tf.Tensor, number: tf.Tensor, share: tf.Tensor) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
+            own = _through(self.below_training, mixing.rows(batch, numbers))
+            others = None
+            if partners is not None:
+                others = _through(self.below_training, mixing.rows(batch, tf.gather(partners, numbers)))
+            drops = tf.random.experimental.stateless_fold_in(key, 1000 + tf.cast(number, tf.int64))
+            with tf.GradientTape() as tape:
+                outputs, loss = self._outputs_and_loss(own, key, portion, others, drops)
+                loss = loss * share
+                scaled = self.optimizer.scale_loss(loss)
+            return tape.gradient(scaled, self.trainable_weights), loss, outputs
+
+        return micro_batches.added_up(part, tf.shape(batch[1])[0], self.micro_batches, self.trainable_weights)
+
     def _outputs_and_loss(
-        self, batch: Batch, key: tf.Tensor, portion: tf.Tensor | float
+        self,
+        batch: Batch,
+        key: tf.Tensor,
+        portion: tf.Tensor | float,
+        others: Batch | None = None,
+        drops: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return outputs and this device's portion of the loss; Keras divides its own by the number of devices."""
+        """Return outputs and this device's portion of the loss; Keras divides its own by the number of devices.
+
+        Args:
+            batch: All of the step's, or a part of it.
+            key: Of the step.
+            portion: This device's, of a penalty.
+            others: What each example is mixed with. Defaults to its partner in the batch.
+            drops: Decides which branches are left out. Defaults to the key.
+        """
         inputs, targets, weights = batch
-        extras = self.extras
+        extras, drops = self.extras, key if drops is None else drops
         if not (extras.mixup or extras.cutmix):
-            outputs, penalty = self._outputs_and_penalty(inputs, key)
+            outputs, penalty = self._outputs_and_penalty(inputs, drops)
             return outputs, self.compute_loss(inputs, targets, outputs, weights, training=True) + penalty * portion
-        mixed, partners, own = mixing.mix(batch, key, extras.mixup, extras.cutmix)
-        outputs, penalty = self._outputs_and_penalty(mixed, key)
+        others = others or mixing.rows(batch, mixing.partners_of(tf.shape(targets)[0], key))
+        mixed, own = mixing.join(inputs, others[0], key, extras.mixup, extras.cutmix)
+        outputs, penalty = self._outputs_and_penalty(mixed, drops)
         # Both halves in one call: the mean over twice as many rows is half the sum of both losses.
-        both_targets = tf.concat([targets, tf.gather(targets, partners)], axis=0)
-        both_weights = tf.concat([2 * own * weights, 2 * (1 - own) * tf.gather(weights, partners)], axis=0)
+        both_targets = tf.concat([targets, others[1]], axis=0)
+        both_weights = tf.concat([2 * own * weights, 2 * (1 - own) * others[2]], axis=0)
         twice = tf.concat([outputs, outputs], axis=0)
         return outputs, self.compute_loss(inputs, both_targets, twice, both_weights, training=True) + penalty * portion
 

@@ -24,6 +24,7 @@ from tftransfer import (
     distribution,
     feeding,
     locks,
+    memory,
     mixing,
     penalties,
     prefix,
@@ -241,7 +242,7 @@ class _Run:
             return per_epoch, phase.epochs
         return min(per_epoch, self.max_steps), 1
 
-    def feed_steps(self, number: int, phase: Phase, done: int) -> feeding.Steps:
+    def feed_steps(self, number: int, phase: Phase, done: int = 0) -> feeding.Steps:
         """Return which steps of a phase are to be fed."""
         place, start = self.place(number)
         replicas = distribution.strategy_of(self.model).num_replicas_in_sync
@@ -367,7 +368,7 @@ def _run_phase(
     if not run.quiet:
         print_table(literal_console(), audit_table(f"What trains: {phase.name}", audit, _penalty_basis(run, phase)))
     _seed_generators(run, number)
-    steps = run.feed_steps(number, phase, progress.steps if progress else 0)
+    steps, division = _fitting(run, number, phase, parts, progress)
     below = _below(run, parts, steps.chunk)
     trainee = _compiled(run, phase, number, parts.trained, below, carried, steps.per_epoch * steps.epochs)
     feed = _fed(run, phase, steps, parts, below, later, trainee)
@@ -380,7 +381,7 @@ def _run_phase(
     guard = _guarded(trainee, keep)
     start = trainee.get_weights()
     recorder = _recorder(
-        run, number, steps.per_epoch, history, Subject(trainee, run.model, keep, run.callbacks), progress
+        run, number, steps.per_epoch, history, Subject(trainee, run.model, keep, run.callbacks), progress, division
     )
     fitting = time.monotonic()
     logs = _fitted(run, phase, steps, feed, keep, trainee, recorder)
@@ -404,13 +405,21 @@ def _run_phase(
         guard.skipped().total,
         guard.skipped().rollbacks,
         guard.sentence(),
+        division.micro_batches,
+        division.reason,
     )
     history.add(logs, record)
     return dataclasses.replace(carried, **keep.kept)
 
 
 def _recorder(
-    run: _Run, number: int, per_epoch: int, history: History, subject: Subject, progress: checkpoints.Progress | None
+    run: _Run,
+    number: int,
+    per_epoch: int,
+    history: History,
+    subject: Subject,
+    progress: checkpoints.Progress | None,
+    division: memory.Division,
 ) -> Recorder:
     """Return the callback that writes the phase down, with everything put back that an earlier call has left."""
     if progress:
@@ -429,7 +438,25 @@ def _recorder(
         every=run.save_every,
         deadline=run.deadline,
         signals=run.signals,
+        decided={"division": vars(division)},
     )
+
+
+def _fitting(
+    run: _Run, number: int, phase: Phase, parts: prefix.Cut, progress: checkpoints.Progress | None
+) -> tuple[feeding.Steps, memory.Division]:
+    """Return a phase's steps as they fit into memory: divided as was decided earlier, or as is decided now."""
+    steps = run.feed_steps(number, phase, progress.steps if progress else 0)
+    image_size, room = run.data.train.pictures.image_size, memory.room()
+    if progress:
+        division = memory.Division(**progress.told["division"])
+    else:
+        views = phase.views if phase.average_views else 1
+        division = memory.divide(parts.trained, steps.batch_size * views, image_size, room)
+    if division.reason and not run.quiet:
+        literal_console().print(f"{phase.name}: {division.reason}", soft_wrap=True)
+    frozen = memory.most_frozen(parts.frozen, steps.chunk, image_size, room)
+    return dataclasses.replace(steps, micro_batches=division.micro_batches, most_frozen=frozen), division
 
 
 def _guarded(trainee: Trainee, keep: KeepBest) -> Guard:
@@ -460,6 +487,7 @@ def _fed(
     feed = feeding.feed(
         run.data, phase, steps, parts, below, cache=cache, shelf=run.shelf, later=later, shared=run.shared
     )
+    trainee.micro_batches = steps.micro_batches
     trainee.add_below(training=feed.below_training, validation=feed.below_validation)
     if parts.frozen and not feed.computes and steps.replicas == 1 and not hears_of_batches(run.callbacks):
         trainee.run_at_once(steps.at_once)
@@ -481,7 +509,7 @@ def _fitted(
     last_epoch = recorder.first_epoch + steps.epochs
     callbacks = _callbacks(run, phase, keep, trainee, recorder, last_epoch, steps.per_epoch)
     run.signals.hold()
-    with distribution.shared_statistics(run.model):
+    with distribution.shared_statistics(run.model, divided=steps.micro_batches > 1):
         return trainee.train(
             feed.training,
             feed.validation,
