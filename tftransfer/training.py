@@ -131,7 +131,10 @@ def fine_tune(
 
     Raises:
         InputError: If the model's outputs do not fit the task, nothing would train, a phase asks for what the network
-            does not have, or `output` holds phases of another call or is in use by another run.
+            does not have, an example or a weight is not sound, or `output` holds phases of another call or is in use
+            by another run.
+        DivergedError: If steps go on to have a loss or gradients that are not finite, see `guard.Guard`. The model has
+            its best weights then.
 
     Example:
         >>> import tftransfer as tft
