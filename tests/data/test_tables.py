@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tftransfer import tasks
@@ -153,3 +155,39 @@ def test_a_file_that_is_no_picture_is_set_aside(make_table, tmp_path):
 def test_listing_a_table_decodes_nothing(make_table, monkeypatch):
     monkeypatch.setattr("tftransfer.data.listing.decode_picture", None)
     assert len(sources.listed(make_table("image,label\n" + rows(ALTERNATING)), 0).names) == 12
+
+
+def _all_faults(path):
+    faults = []
+    listing = sources.listed(path, 0, faults.append)
+    return listing, [str(fault).partition(", line ")[2] for fault in faults]
+
+
+def test_an_audit_is_told_every_fault_by_its_line_and_the_rest_is_read(make_table):
+    text = (
+        "image,label,split,subject\n0.png,a,train,s1\n1.png,b\ngone.png,a,train,s2\n,b,train,s2\n"
+        '2.png,"b\nb",train,s3\n3.png,b,,s3\n4.png,"b"x,train,s3\n\n5.png,b,test,s3\n6.png,"a,train,s4\n7.png,b,train,s4\n'
+    )
+    listing, faults = _all_faults(make_table(text))
+    assert listing.names == ("0.png", "2.png", "5.png")
+    assert listing.columns == {"subject": ("s1", "s3", "s3")}
+    assert [fault.partition(":")[0] for fault in faults] == ["3", "9", "12", "8", "4", "5"]
+    assert [listing.place(number).rpartition(" ")[2] for number in range(3)] == ["2", "6", "11"]
+    lines = '{"image": "0.png", "label": "a"}\n{"image"\n[1]\n{"image": "1.png"}\n{"image": "2.png", "label": {}}\n'
+    listing, faults = _all_faults(make_table(lines + '{"image": "3.png", "label": "b"}', "t.jsonl"))
+    assert listing.names == ("0.png", "3.png")
+    assert [fault.partition(":")[0] for fault in faults] == ["2", "3", "4", "5"]
+
+
+@given(st.lists(st.text(alphabet='a,"\n\r\t.png0é', max_size=12), max_size=8))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_whatever_its_lines_hold_a_table_is_read_or_refused(make_table, lines):
+    faults = []
+    try:
+        listing = sources.listed(make_table("image,label\n0.png,a\n" + "\n".join(lines), "odd.csv"), 0, faults.append)
+    except InputError as error:
+        faults.append(error)
+    else:
+        assert listing.names[0] == "0.png"
+        assert set(listing.names) <= {f"{number}.png" for number in range(12)}
+    assert all("odd.csv" in str(fault) for fault in faults)

@@ -106,6 +106,33 @@ class Quarantined:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was seen of one example when it was read.
+
+    Args:
+        name: Its name.
+        label: Its label, as it stands in the source.
+        split: The one that it is in; for what is set aside, that of the source.
+        digest: SHA-256 of its content; empty if that cannot be read.
+        reason: Why it was set aside. Defaults to None: it is used.
+        misnamed: Whether its extension is that of another format. Defaults to False.
+        size: `(height, width)` in pixels, as it is stored. Defaults to None: not known.
+        spread: Standard deviation of its pixels in [0, 255], of the channel where that is largest. Defaults to None.
+        cells: Names and texts of a table's further columns. Defaults to none.
+    """
+
+    name: str
+    label: str
+    split: str
+    digest: str = ""
+    reason: str | None = None
+    misnamed: bool = False
+    size: tuple[int, int] | None = None
+    spread: float | None = None
+    cells: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass(frozen=True)
 class Data:
     """A data set that is ready for training: three splits at the model's image size.
@@ -119,6 +146,7 @@ class Data:
         splits: How each split came to be, for the manifest.
         fingerprint: SHA-256 over names, contents, targets and splits.
         seconds: What reading and decoding took.
+        seen: What was seen of each example that was found. Defaults to nothing.
     """
 
     name: str
@@ -131,3 +159,4 @@ class Data:
     splits: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     seconds: float = 0.0
+    seen: tuple[Seen, ...] = ()

@@ -92,8 +92,7 @@ def check_header(contents: tf.Tensor, form: str | None = None) -> tf.Tensor:
         known = tf.debugging.Assert(_format_number(contents) < len(FORMATS), [UNKNOWN])
         with tf.control_dependencies([known]):
             contents = tf.identity(contents)
-    size = _by_format((_jpeg_size, _png_size, _gif_size, _bmp_size, _webp_size), contents, form)
-    with tf.control_dependencies(_size_checks(size)):
+    with tf.control_dependencies(_size_checks(stored_size(contents, form))):
         return tf.identity(contents)
 
 
@@ -104,6 +103,19 @@ def _size_checks(size: tf.Tensor) -> list[tf.Operation]:
         tf.debugging.Assert((height > 0) & (width > 0), ["picture has no pixels"]),
         tf.debugging.Assert(height * width <= MAX_PIXELS, [TOO_LARGE, width, height]),
     ]
+
+
+def stored_size(contents: tf.Tensor, form: str | None = None) -> tf.Tensor:
+    """Return the size that a picture's header says, without its EXIF orientation.
+
+    Args:
+        contents: Scalar string, an encoded picture of a format that is known.
+        form: As for `decode_picture`.
+
+    Returns:
+        `(height, width)` int64.
+    """
+    return _by_format((_jpeg_size, _png_size, _gif_size, _bmp_size, _webp_size), contents, form)
 
 
 def exif_orientation(contents: tf.Tensor) -> tf.Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -13,7 +13,17 @@ import numpy as np
 import tensorflow as tf
 
 from tftransfer.data import audit
-from tftransfer.data.images import decode_picture, resize_picture
+from tftransfer.data.examples import Quarantined
+from tftransfer.data.images import decode_picture, resize_picture, stored_size
+from tftransfer.errors import InputError
+
+Refuse = Callable[[InputError], None]
+"""What becomes of a fault in a source that does not hide the rest of it."""
+
+
+def at_once(error: InputError) -> None:
+    """Raise a fault, as all but an audit do."""
+    raise error
 
 
 class Reader(Protocol):
@@ -39,6 +49,10 @@ class Reader(Protocol):
         """Turn a stored picture into uint8 `(height, width, 3)`, inside a graph."""
         ...
 
+    def size(self, stored: tf.Tensor, form: str | None = None) -> tf.Tensor:
+        """Return `(height, width)` of a picture as it is stored, inside a graph."""
+        ...
+
     def signature(self) -> tf.TensorSpec:
         """Describe what `fetch` returns."""
         ...
@@ -59,6 +73,9 @@ class _EncodedReader:
 
     def decode(self, stored: tf.Tensor, image_size: tuple[int, int], form: str | None = None) -> tf.Tensor:
         return decode_picture(stored, image_size, form)
+
+    def size(self, stored: tf.Tensor, form: str | None = None) -> tf.Tensor:
+        return stored_size(stored, form)
 
     def signature(self) -> tf.TensorSpec:
         return tf.TensorSpec((), tf.string)
@@ -141,6 +158,9 @@ class Arrays:
     def decode(self, stored: tf.Tensor, image_size: tuple[int, int], form: str | None = None) -> tf.Tensor:
         return resize_picture(stored, image_size)
 
+    def size(self, stored: tf.Tensor, form: str | None = None) -> tf.Tensor:
+        return tf.shape(stored, tf.int64)[:2]
+
     def signature(self) -> tf.TensorSpec:
         return tf.TensorSpec(self.pictures.shape[1:], tf.uint8)
 
@@ -163,6 +183,8 @@ class Listing:
         notes: What the user should know.
         what: The source in error messages; defaults to `name`.
         where: Says where an example stands, for error messages; defaults to its name.
+        columns: Further cells of a table, by column one text per example. Defaults to none.
+        lost: What the source should hold and cannot give, such as damaged records. Defaults to nothing.
     """
 
     name: str
@@ -175,6 +197,8 @@ class Listing:
     notes: tuple[str, ...] = ()
     what: str = ""
     where: Callable[[int], str] | None = None
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lost: tuple[Quarantined, ...] = ()
 
     def place(self, number: int) -> str:
         """Say where an example stands."""
@@ -190,6 +214,7 @@ class Listing:
             classes=tuple(map(as_text, self.classes)),
             notes=tuple(map(as_text, self.notes)),
             what=as_text(self.what),
+            columns={as_text(name): tuple(map(as_text, cells)) for name, cells in self.columns.items()},
         )
 
 

@@ -15,8 +15,8 @@ import psutil
 
 from tftransfer import tasks
 from tftransfer.data import sources, splits
-from tftransfer.data.examples import Data, Examples, Pictures, Quarantined
-from tftransfer.data.listing import Listing
+from tftransfer.data.examples import Data, Examples, Pictures, Quarantined, Seen
+from tftransfer.data.listing import Files, Listing
 from tftransfer.data.reading import Read, random_access, read_all
 from tftransfer.errors import InputError
 from tftransfer.shelf import shelf_at
@@ -132,19 +132,116 @@ def load_for(task: Task, source: Any, *, image_size: tuple[int, int], memory_bud
     return Unseen(examples, "test" if chosen else "all", read.quarantined)
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """A source as far as it can be read, whether or not it can be trained on.
+
+    Args:
+        name: What reports call it.
+        kind: `"single_label"`, `"multi_label"` or `"regression"`.
+        seen: What was seen of each example that was found.
+        pictures: Those that can be used; their targets say nothing.
+        places: `(n,)`, for each of those its place in `seen`.
+        files: The path of each of `seen` that is a file; empty where examples are none.
+        faults: What is wrong with the source itself, such as with a line of a table.
+        refused: Why it cannot be trained on as it is, or None.
+        notes: What was left out.
+    """
+
+    name: str
+    kind: str
+    seen: tuple[Seen, ...]
+    pictures: Examples
+    places: np.ndarray
+    files: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+    refused: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def inspect(
+    source: Any,
+    *,
+    image_size: tuple[int, int],
+    task_kind: str = "auto",
+    seed: int = 0,
+    memory_budget: int | None = None,
+) -> Inspection:
+    """Read a data set as `load` does, and go on where that would stop.
+
+    Args:
+        source, image_size, task_kind, seed, memory_budget: As for `load`.
+
+    Raises:
+        InputError: If the source is not there, or nothing of it can be listed.
+
+    Example:
+        >>> inspection = inspect("demo", image_size=(8, 8))
+        >>> len(inspection.seen), inspection.seen[0].size, inspection.faults
+        (1797, (8, 8), ())
+    """
+    began = time.monotonic()
+    _check_image_size(image_size)
+    budget = int(psutil.virtual_memory().available * MEMORY_SHARE) if memory_budget is None else memory_budget
+    faults: list[InputError] = []
+    listing = sources.listed(source, budget, faults.append)
+    kind = _kind(listing, task_kind)
+    listing = _with_sound_labels(listing, kind, faults)
+    read = read_all(listing, image_size, budget)
+    seen, refused = _seen(listing, read, {}), None
+    try:
+        task = _task(listing, kind, 0.0, False)
+        seen = _divided(listing, task, read, seed, began, checked=True).seen
+    except InputError as error:
+        refused = str(error)
+    return Inspection(
+        name=listing.name,
+        kind=kind,
+        seen=seen,
+        pictures=_unlabelled(listing, read),
+        places=read.usable,
+        files=listing.reader.paths if isinstance(listing.reader, Files) else (),
+        faults=tuple(map(str, faults)),
+        refused=refused,
+        notes=listing.notes,
+    )
+
+
+def _with_sound_labels(listing: Listing, kind: str, faults: list[InputError]) -> Listing:
+    """Leave out examples whose label says nothing, such as an empty one."""
+    sound = []
+    for number, label in enumerate(listing.labels):
+        try:
+            if kind == "single_label" and not label:
+                raise _empty_label(listing, number)
+            if kind == "regression":
+                tasks.Regression(_values(listing)).encode([label])
+            sound.append(number)
+        except InputError as error:
+            place = listing.place(number)
+            faults.append(error if str(error).startswith(place) else InputError(f"{place}: {error}"))
+    if not sound:
+        raise InputError(f"{listing.what or listing.name} has no example with a label. {faults[-1]}")
+    return listing if len(sound) == len(listing.names) else _subset(listing, sound)
+
+
+def _unlabelled(listing: Listing, read: Read) -> Examples:
+    every = np.arange(len(read.usable))
+    names = tuple(listing.names[number] for number in read.usable)
+    load = random_access(listing.reader, read, every)
+    pictures = Pictures(names, load, read.image_size, read.hashes, at_once=read.pixels is not None)
+    return Examples(pictures, np.zeros(len(every), np.int32), np.ones(len(every), np.float32))
+
+
 # --- labels -------------------------------------------------------------------------------------------------
 
 
 def _task(listing: Listing, kind: str, label_smoothing: float, balance: bool) -> Task:
-    if kind not in ("auto", *tasks.kinds()):
-        raise InputError(f"`task_kind` must be auto, {', '.join(tasks.kinds())}. Received: task_kind={kind!r}")
-    if kind == "auto":
-        kind = "multi_label" if listing.several else "single_label"
+    kind = _kind(listing, kind)
     if kind == "regression":
         if label_smoothing or balance:
             raise InputError("`label_smoothing` and `balance` are for classes; regression has none: leave them out")
-        count = listing.labels[0].count("|") + 1
-        return tasks.Regression(("value",) if count == 1 else tuple(f"value_{i + 1}" for i in range(count)))
+        return tasks.Regression(_values(listing))
     _check_not_empty(listing, kind)
     labels = _classes(listing, kind)
     if len(labels) < 2 and kind == "single_label":
@@ -155,10 +252,28 @@ def _task(listing: Listing, kind: str, label_smoothing: float, balance: bool) ->
     return make(labels, label_smoothing=label_smoothing, balance=balance)
 
 
+def _kind(listing: Listing, kind: str) -> str:
+    if kind not in ("auto", *tasks.kinds()):
+        raise InputError(f"`task_kind` must be auto, {', '.join(tasks.kinds())}. Received: task_kind={kind!r}")
+    if kind != "auto":
+        return kind
+    return "multi_label" if listing.several else "single_label"
+
+
+def _values(listing: Listing) -> tuple[str, ...]:
+    """Return the names of a regression's numbers."""
+    count = listing.labels[0].count("|") + 1
+    return ("value",) if count == 1 else tuple(f"value_{i + 1}" for i in range(count))
+
+
 def _check_not_empty(listing: Listing, kind: str) -> None:
     for number, label in enumerate(listing.labels):
         if not label and kind == "single_label":
-            raise InputError(f"{listing.place(number)}: the label is empty. Expected the name of a class")
+            raise _empty_label(listing, number)
+
+
+def _empty_label(listing: Listing, number: int) -> InputError:
+    return InputError(f"{listing.place(number)}: the label is empty. Expected the name of a class")
 
 
 def _classes(listing: Listing, kind: str) -> tuple[str, ...]:
@@ -239,6 +354,7 @@ def _subset(listing: Listing, numbers: Sequence[int]) -> Listing:
         given=some(listing.given),
         reader=listing.reader.subset(numbers),
         where=lambda number: place(numbers[number]),
+        columns={name: some(cells) for name, cells in listing.columns.items()},
     )
 
 
@@ -285,12 +401,29 @@ def _divided(listing: Listing, task: Task, read: Read, seed: int, began: float, 
         name=listing.name,
         labels=task.labels,
         **examples,
-        quarantined=read.quarantined,
-        found=len(listing.names),
+        quarantined=(*listing.lost, *read.quarantined),
+        found=len(listing.names) + len(listing.lost),
         splits={**origin, "notes": [*listing.notes, *read.notes]},
         fingerprint=_fingerprint(task, examples, parts, read.hashes),
         seconds=time.monotonic() - began,
+        seen=_seen(listing, read, parts),
     )
+
+
+def _seen(listing: Listing, read: Read, parts: dict[str, np.ndarray]) -> tuple[Seen, ...]:
+    """Say what was seen of every example; those that `parts` do not hold are in the split that the source says."""
+    of = list(listing.given)
+    for split, numbers in parts.items():
+        for number in read.usable[numbers]:
+            of[number] = split
+    cells = [tuple(zip(listing.columns, row, strict=True)) for row in zip(*listing.columns.values(), strict=True)]
+    seen = [
+        Seen(name, label, split, **dataclasses.asdict(outcome), cells=cells[number] if cells else ())
+        for number, (name, label, split, outcome) in enumerate(
+            zip(listing.names, listing.labels, of, read.outcomes, strict=True)
+        )
+    ]
+    return (*seen, *(Seen(item.file, "", "", reason=item.reason) for item in listing.lost))
 
 
 def _check_learned(task: Task, targets: np.ndarray, given: Sequence[str], what: str) -> None:

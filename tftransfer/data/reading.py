@@ -26,15 +26,18 @@ from tftransfer.shelf import Shelf
 
 _NAMED_IN_NOTE = 5
 _OUTCOMES = "pictures"  # the shelf's key for what came of reading a whole source
+_LOOKED_AT = 48  # rows and columns that the spread of pixels is taken of
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """What came of reading one picture: its content's hash, why it is unusable, whether its extension is wrong."""
+class Outcome:
+    """What came of reading one picture: its content's hash, why it is unusable, and what else is seen of it."""
 
     digest: str
     reason: str | None = None
     misnamed: bool = False
+    size: tuple[int, int] | None = None
+    spread: float | None = None
 
 
 class _Pixels:
@@ -42,9 +45,9 @@ class _Pixels:
 
     def __init__(self, listing: Listing, image_size: tuple[int, int], kept_in: InMemory | InFile) -> None:
         self._listing, self._decode, self._room = listing, _decoder(listing.reader, image_size), kept_in
-        self.known: list[_Outcome] | None = None  # what a run before came to, unless pictures were decoded since
+        self.known: list[Outcome] | None = None  # what a run before came to, unless pictures were decoded since
 
-    def read_all(self) -> list[_Outcome]:
+    def read_all(self) -> list[Outcome]:
         """Read, check and decode every picture."""
         return _in_threads(lambda number: _read_one(self._listing, number, self._decode, self._room), self._listing)
 
@@ -69,6 +72,7 @@ class Read:
     quarantined: tuple[Quarantined, ...]
     notes: tuple[str, ...]
     image_size: tuple[int, int]
+    outcomes: tuple[Outcome, ...]
 
 
 def read_all(listing: Listing, image_size: tuple[int, int], budget: int, shelf: Shelf | None = None) -> Read:
@@ -88,10 +92,10 @@ def read_all(listing: Listing, image_size: tuple[int, int], budget: int, shelf: 
     misnamed = [listing.names[number] for number, outcome in enumerate(outcomes) if outcome.misnamed]
     hashes = tuple(outcomes[number].digest for number in usable)
     notes = (*_misnamed_note(misnamed), *(shelf.notes if shelf else ()))
-    return Read(usable, hashes, pixels, tuple(quarantined), notes, image_size)
+    return Read(usable, hashes, pixels, tuple(quarantined), notes, image_size, tuple(outcomes))
 
 
-def _checked(listing: Listing, image_size: tuple[int, int]) -> list[_Outcome]:
+def _checked(listing: Listing, image_size: tuple[int, int]) -> list[Outcome]:
     """Read and decode every picture, and keep none."""
     decode = _decoder(listing.reader, image_size)
     return _in_threads(lambda number: _read_one(listing, number, decode, None), listing)
@@ -105,7 +109,7 @@ def _in_threads(read: Callable[[int], Any], listing: Listing) -> list[Any]:
 
 def _digest_of_all(listing: Listing) -> str:
     """Hash names and contents of all pictures, and what decodes them."""
-    digest = hashlib.sha256(f"{__version__} {tf.__version__} {images.MAX_PIXELS}".encode())
+    digest = hashlib.sha256(f"{__version__} {tf.__version__} {images.MAX_PIXELS} with sizes".encode())
     for name, own in zip(listing.names, _in_threads(lambda number: _content(listing, number), listing), strict=True):
         digest.update(f"{name}\0{own}\n".encode())
     return digest.hexdigest()
@@ -118,47 +122,69 @@ def _content(listing: Listing, number: int) -> str:
         return str(error)
 
 
-def _remembered(shelf: Shelf, name: str) -> list[_Outcome] | None:
+def _remembered(shelf: Shelf, name: str) -> list[Outcome] | None:
     payload = shelf.get(_OUTCOMES, name)
-    return None if payload is None else [_Outcome(*outcome) for outcome in json.loads(payload)]
+    return None if payload is None else [_from_json(*outcome) for outcome in json.loads(payload)]
 
 
-def _decoder(reader: Reader, image_size: tuple[int, int]) -> Callable[[Any], tf.Tensor]:
-    """Return a function for several threads, which traces one graph for each format that occurs."""
-    traced: dict[str | None, Callable[[tf.Tensor], tf.Tensor]] = {}
+def _from_json(
+    digest: str, reason: str | None, misnamed: bool, size: list[int] | None, spread: float | None
+) -> Outcome:
+    return Outcome(digest, reason, misnamed, (size[0], size[1]) if size else None, spread)
+
+
+def _decoder(reader: Reader, image_size: tuple[int, int]) -> Callable[[Any], tuple[tf.Tensor, ...]]:
+    """Return a function for several threads, which traces one graph for each format that occurs.
+
+    It gives a picture, the size that it is stored with, and the spread of its pixels.
+    """
+    traced: dict[str | None, Callable[[tf.Tensor], tuple[tf.Tensor, ...]]] = {}
     tracing = threading.Lock()
 
-    def decode(stored: Any) -> tf.Tensor:
+    def seen(stored: tf.Tensor, form: str | None) -> tuple[tf.Tensor, ...]:
+        picture = reader.decode(stored, image_size, form)
+        return picture, reader.size(stored, form), _spread(picture, image_size)
+
+    def decode(stored: Any) -> tuple[tf.Tensor, ...]:
         form = reader.form(stored)
         with tracing:
             if form not in traced:
-                function = tf.function(partial(reader.decode, image_size=image_size, form=form), autograph=False)
+                function = tf.function(partial(seen, form=form), autograph=False)
                 traced[form] = function.get_concrete_function(reader.signature())
         return traced[form](tf.constant(stored))
 
     return decode
 
 
+def _spread(picture: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
+    """Return the standard deviation of some thousand pixels, of the channel where it is largest."""
+    down, across = (max(side // _LOOKED_AT, 1) for side in image_size)
+    pixels = tf.cast(picture[down // 2 :: down, across // 2 :: across], tf.float32)
+    return tf.reduce_max(tf.math.reduce_std(pixels, axis=(0, 1)))
+
+
 def _read_one(
-    listing: Listing, number: int, decode: Callable[[Any], tf.Tensor], place: InMemory | InFile | None
-) -> _Outcome:
+    listing: Listing, number: int, decode: Callable[[Any], tuple[tf.Tensor, ...]], place: InMemory | InFile | None
+) -> Outcome:
     """Read, check and decode one picture, and keep it if there is room."""
     try:
         stored: Any = listing.reader.read(number)
     except OSError as error:
-        return _Outcome("", f"cannot be read: {error.strerror or error}")
+        return Outcome("", f"cannot be read: {error.strerror or error}")
     digest = _digest(stored)
     reason = listing.reader.why_unusable(stored)
     if reason is not None:
-        return _Outcome(digest, reason)
+        return Outcome(digest, reason)
     try:
-        picture = decode(stored)
+        picture, size, spread = decode(stored)
     except tf.errors.OpError as error:
-        return _Outcome(digest, audit.explain(error, bytes(stored)))
+        return Outcome(digest, audit.explain(error, bytes(stored)))
     if place is not None:
         place.put(number, picture.numpy())
     is_file = isinstance(stored, bytes) and "." in listing.names[number]
-    return _Outcome(digest, None, is_file and audit.has_wrong_extension(listing.names[number], stored))
+    misnamed = is_file and audit.has_wrong_extension(listing.names[number], stored)
+    height, width = size.numpy().tolist()
+    return Outcome(digest, None, misnamed, (height, width), round(float(spread), 2))
 
 
 def _digest(stored: Any) -> str:

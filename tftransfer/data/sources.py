@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from tftransfer.data import arrays, demo, splits, streams, tables
-from tftransfer.data.listing import Arrays, Files, Listing
+from tftransfer.data.listing import Arrays, Files, Listing, Refuse, at_once
 from tftransfer.errors import InputError
 
 NOT_PICTURES = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".md", ".xml", ".yaml", ".yml"}
@@ -20,12 +20,14 @@ NOT_PICTURES = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".md", ".xml", ".yaml
 _BYSTANDERS = {"thumbs.db", "desktop.ini"}
 
 
-def listed(source: Any, memory_budget: int) -> Listing:
+def listed(source: Any, memory_budget: int, refuse: Refuse = at_once) -> Listing:
     """List the examples of a source.
 
     Args:
-        source: `"demo"`, `"tfds:NAME"`, the path of a folder or table, NumPy arrays, or a `tf.data.Dataset`;
-        see `load`. memory_budget: How many bytes a copy of a stream may take.
+        source: `"demo"`, `"tfds:NAME"`, the path of a folder or table, NumPy arrays, or a `tf.data.Dataset`; see
+            `load`.
+        memory_budget: How many bytes a copy of a stream may take.
+        refuse: Takes a fault that does not hide the rest, such as that of a table's line. Defaults to raising it.
 
     Returns:
         The listing; its names and labels are valid text.
@@ -33,10 +35,10 @@ def listed(source: Any, memory_budget: int) -> Listing:
     Raises:
         InputError: If the source is none of these or holds no examples.
     """
-    return _listed(source, memory_budget).in_valid_text()
+    return _listed(source, memory_budget, refuse).in_valid_text()
 
 
-def _listed(source: Any, memory_budget: int) -> Listing:
+def _listed(source: Any, memory_budget: int, refuse: Refuse) -> Listing:
     if isinstance(source, tf.data.Dataset):
         return streams.listed({"train": source}, memory_budget)
     if isinstance(source, tuple):
@@ -45,7 +47,7 @@ def _listed(source: Any, memory_budget: int) -> Listing:
         is_stream = any(isinstance(value, tf.data.Dataset) for value in source.values())
         return streams.listed(source, memory_budget) if is_stream else arrays.listed(source)
     if isinstance(source, (str, Path)):
-        return _named(str(source), memory_budget)
+        return _named(str(source), memory_budget, refuse)
     raise InputError(
         '`source` must be "demo", "tfds:NAME", the path of a folder or table, NumPy arrays '
         "(pictures, labels), a "
@@ -53,18 +55,18 @@ def _listed(source: Any, memory_budget: int) -> Listing:
     )
 
 
-def _named(source: str, memory_budget: int) -> Listing:
+def _named(source: str, memory_budget: int, refuse: Refuse) -> Listing:
     if source == "demo":
         return _demo()
     if source.startswith("tfds:"):
         return streams.listed_tfds(source.removeprefix("tfds:"), memory_budget)
-    path = Path(os.path.expanduser(source))  # Path's own expanduser fails on users that are not there
+    path = path_of(source)
     try:
         # Path's own is_dir and is_file fail on names that are too long.
         if os.path.isdir(path):
-            return folder(path)
+            return folder(path, refuse)
         if os.path.isfile(path):
-            return tables.listed(path)
+            return tables.listed(path, refuse)
     except OSError as error:
         raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
     looks_like_demo = difflib.SequenceMatcher(None, source.lower(), "demo").ratio() >= 0.7
@@ -74,6 +76,11 @@ def _named(source: str, memory_budget: int) -> Listing:
         f"DIR/[SPLIT/]CLASS/file, or a "
         f"table (.csv, .tsv, .jsonl). Received: data={source!r}"
     )
+
+
+def path_of(source: str) -> Path:
+    """Return the path of a folder or table, of which one in a home folder may begin with `~`."""
+    return Path(os.path.expanduser(source))  # Path's own expanduser fails on users that are not there
 
 
 def _demo() -> Listing:
@@ -91,8 +98,12 @@ def _demo() -> Listing:
 # --- folders ------------------------------------------------------------------------------------------------
 
 
-def folder(path: Path) -> Listing:
+def folder(path: Path, refuse: Refuse = at_once) -> Listing:
     """List `DIR/[SPLIT/]CLASS/file`; it is split-first only if all sub-folders of `DIR` are split names.
+
+    Args:
+        path: `DIR`.
+        refuse: Takes the fault of a class folder that holds no picture. Defaults to raising it.
 
     Raises:
         InputError: If there is no class folder, or a class folder holds no file that could be a picture.
@@ -110,7 +121,9 @@ def folder(path: Path) -> Listing:
             raise InputError(_why_no_classes(root))
         notes += _stray_pictures(root)
         for class_folder in class_folders:
-            rows += [(file, class_folder.name.strip(), split) for file in _files(class_folder, notes)]
+            rows += [(file, class_folder.name.strip(), split) for file in _files(class_folder, notes, refuse)]
+    if not rows:
+        raise InputError(f"folder {path} holds no pictures: expected DIR/[SPLIT/]CLASS/file, one folder per class")
     files, labels, given = zip(*rows, strict=True)
     return Listing(
         name=path.resolve().name,
@@ -131,16 +144,18 @@ def _visible_folders(path: Path) -> Iterator[Path]:
             yield child
 
 
-def _files(class_folder: Path, notes: list[str]) -> list[Path]:
+def _files(class_folder: Path, notes: list[str], refuse: Refuse) -> list[Path]:
     children = [child for child in sorted(class_folder.iterdir()) if not _is_hidden(child)]
     folders = [child for child in children if child.is_dir()]
     if folders:
         notes.append(f"{class_folder.name}: {len(folders)} folders inside a class folder were not read")
     files = [child for child in children if child not in set(folders) and _may_be_picture(child)]
     if not files:
-        raise InputError(
-            f"class folder {class_folder} holds no pictures: add some, or remove the folder. Expected "
-            "DIR/[SPLIT/]CLASS/file"
+        refuse(
+            InputError(
+                f"class folder {class_folder} holds no pictures: add some, or remove the folder. Expected "
+                "DIR/[SPLIT/]CLASS/file"
+            )
         )
     return files
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tftransfer.data import splits
-from tftransfer.data.listing import Files, Listing
+from tftransfer.data.listing import Files, Listing, Refuse, at_once
 from tftransfer.errors import InputError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -23,23 +23,26 @@ Row = tuple[int, dict[str, Any]]
 """A line's number in the file and its cells by column."""
 
 
-def listed(path: Path) -> Listing:
+def listed(path: Path, refuse: Refuse = at_once) -> Listing:
     """List the examples of a table with the columns `image`, `label` and optionally `split`.
 
     Rows of a split that is neither train, validation nor test are left out, and a note counts them.
 
     Args:
         path: A `.csv`, `.tsv` or `.jsonl` file in UTF-8.
+        refuse: Takes the fault of a line, which is then left out. Defaults to raising it.
 
     Raises:
         InputError: If the table is not as described, or a picture is not there; with the line.
     """
-    rows = list(_rows(path))
+    rows = list(_rows(path, refuse))
     if not rows:
-        raise InputError(f"table {path} has no rows below its header")
-    rows, notes = _in_known_splits(path, rows)
-    files = [_file(path, line, row) for line, row in rows]
-    texts = [_label(path, line, row) for line, row in rows]
+        raise InputError(f"table {path} has no rows below its header that can be read")
+    rows, notes = _in_known_splits(path, rows, refuse)
+    sound = list(_with_file_and_label(path, rows, refuse))
+    if not sound:
+        raise InputError(f"table {path} has no row that can be used")
+    rows, files, texts = [row for row, _, _ in sound], [file for _, file, _ in sound], [text for _, _, text in sound]
     lines = [line for line, _ in rows]
     return Listing(
         name=path.name,
@@ -52,7 +55,21 @@ def listed(path: Path) -> Listing:
         notes=notes,
         what=str(path),
         where=lambda number: f"{path}, line {lines[number]}",
+        columns=_further_columns([row for _, row in rows]),
     )
+
+
+def _with_file_and_label(path: Path, rows: list[Row], refuse: Refuse) -> Iterator[tuple[Row, Path, str]]:
+    for line, row in rows:
+        try:
+            yield (line, row), _file(path, line, row), _label(path, line, row)
+        except InputError as error:
+            refuse(error)
+
+
+def _further_columns(rows: list[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
+    names = dict.fromkeys(name for row in rows for name in row if name not in (*_REQUIRED, "split"))
+    return {name: tuple(_text_of(row.get(name)) for row in rows) for name in names}
 
 
 def read_classes(folder: Path) -> tuple[str, ...]:
@@ -71,12 +88,12 @@ def read_classes(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path, refuse: Refuse) -> Iterator[Row]:
     suffix = path.suffix.lower()
     if suffix in JSON_LINES:
-        return _json_rows(path)
+        return _json_rows(path, refuse)
     if suffix in DELIMITERS:
-        return _delimited_rows(path, DELIMITERS[suffix])
+        return _delimited_rows(path, DELIMITERS[suffix], refuse)
     raise InputError(
         f"{path} is no table: expected a file that ends in .csv, .tsv or .jsonl, or a folder DIR/[SPLIT/]CLASS/file"
     )
@@ -94,38 +111,53 @@ def _text(path: Path) -> str:
         ) from None
 
 
-def _delimited_rows(path: Path, delimiter: str) -> Iterator[Row]:
+def _delimited_rows(path: Path, delimiter: str, refuse: Refuse) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        _check_columns(path, header)
-        for cells in reader:
-            if not cells:
-                continue  # a blank line
-            if len(cells) != len(header):
-                raise InputError(
-                    f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(header)} "
-                    f"columns. "
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1  # where a row begins: quotes may hold line breaks
+        try:
+            cells = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            refuse(InputError(f"{path}, line {line}: {error}"))
+            continue
+        if header is None:
+            header = [name.strip() for name in cells]
+            _check_columns(path, header)
+        elif len(cells) == len(header):
+            yield line, dict(zip(header, cells, strict=True))
+        elif cells:  # else a blank line
+            refuse(
+                InputError(
+                    f"{path}, line {line}: {len(cells)} cells where the header has {len(header)} columns. "
                     'Put cells that hold the separator into "quotes"'
                 )
-            yield reader.line_num, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}") from None
+            )
+    if header is None:
+        _check_columns(path, [])
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path, refuse: Refuse) -> Iterator[Row]:
     for line, text in enumerate(_text(path).split("\n"), start=1):
-        if not text.strip():
-            continue
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
-            reason = str(getattr(error, "msg", error)).split(";")[0]
-            raise InputError(f"{path}, line {line}: not JSON: {reason}. Expected one object per line") from None
-        if not isinstance(row, dict):
-            raise InputError(f'{path}, line {line}: expected an object such as {{"image": ..., "label": ...}}')
-        _check_columns(path, list(row), line)
-        yield line, row
+            if text.strip():
+                yield line, _json_row(path, line, text)
+        except InputError as error:
+            refuse(error)
+
+
+def _json_row(path: Path, line: int, text: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
+        reason = str(getattr(error, "msg", error)).split(";")[0]
+        raise InputError(f"{path}, line {line}: not JSON: {reason}. Expected one object per line") from None
+    if not isinstance(row, dict):
+        raise InputError(f'{path}, line {line}: expected an object such as {{"image": ..., "label": ...}}')
+    _check_columns(path, list(row), line)
+    return row
 
 
 def _check_columns(path: Path, columns: list[str], line: int = 1) -> None:
@@ -145,16 +177,15 @@ def _split(row: dict[str, Any]) -> str | None:
     return splits.canonical(str(row.get("split", "train")))
 
 
-def _in_known_splits(path: Path, rows: list[Row]) -> tuple[list[Row], tuple[str, ...]]:
+def _in_known_splits(path: Path, rows: list[Row], refuse: Refuse) -> tuple[list[Row], tuple[str, ...]]:
     """Drop rows of other splits; a column without a single name is as if it were not there."""
     named = [(line, row) for line, row in rows if str(row.get("split") or "").strip()]
     if not named:
         return [(line, {**row, "split": "train"}) for line, row in rows], ()
-    empty = [line for line, row in rows if not str(row.get("split") or "").strip()]
-    if empty:
-        raise InputError(f"{path}, line {empty[0]}: `split` is empty. Expected train, validation or test in every row")
-    others = Counter(str(row["split"]).strip() for _, row in rows if _split(row) is None)
-    kept = [(line, row) for line, row in rows if _split(row)]
+    for line in sorted({line for line, _ in rows} - {line for line, _ in named}):
+        refuse(InputError(f"{path}, line {line}: `split` is empty. Expected train, validation or test in every row"))
+    others = Counter(str(row["split"]).strip() for _, row in named if _split(row) is None)
+    kept = [(line, row) for line, row in named if _split(row)]
     if not kept:
         raise InputError(
             f"{path}: no row is in a split called train, validation or test. Received: splits {sorted(others)}"
