@@ -1,11 +1,13 @@
 """NumPy arrays, `tf.data` and TensorFlow Datasets as sources."""
 
+import re
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from tftransfer import tasks
-from tftransfer.data import load, streams
+from tftransfer.data import load, records, streams
 from tftransfer.errors import InputError
 
 SIZE = (6, 6)
@@ -166,7 +168,7 @@ def tiny_catalogue(tmp_path, monkeypatch):
     """A data set of TensorFlow Datasets that needs no network."""
     tfds = pytest.importorskip("tensorflow_datasets")
 
-    class TinyShapes(tfds.core.GeneratorBasedBuilder):
+    class TinyShapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
@@ -196,6 +198,68 @@ def test_tensorflow_datasets(tiny_catalogue):
     assert data.name == "tiny_shapes"
     expected = {PICTURES[number].tobytes() for number in range(16, 24)}
     assert {picture.tobytes() for picture in held(data.test)} == expected
+
+
+def _damaged(path, change):
+    """Prepare the data set and change the file of its training split, a list of records."""
+    load("tfds:tiny_shapes", image_size=SIZE)
+    (file,) = path.rglob("*train*.tfrecord*")
+    contents = [record.data for record in records.records(file)]
+    frames = [records.framed(content) for content in contents]
+    change(frames)
+    file.write_bytes(b"".join(frames))
+    return file.name
+
+
+def _flip(place):
+    def change(frames):
+        frame = bytearray(frames[5])
+        frame[place] ^= 4
+        frames[5] = bytes(frame)
+
+    return change
+
+
+FAULTS = {
+    "data": (_flip(20), {5: "its data are damaged"}),
+    "checksum": (_flip(-1), {5: "its data are damaged"}),
+    "length": (_flip(0), {5: "its length is damaged", **dict.fromkeys(range(6, 16), "cannot be found: the length .*")}),
+    "cut short": (lambda frames: frames.append(frames.pop()[:-3]), {15: "the file ends within this record"}),
+    "missing": (lambda frames: frames.pop(), {15: "missing: the file ends before it"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_damaged_and_missing_records_are_set_aside_by_number(tiny_catalogue, tmp_path, fault):
+    change, expected = FAULTS[fault]
+    name = _damaged(tmp_path, change)
+    budget = PICTURES.nbytes * 2  # the copy is counted once, though the split is read twice
+    data, _ = load("tfds:tiny_shapes", image_size=SIZE, memory_budget=budget)
+    assert data.found == 24
+    assert len(data.train) + len(data.validation) + len(data.test) + len(data.quarantined) == 24
+    assert [item.file for item in data.quarantined] == [f"{name}, record {number}" for number in expected]
+    assert all(re.fullmatch(expected[n], item.reason) for n, item in zip(expected, data.quarantined, strict=True))
+    assert len(data.seen) == 24
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_missing_file_and_more_records_than_the_metadata_say(tiny_catalogue, tmp_path):
+    name = _damaged(tmp_path, lambda frames: frames.append(frames[0]))
+    data, _ = load("tfds:tiny_shapes", image_size=SIZE)
+    assert data.splits["notes"] == [f"{name} holds more than the 16 records that its metadata say"]
+    assert (data.found, len(data.quarantined)) == (25, 0)
+    next(tmp_path.rglob("*test*.tfrecord*")).unlink()
+    refused("tfds:tiny_shapes", "split test of tiny_shapes is empty, or none of its records can be read")
+
+
+def test_a_damaged_record_of_a_stream_is_named(tmp_path):
+    frames = [records.framed(tf.io.encode_png(picture).numpy()) for picture in PICTURES]
+    file = tmp_path / "own.tfrecord"
+    file.write_bytes(b"".join(frames[:7]) + frames[7][:-1] + b"!" + b"".join(frames[8:]))
+    pixels = tf.data.TFRecordDataset(str(file))
+    stream = tf.data.Dataset.zip((pixels, tf.data.Dataset.from_tensor_slices(LABELS)))
+    refused(stream, "element 7 of train .* cannot be read: corrupted record at")
 
 
 @pytest.mark.filterwarnings("ignore")

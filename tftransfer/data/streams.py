@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tftransfer.data import arrays, splits
+from tftransfer.data import arrays, records, splits
+from tftransfer.data.examples import Quarantined
 from tftransfer.data.listing import Encoded, Listing
 from tftransfer.errors import InputError
 
@@ -39,7 +43,8 @@ def listed_tfds(name: str, memory_budget: int) -> Listing:
     """Read a data set of TensorFlow Datasets, `NAME` or `NAME/CONFIG`, downloading it if need be.
 
     Its splits train, validation and test are used where it has them; pictures stay encoded, so that they are
-    decoded as everywhere else; the names of the classes are its own.
+    decoded as everywhere else; the names of the classes are its own. The examples are counted against its metadata:
+    records that are damaged or missing are set aside by file and number, and what follows them is read.
 
     Args:
         name: The data set's name in the catalogue.
@@ -56,14 +61,7 @@ def listed_tfds(name: str, memory_budget: int) -> Listing:
         image, label = _keys(builder.info)
         decoders = {image: tfds.decode.SkipDecoding()}
         known = {key: splits.canonical(key) for key in builder.info.splits}
-        parts = {
-            key: (
-                split,
-                builder.as_dataset(split=key, decoders=decoders).map(lambda row: (row[image], row[label])),
-            )
-            for key, split in known.items()
-            if split
-        }
+        parts = {key: (split, _Prepared(builder, key, image, label, decoders)) for key, split in known.items() if split}
     except InputError:
         raise
     except Exception as error:  # TFDS raises whatever its download, disk and checks raise
@@ -74,7 +72,64 @@ def listed_tfds(name: str, memory_budget: int) -> Listing:
         ) from None
     left_out = [f"split {key!r} was left out" for key, split in known.items() if not split]
     feature = builder.info.features[label]
-    return _copied(parts, name, memory_budget, tuple(getattr(feature, "names", None) or ()), tuple(left_out))
+    listing = _copied(parts, name, memory_budget, tuple(getattr(feature, "names", None) or ()), tuple(left_out))
+    read = [part for _, part in parts.values()]
+    lost, notes = (tuple(item for part in read for item in getattr(part, own)) for own in ("lost", "notes"))
+    return replace(listing, lost=lost, notes=(*listing.notes, *notes))
+
+
+@dataclass
+class _Prepared:
+    """A split that TensorFlow Datasets has prepared, as `(picture, label)` pairs.
+
+    Its own reader, which counts them, is used as long as that finds what the metadata promise; else the files are read
+    record by record, and what is damaged or missing is in `lost`.
+    """
+
+    builder: Any
+    key: str
+    image: str
+    label: str
+    decoders: Mapping[str, Any]
+    lost: list[Quarantined] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        return map(self._pair, self.builder.as_dataset(split=self.key, decoders=self.decoders))
+
+    def record_by_record(self) -> Iterator[tuple[Any, Any]]:
+        """Give what can be read, and remember what cannot.
+
+        Raises:
+            InputError: If the files are no TFRecord files.
+        """
+        info = self.builder.info
+        if info.file_format.value != "tfrecord":
+            raise InputError(f"split {self.key!r} of {self.builder.name} is damaged, in {info.file_format.value} files")
+        own = info.splits[self.key]
+        for file, length in zip(own.filepaths, own.shard_lengths, strict=True):
+            for record in self._records(Path(file), length):
+                if record.data is None:
+                    self.lost.append(Quarantined(f"{file.name}, record {record.number}", record.problem))
+                else:
+                    yield self._pair(info.features.deserialize_example(record.data, decoders=self.decoders))
+                if record.number == length:
+                    self.notes.append(f"{file.name} holds more than the {length} records that its metadata say")
+
+    def _records(self, path: Path, length: int) -> Iterator[records.Record]:
+        try:
+            yield from records.records(path, length)
+        except OSError as error:
+            yield from (records.Record(n, None, f"the file cannot be read: {error.strerror}") for n in range(length))
+
+    def _pair(self, row: Mapping[str, Any]) -> tuple[Any, Any]:
+        return row[self.image], row[self.label]
+
+
+def _line(error: tf.errors.OpError) -> str:
+    """Return the first line of what TensorFlow says, without the names of its operations."""
+    words = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", error.message).strip()
+    return (words.splitlines() or [type(error).__name__])[0].strip()
 
 
 def _keys(info: Any) -> tuple[str, str]:
@@ -100,7 +155,7 @@ def _copied(
     rows = {key: _rows(elements, key, budget) for key, (_, elements) in parts.items()}
     for key, own in rows.items():
         if not own:
-            raise InputError(f"split {key} of {name} is empty")
+            raise InputError(f"split {key} of {name} is empty, or none of its records can be read")
     if classes:
         rows, unlabelled = _with_label(rows, classes)
         notes = (*notes, *unlabelled)
@@ -158,8 +213,25 @@ class _Budget:
 
 
 def _rows(elements: Iterable[Any], key: str, budget: _Budget) -> list[_Row]:
-    """Read a split; whether its floats are in [0, 255] only all of its pictures tell."""
+    """Read a split; what of TensorFlow Datasets is damaged is left out by record, of others its element is named."""
     rows: list[_Row] = []
+    used = budget.used
+    try:
+        _read_into(rows, elements, key, budget)
+    except tf.errors.OpError as error:
+        if not isinstance(elements, _Prepared):
+            raise InputError(
+                f"element {len(rows)} of {key} (the first is 0) cannot be read: {_line(error)}. Mend it; "
+                "ignore_errors() would drop what follows it in silence"
+            ) from None
+        rows.clear()
+        budget.used = used
+        _read_into(rows, elements.record_by_record(), key, budget)
+    return rows
+
+
+def _read_into(rows: list[_Row], elements: Iterable[Any], key: str, budget: _Budget) -> None:
+    """Read a split; whether its floats are in [0, 255] only all of its pictures tell."""
     brightest = 0.0
     for number, (picture, label) in enumerate(elements):
         if picture.dtype.is_floating:
@@ -168,7 +240,6 @@ def _rows(elements: Iterable[Any], key: str, budget: _Budget) -> list[_Row]:
         budget.take(len(contents))
         rows.append((number, contents, label.numpy()))
     arrays.check_scale(brightest, f"pictures of {key}")
-    return rows
 
 
 def _with_label(rows: dict[str, list[_Row]], classes: tuple[str, ...]) -> tuple[dict[str, list[_Row]], tuple[str, ...]]:
