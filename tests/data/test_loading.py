@@ -264,3 +264,33 @@ def test_data_for_a_task_that_exists(make_folder):
     assert load_for(task, split, image_size=SIZE).split == "test"
     with pytest.raises(InputError, match="other, cow/0.png: label 'cow' is not a class"):
         load_for(task, make_folder({"cow": 3}, "other"), image_size=SIZE)
+
+
+def test_what_was_seen_of_each_picture_is_kept(tmp_path):
+    flat = np.full((40, 30, 3), 200, np.uint8)
+    dotted = flat.copy()
+    dotted[7, 9] = 0  # between the rows and columns that are looked at first
+    noise = np.random.default_rng(0).integers(0, 256, (50, 20, 3), np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for name, pixels in (("flat", flat), ("dotted", dotted), ("noise", noise), ("more", noise[:25])):
+            Image.fromarray(pixels).save(tmp_path / label / f"{name}.png")
+        Image.fromarray(noise).save(tmp_path / label / "turned.jpg", exif=turned)
+        (tmp_path / label / "broken.png").write_bytes(b"<html>")
+    data, _ = load(tmp_path, image_size=(96, 96))
+    seen = {one.name: one for one in data.seen if one.label == "a"}
+    assert len(data.seen) == data.found == 12
+    sizes = {"flat.png": (40, 30), "noise.png": (50, 20), "more.png": (25, 20), "turned.jpg": (20, 50)}
+    assert {name: seen[f"a/{name}"].size for name in sizes} == sizes
+    assert seen["a/flat.png"].spread == 0
+    assert 0 < seen["a/dotted.png"].spread < 8
+    assert seen["a/noise.png"].spread > 30
+    assert "not a picture" in seen["a/broken.png"].reason
+    for split in ("train", "validation", "test"):
+        own = getattr(data, split)
+        assert set(own.names) == {one.name for one in data.seen if one.split == split and one.reason is None}
+    assert [one.spread for one in load(tmp_path, image_size=(96, 96), memory_budget=0)[0].seen] == [
+        one.spread for one in data.seen
+    ]

@@ -2,6 +2,6 @@
 
 from tftransfer.data.examples import Data, Examples, Pictures, Quarantined
 from tftransfer.data.images import decode_picture
-from tftransfer.data.loading import load, load_for
+from tftransfer.data.loading import inspect, load, load_for
 
-__all__ = ["Data", "Examples", "Pictures", "Quarantined", "decode_picture", "load", "load_for"]
+__all__ = ["Data", "Examples", "Pictures", "Quarantined", "decode_picture", "inspect", "load", "load_for"]

@@ -117,7 +117,7 @@ class Seen:
         digest: SHA-256 of its content; empty if that cannot be read.
         reason: Why it was set aside. Defaults to None: it is used.
         misnamed: Whether its extension is that of another format. Defaults to False.
-        size: `(height, width)` in pixels, as it is stored. Defaults to None: not known.
+        size: `(height, width)` in pixels, before it was resized. Defaults to None: not known.
         spread: Standard deviation of its pixels in [0, 255], of the channel where that is largest. Defaults to None.
         cells: Names and texts of a table's further columns. Defaults to none.
     """
@@ -147,6 +147,7 @@ class Data:
         fingerprint: SHA-256 over names, contents, targets and splits.
         seconds: What reading and decoding took.
         seen: What was seen of each example that was found. Defaults to nothing.
+        kind: Of its task. Defaults to `"single_label"`.
     """
 
     name: str
@@ -160,3 +161,4 @@ class Data:
     fingerprint: str = ""
     seconds: float = 0.0
     seen: tuple[Seen, ...] = ()
+    kind: str = "single_label"

@@ -48,17 +48,31 @@ def decode_picture(contents: tf.Tensor, image_size: tuple[int, int], form: str |
         >>> decode_picture(tf.io.encode_png(tf.fill((4, 6, 1), tf.constant(7, tf.uint8))), (2, 3)).shape
         TensorShape([2, 3, 3])
     """
-    contents = check_header(contents, form)
+    return decode_with_size(contents, image_size, form)[0]
+
+
+def decode_with_size(
+    contents: tf.Tensor, image_size: tuple[int, int], form: str | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Decode a picture as `decode_picture` does, and say how large it was.
+
+    Args:
+        contents, image_size, form: As for `decode_picture`.
+
+    Returns:
+        uint8 `(height, width, 3)`, and `(height, width)` int64 in pixels as its header says and it is to be seen.
+    """
+    contents, size = _checked(contents, form)
     picture = _by_format((_decode_jpeg, _decode_png, _decode_gif, _decode_bmp, _decode_webp), contents, form)
     if form not in (None, "JPEG"):
-        return _resized_to(picture, image_size)
+        return _resized_to(picture, image_size), size
     orientation = exif_orientation(contents) if form is None else _jpeg_orientation(contents)
     lies_on_its_side = orientation >= 5
     # Turning the small picture instead of the large one gives the same pixels up to rounding, and is nearly
     # free.
-    size = tf.where(lies_on_its_side, tf.constant(image_size[::-1]), tf.constant(image_size))
-    turned = _apply_orientation(_resized(picture, size), orientation)
-    return tf.ensure_shape(turned, (*image_size, 3))
+    lying = tf.where(lies_on_its_side, tf.constant(image_size[::-1]), tf.constant(image_size))
+    turned = _apply_orientation(_resized(picture, lying), orientation)
+    return tf.ensure_shape(turned, (*image_size, 3)), tf.where(lies_on_its_side, size[::-1], size)
 
 
 def resize_picture(picture: tf.Tensor, image_size: tuple[int, int]) -> tf.Tensor:
@@ -87,13 +101,18 @@ def check_header(contents: tf.Tensor, form: str | None = None) -> tf.Tensor:
     Raises:
         tf.errors.InvalidArgumentError: If the format is not known or the picture is too large.
     """
+    return _checked(contents, form)[0]
+
+
+def _checked(contents: tf.Tensor, form: str | None) -> tuple[tf.Tensor, tf.Tensor]:
     contents = tf.convert_to_tensor(contents)
     if form is None:
         known = tf.debugging.Assert(_format_number(contents) < len(FORMATS), [UNKNOWN])
         with tf.control_dependencies([known]):
             contents = tf.identity(contents)
-    with tf.control_dependencies(_size_checks(stored_size(contents, form))):
-        return tf.identity(contents)
+    size = _by_format((_jpeg_size, _png_size, _gif_size, _bmp_size, _webp_size), contents, form)
+    with tf.control_dependencies(_size_checks(size)):
+        return tf.identity(contents), size
 
 
 def _size_checks(size: tf.Tensor) -> list[tf.Operation]:
@@ -103,19 +122,6 @@ def _size_checks(size: tf.Tensor) -> list[tf.Operation]:
         tf.debugging.Assert((height > 0) & (width > 0), ["picture has no pixels"]),
         tf.debugging.Assert(height * width <= MAX_PIXELS, [TOO_LARGE, width, height]),
     ]
-
-
-def stored_size(contents: tf.Tensor, form: str | None = None) -> tf.Tensor:
-    """Return the size that a picture's header says, without its EXIF orientation.
-
-    Args:
-        contents: Scalar string, an encoded picture of a format that is known.
-        form: As for `decode_picture`.
-
-    Returns:
-        `(height, width)` int64.
-    """
-    return _by_format((_jpeg_size, _png_size, _gif_size, _bmp_size, _webp_size), contents, form)
 
 
 def exif_orientation(contents: tf.Tensor) -> tf.Tensor:

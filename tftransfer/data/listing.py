@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tftransfer.data import audit
 from tftransfer.data.examples import Quarantined
-from tftransfer.data.images import decode_picture, resize_picture, stored_size
+from tftransfer.data.images import decode_picture, decode_with_size, resize_picture
 from tftransfer.errors import InputError
 
 Refuse = Callable[[InputError], None]
@@ -49,8 +49,10 @@ class Reader(Protocol):
         """Turn a stored picture into uint8 `(height, width, 3)`, inside a graph."""
         ...
 
-    def size(self, stored: tf.Tensor, form: str | None = None) -> tf.Tensor:
-        """Return `(height, width)` of a picture as it is stored, inside a graph."""
+    def decode_with_size(
+        self, stored: tf.Tensor, image_size: tuple[int, int], form: str | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Decode a picture, and return its `(height, width)` before that too."""
         ...
 
     def signature(self) -> tf.TensorSpec:
@@ -74,8 +76,10 @@ class _EncodedReader:
     def decode(self, stored: tf.Tensor, image_size: tuple[int, int], form: str | None = None) -> tf.Tensor:
         return decode_picture(stored, image_size, form)
 
-    def size(self, stored: tf.Tensor, form: str | None = None) -> tf.Tensor:
-        return stored_size(stored, form)
+    def decode_with_size(
+        self, stored: tf.Tensor, image_size: tuple[int, int], form: str | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        return decode_with_size(stored, image_size, form)
 
     def signature(self) -> tf.TensorSpec:
         return tf.TensorSpec((), tf.string)
@@ -158,8 +162,10 @@ class Arrays:
     def decode(self, stored: tf.Tensor, image_size: tuple[int, int], form: str | None = None) -> tf.Tensor:
         return resize_picture(stored, image_size)
 
-    def size(self, stored: tf.Tensor, form: str | None = None) -> tf.Tensor:
-        return tf.shape(stored, tf.int64)[:2]
+    def decode_with_size(
+        self, stored: tf.Tensor, image_size: tuple[int, int], form: str | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        return self.decode(stored, image_size), tf.shape(stored, tf.int64)[:2]
 
     def signature(self) -> tf.TensorSpec:
         return tf.TensorSpec(self.pictures.shape[1:], tf.uint8)

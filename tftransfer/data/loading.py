@@ -407,6 +407,7 @@ def _divided(listing: Listing, task: Task, read: Read, seed: int, began: float, 
         fingerprint=_fingerprint(task, examples, parts, read.hashes),
         seconds=time.monotonic() - began,
         seen=_seen(listing, read, parts),
+        kind=task.kind,
     )
 
 
