@@ -160,3 +160,14 @@ def test_the_report_lists_pairs_and_shows_them(originals, kept_by_a_report):
     assert duplicates.duplicates(data, duplicates.copies(data), removed=True).checks[0].passed
     clean = duplicates.duplicates(data, ())
     assert (clean.checks[0].passed, clean.tables) == (True, ())
+
+
+def test_copies_within_a_split_are_found_once_and_others_are_not(originals):
+    changed = [COPIES[kind](originals[place]) for place, kind in enumerate(("resized", "mirrored", "gray"))]
+    data = _data([*originals, *changed, originals[9]], originals[:2])
+    found = duplicates.copies_within(data.train)
+    assert {(copy.index, copy.other_index, copy.exact) for copy in found} == {
+        (0, 40, False), (1, 41, False), (2, 42, False), (9, 43, True)}  # fmt: skip
+    assert found[0].exact
+    assert all(copy.likeness >= duplicates.SURE for copy in found)
+    assert duplicates.copies_within(_data(originals, originals[:2]).train) == ()

@@ -32,6 +32,10 @@ _COARSE = 32  # pixels at which all pairs are compared
 _BLUR = 3.0  # pixels of 32 beyond which light and shade do not count
 _CANDIDATES = 6  # per picture that are looked at closely
 _ALIKE = 0.72  # correlation that makes a copy
+SURE = 0.92
+"""Correlation above which a copy is one beyond doubt, even among pictures that are much alike. Of photographs all
+resized, re-encoded, mirrored and gray copies lie above it, of cropped ones a sixth."""
+
 # How far, in Fisher's z, it must lie above what the picture, and above what 99 % of all pictures, have in common with
 # others: the correlation with the one that so many, or this share of all, are more like.
 _STANDS_OUT, _ABOVE_ALL = 0.35, 0.1
@@ -121,6 +125,28 @@ def copies(data: Data) -> tuple[Copy, ...]:
     return tuple(sorted(found, key=lambda copy: (not copy.exact, -copy.likeness)))
 
 
+def copies_within(examples: Examples) -> tuple[Copy, ...]:
+    """Find pictures that are copies of others of the same split.
+
+    Args:
+        examples: Pictures, with labels or without.
+
+    Returns:
+        Each pair once, with empty names of splits: the exact copies first, then the most alike.
+    """
+    digests, thumbnails = examples.pictures.digests, _thumbnails(examples)
+    pairs: dict[tuple[int, int], _Match] = {}
+    for match in _alike(thumbnails, thumbnails, apart=True):
+        pair = min(match.index, match.other_index), max(match.index, match.other_index)
+        if pair not in pairs or pairs[pair].likeness < match.likeness:
+            pairs[pair] = match
+    found = [
+        Copy("", one, "", other, match.likeness, bool(digests) and digests[one] == digests[other], match.mirrored)
+        for (one, other), match in pairs.items()
+    ]
+    return tuple(sorted(found, key=lambda copy: (not copy.exact, -copy.likeness)))
+
+
 def without_copies(data: Data, found: tuple[Copy, ...]) -> Data:
     """Remove copies, so that test stays whole: from training, and from validation what is in test.
 
@@ -146,6 +172,7 @@ def without_copies(data: Data, found: tuple[Copy, ...]) -> Data:
         for number, copy in drop.items():
             original = getattr(data, copy.split).names[copy.index]
             gone.append(Quarantined(examples.names[number], f"a copy of {original} of the {copy.split} split"))
+    removed = {(copy.other, getattr(data, copy.other).names[copy.other_index]) for copy in found}
     said = [*data.splits.get("notes", []), f"{len(gone)} copies of pictures of other splits were removed"]
     fingerprint = hashlib.sha256(f"{data.fingerprint} without {sorted(one.file for one in gone)}".encode()).hexdigest()
     return replace(
@@ -154,6 +181,7 @@ def without_copies(data: Data, found: tuple[Copy, ...]) -> Data:
         quarantined=(*data.quarantined, *gone),
         splits={**data.splits, "notes": said},
         fingerprint=fingerprint,
+        seen=tuple(one for one in data.seen if (one.split, one.name) not in removed),
     )
 
 
@@ -228,12 +256,12 @@ def _small(pictures: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.round(tf.image.resize(gray, (_SIDE, _SIDE), method="area")[..., 0]), tf.uint8)
 
 
-def _alike(some: np.ndarray, others: np.ndarray) -> Iterator[_Match]:
-    """Find copies of some thumbnails among others."""
+def _alike(some: np.ndarray, others: np.ndarray, apart: bool = False) -> Iterator[_Match]:
+    """Find copies of some thumbnails among others; `apart` if they are the same, and none is a copy of itself."""
     parts = []
     for start in range(0, len(some), _CHUNK):
         own = some[start : start + _CHUNK].astype(np.float32)
-        columns, ways = _candidates(own, others)
+        columns, ways = _candidates(own, others, start if apart else None)
         parts.append((columns, ways, _closely(own, others, columns, ways)))
     columns, ways, likeness = map(np.concatenate, zip(*parts, strict=True))
     common = np.zeros(len(some)) if likeness.shape[1] <= _CANDIDATES else _fisher(likeness[:, -1])
@@ -244,8 +272,12 @@ def _alike(some: np.ndarray, others: np.ndarray) -> Iterator[_Match]:
         yield _Match(int(row), int(columns[row, place]), score, bool(ways[row, place] % 2))
 
 
-def _candidates(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _candidates(own: np.ndarray, others: np.ndarray, start: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Return which of the others may be copies of each picture, and how they may lie upon each other.
+
+    Args:
+        own, others: Thumbnails.
+        start: Where they begin among the others, if they are some of these.
 
     Returns:
         The numbers of the likeliest, and last, if there are so many, of one that is too far down to be a copy: how much
@@ -256,9 +288,9 @@ def _candidates(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.nda
     way = np.zeros(best.shape, np.int8)
     whole_own = _description(own, _WHOLE, _COARSE)
     cropped_own = [_description(own, crop, _COARSE) for crop in _FEW]
-    for start in range(0, len(others), 4 * _CHUNK):
-        upright = others[start : start + 4 * _CHUNK].astype(np.float32)
-        here = slice(start, start + len(upright))
+    for begin in range(0, len(others), 4 * _CHUNK):
+        upright = others[begin : begin + 4 * _CHUNK].astype(np.float32)
+        here = slice(begin, begin + len(upright))
         for mirrored, other in enumerate((upright, upright[:, :, ::-1])):
             whole_other = _description(other, _WHOLE, _COARSE)
             pairs = [(mirrored, whole_own, _description(other, crop, _COARSE)) for crop in _FEW]
@@ -268,6 +300,8 @@ def _candidates(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.nda
                 better = found > best[:, here]
                 best[:, here][better] = found[better]
                 way[:, here][better] = kind
+    if start is not None:
+        best[np.arange(len(own)), start + np.arange(len(own))] = -2  # below all others
     order_of_likeness = np.argsort(-best, axis=1, kind="stable")
     columns = order_of_likeness[:, :_CANDIDATES]
     if len(others) > _CANDIDATES:

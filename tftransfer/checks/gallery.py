@@ -21,6 +21,7 @@ def gallery(
     section: str,
     told: str,
     columns: int = 3,
+    shapes: Sequence[float] = (),
 ) -> Picture:
     """Draw examples under what is said of each, in rows; only their pictures are read.
 
@@ -30,6 +31,7 @@ def gallery(
         title, caption, section: Of the picture in the report.
         told: The same in words, for those who do not see it.
         columns: How many in a row. Defaults to 3.
+        shapes: Height over width of each as it is stored, to undo the stretching. Defaults to none: squares.
     """
     rows = math.ceil(len(entries) / columns)
     # A fixed grid: finding a layout takes seconds.
@@ -39,7 +41,9 @@ def gallery(
         corner = (column / columns + 0.01, 1 - (row + 1) / rows + 0.01 / rows)
         axes = drawn.add_axes((*corner, 1 / columns - 0.02, 0.73 / rows))
         axes.set_axis_off()
-        axes.imshow(np.asarray(examples.pictures.load(tf.constant(index, tf.int64))))
+        picture = np.asarray(examples.pictures.load(tf.constant(index, tf.int64)))
+        aspect = shapes[place] * picture.shape[1] / picture.shape[0] if shapes else None
+        axes.imshow(picture, aspect=aspect)
         words = "\n".join(drawing.text(line, 20) for line in lines)
         axes.set_title(words, fontsize=drawing.FONT - 1, color=drawing.INK, pad=4)
     return Picture(title, drawing.png(drawn), caption, section, f"{title}: {told}.")
