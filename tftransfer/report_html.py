@@ -49,6 +49,28 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def render(report: Report) -> str:
     """Return the page; everything that comes from data is escaped."""
     sections = {name: body for name in _section_names(report) if (body := _section(report, name))}
+    footer = "Written by tftransfer. Intervals are 95 % intervals."
+    return _page(_title(report), _header(report), sections, footer)
+
+
+def page(
+    kind: str, title: str, facts: Mapping[str, Any], notices: Iterable[str], sections: Mapping[str, str], footer: str
+) -> str:
+    """Return another page in the report's look.
+
+    Args:
+        kind, title: What it is, and of what.
+        facts: A few words or numbers by their names.
+        notices: Sentences that a reader must not miss.
+        sections: HTML by heading, from `table` and `picture`.
+        footer: A sentence below it.
+    """
+    said = "".join(f'<p class="notice">{sentence(notice)}</p>\n' for notice in notices)
+    head = f'<p class="kicker">{text(kind)}</p>\n<h1>{text(title)}</h1>\n{_definitions(facts)}{said}'
+    return _page(f"{kind}: {title}", head, sections, footer)
+
+
+def _page(title: str, head: str, sections: Mapping[str, str], footer: str) -> str:
     links = "".join(f'<li><a href="#s{i}">{text(name)}</a></li>' for i, name in enumerate(sections))
     bodies = "".join(
         f'<section id="s{i}" aria-labelledby="h{i}"><h2 id="h{i}">{text(name)}</h2>{body}</section>\n'
@@ -59,9 +81,9 @@ def render(report: Report) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(_title(report))}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"{_header(report, links)}<main>\n{bodies}</main>\n"
-        "<footer>Written by tftransfer. Intervals are 95 % intervals.</footer>\n</body>\n</html>\n"
+        f"<title>{text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f'<header>\n{head}<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n'
+        f"<main>\n{bodies}</main>\n<footer>{text(footer)}</footer>\n</body>\n</html>\n"
     )
 
 
@@ -134,7 +156,7 @@ def _title(report: Report) -> str:
     return f"{report.backbone} on {report.data['name']}" if report.data["name"] else report.backbone
 
 
-def _header(report: Report, links: str) -> str:
+def _header(report: Report) -> str:
     facts = {
         "Task": words(report.task),
         "Backbone": report.backbone,
@@ -144,10 +166,9 @@ def _header(report: Report, links: str) -> str:
         "Checks": _checks_in_words(report.checks),
     }
     return (
-        f'<header>\n<p class="kicker">{text(words(report.task))} · report</p>\n'
+        f'<p class="kicker">{text(words(report.task))} · report</p>\n'
         f"<h1>{text(_title(report))}</h1>\n"
         f"{_headline(report)}{_definitions(facts)}{_notices(report)}"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n'
     )
 
 
@@ -205,8 +226,8 @@ def _section_names(report: Report) -> list[str]:
 
 def _section(report: Report, name: str) -> str:
     own = {RESULT: _result, TRAINING: _training, CHECKS: _checks, DATA: _data, TIME: _time}.get(name)
-    tables = "".join(_table(table) for table in report.tables if table.section == name)
-    pictures = "".join(_picture(picture) for picture in report.pictures if picture.section == name)
+    tables = "".join(table(one) for one in report.tables if one.section == name)
+    pictures = "".join(picture(one) for one in report.pictures if one.section == name)
     return (own(report) if own else "") + pictures + tables
 
 
@@ -247,7 +268,7 @@ def _training(report: Report) -> str:
     fields = [name for name in dict.fromkeys(key for phase in phases for key in phase) if name != "name"]
     names = tuple(str(phase.get("name", f"phase {i}")) for i, phase in enumerate(phases, start=1))
     rows = tuple((words(name), *(_scalar(phase.get(name)) for phase in phases)) for name in fields)
-    return _table(Table("The strategy, phase by phase", ("", *names), rows))
+    return table(Table("The strategy, phase by phase", ("", *names), rows))
 
 
 def _scalar(value: Any) -> Any:
@@ -290,7 +311,7 @@ def _data(report: Report) -> str:
     parts = [Table("How many examples", ("split", "examples"), rows)]
     parts += [Table("How the splits came to be", ("split", "how"), splits)] * bool(splits)
     parts += [_quarantine(files)] * bool(files)
-    return "".join(map(_table, parts))
+    return "".join(map(table, parts))
 
 
 def _quarantine(files: list[dict[str, str]]) -> Table:
@@ -306,10 +327,11 @@ def _time(report: Report) -> str:
     seconds = tuple((words(name), value) for name, value in report.seconds.items())
     versions = (*report.versions.items(), ("seed", str(report.seed)))
     parts = [Table("Seconds", ("part", "seconds"), seconds)] * bool(seconds)
-    return "".join(map(_table, [*parts, Table("Versions and seed", ("", "version"), versions)]))
+    return "".join(map(table, [*parts, Table("Versions and seed", ("", "version"), versions)]))
 
 
-def _table(table: Table) -> str:
+def table(table: Table) -> str:
+    """Return a table as HTML."""
     numeric = [i for i in range(1, len(table.columns)) if _is_numeric(row[i] for row in table.rows)]
     percent = [name in table.percent for name in table.columns]
     body = "".join(_row(row, percent, numeric) for row in table.rows)
@@ -360,7 +382,8 @@ def _table_of(
     )
 
 
-def _picture(picture: Picture) -> str:
+def picture(picture: Picture) -> str:
+    """Return a picture as HTML, with the file inside."""
     source = f"data:image/png;base64,{base64.b64encode(picture.png).decode('ascii')}"
     alt = picture.alt or f"{picture.title}. {picture.caption}".strip()
     caption = f" {sentence(picture.caption)}" if picture.caption else ""
