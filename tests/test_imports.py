@@ -37,7 +37,7 @@ LAYERS = (
     {"serving"},
     {"integrity", "model_card", "signing"},
     {"bundles"},
-    {"comparison", "choices", "run_verification"},
+    {"comparison", "choices", "run_verification", "audits"},
     {"runs"},
     {"exports"},
     {"commands"},

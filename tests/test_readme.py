@@ -31,7 +31,7 @@ def test_strategies_and_commands_are_named(repository):
     text = (repository / "README.md").read_text(encoding="utf-8")
     assert [name for name in strategies.names() if f"`{name}" not in text] == []
     commands = ("doctor", "backbones", "rank", "suggest", "strategies", "predict", "evaluate", "export", "verify")
-    assert [name for name in (*commands, "scan", "sign") if f"tftransfer {name}" not in text] == []
+    assert [name for name in (*commands, "scan", "sign", "audit") if f"tftransfer {name}" not in text] == []
 
 
 @pytest.mark.parametrize("name", ["digits", "flowers", "flowers_all", "flowers_folds"])

@@ -7,7 +7,8 @@ import dataclasses
 
 import pytest
 
-from tftransfer import advice, bundles, distribution, runs
+from tftransfer import advice, audits, bundles, distribution, runs
+from tftransfer.data.examples import Seen
 from tftransfer.errors import InputError
 from tftransfer.report import Check, Number, Report, Table
 
@@ -71,6 +72,22 @@ def test_a_recipes_console_is_literal(tmp_path, capsys):
     run = runs.prepare("image_classification", argparse.Namespace(out=tmp_path / ":smile:", quiet=False))
     run.console.print(f"{run.folder}", soft_wrap=True)
     assert capsys.readouterr().out == f"{tmp_path / ':smile:'}\n"
+
+
+def test_a_run_says_what_an_audit_of_what_it_has_read_finds(tmp_path, small_data, capsys):
+    twice = [Seen(f"{split}.png", "red", split, "same") for split in ("train", "test")]
+    data = dataclasses.replace(small_data, seen=tuple(twice))
+    with distribution.devices("cpu") as devices:
+        runs.announce(_prepared(tmp_path / "run", quiet=False), data, devices)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "Audit: 1 findings" in printed
+        assert "train.png: the same content, as test.png, in test and train" in printed
+        runs.announce(_prepared(tmp_path / "run", quiet=False), small_data, devices)
+        assert "Audit" not in capsys.readouterr().out
+    found = audits.page.findings(audits.of_data(data))
+    assert [(check.name, check.passed) for check in found.checks] == [("data_audit", False)]
+    assert found.tables[0].rows[0][1:3] == ("train.png", "the same content, as test.png, in test and train")
+    assert audits.page.findings(audits.of_data(small_data)).checks[0].passed
 
 
 @pytest.mark.parametrize(("current", "code"), [("1", 0), (None, 1)])

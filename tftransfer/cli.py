@@ -32,6 +32,21 @@ the one in manifest.sha256. Nothing may lie among the versions in serving/ that 
 model server would load it; files that you add elsewhere are let be. Whole versions before the current one may be gone.
 What was changed is named, and no model or SavedModel that was changed is loaded."""
 
+_AUDIT_HELP = """\
+Writes DIR/audit.html, a page with pictures, audit.json, and contents.json with the SHA-256 of every example. The next
+audit of the same data compares them with that; as long as something has changed or is missing, contents.json stays as
+it is, unless you --accept.
+
+These findings count, and fail with --strict: faults of a table's lines, of records and class folders; data that a run
+would refuse, such as classes too small for the splits; files that cannot be used; what has changed or is missing; blank
+pictures; classes named alike but for case, spaces or dashes, or, with hardly any examples, but for a letter; copies in
+two splits or with two labels, if they are sure; groups (columns such as subject or patient_id) in several splits.
+The others are mentioned, since they may well be meant: extensions of another format, sizes, nearly blank pictures, rare
+classes, copies within a split, plurals, what looks like groups in names of files and other columns, new files, notes.
+
+--quarantine moves what a run would set aside to the same path below DIR, which must lie outside the data. Links, what
+cannot be read and what has changed meanwhile stay; nothing is overwritten; audit.json lists what was moved."""
+
 _SIGN_HELP = """\
 Writes RUN/model.sig over every file in the folder, once these are found to be those of the manifest. Make a key:
 
@@ -335,6 +350,22 @@ def _parser() -> Parser:
             help="keep what is computed here, for training too: 20 GiB at most, the oldest goes first",
         )
         _trust(command)
+    audit = _command(commands, "audit", "what is wrong with data: broken files, copies, labels, splits, with pictures")
+    audit.epilog = _AUDIT_HELP
+    add = audit.add_argument
+    add("--data", required=True, help="demo, tfds:NAME, a folder or a table")
+    add("--task", default="auto", help="auto, single_label, multi_label, regression (default: auto)")
+    add("--seed", type=at_least(0, LARGEST_SEED), default=0, help="of the split (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to write (default: saved_models/audit-NAME, one for each data set)",
+    )
+    add("--against", type=Path, metavar="FILE", help="contents.json of an earlier audit (default: the one in --out)")
+    add("--accept", action="store_true", help="take what has changed since then as right from here on")
+    add("--strict", action="store_true", help="end with 1 if a finding counts")
+    add("--quarantine", type=Path, metavar="DIR", help="move files that cannot be used there, and no others")
     predict = _command(commands, "predict", "labels for pictures, by a finished run")
     predict.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     predict.add_argument("files", type=Path, nargs="+", metavar="FILE", help="pictures")

@@ -22,6 +22,7 @@ import psutil
 import tensorflow as tf
 
 from tftransfer import (
+    audits,
     bundles,
     choices,
     constants,
@@ -41,7 +42,8 @@ from tftransfer.backbones import backbone, build, names
 from tftransfer.builders import outputs_are_logits
 from tftransfer.checks import performance
 from tftransfer.console import literal_console, print_table
-from tftransfer.data import Data, audit, images, load, load_for
+from tftransfer.data import Data, images, inspect, load, load_for, sources
+from tftransfer.data import audit as pictures
 from tftransfer.errors import InputError, check
 from tftransfer.report import Number, Table
 from tftransfer.serving.publication import KEPT_VERSIONS
@@ -210,6 +212,37 @@ def strategies(options: argparse.Namespace) -> int:
     return 0
 
 
+_AUDITED_AT = (128, 128)  # pixels: twice the thumbnails that copies are looked for among
+
+
+def audit(options: argparse.Namespace) -> int:
+    """Look for what is wrong with data; 1 if that is to be strict and something counts."""
+    path = sources.path_of(options.data)
+    written = audits.folder.prepared(options.data, options.out)
+    for name in ("out", "quarantine"):
+        if path.is_dir() and getattr(options, name):
+            audits.moving.check_outside(getattr(options, name), path, name)
+    if path.is_dir():
+        audits.moving.check_outside(written.path, path, "out")
+    fits = options.quarantine is None or path.is_dir()
+    check(fits, "quarantine", "left out where the data are no folder of class folders", str(options.quarantine))
+    earlier = written.earlier if options.against is None else audits.contents.read(options.against)["examples"]
+    inspection = inspect(options.data, image_size=_AUDITED_AT, task_kind=options.task, seed=options.seed)
+    found = audits.of_inspection(inspection, earlier)
+    moved = []
+    if options.quarantine:
+        moved = audits.moving.move(inspection.seen, inspection.files, path, options.quarantine)
+    audits.folder.write(written, found, moved, options.accept)
+    lines = [f"{'stays' if one.stays else 'moved'}: {one.file}: {one.stays or one.reason}" for one in moved]
+    content = {
+        **found.to_json(),
+        "moved": [asdict(one) for one in moved],
+        "page": str(written.path / audits.folder.PAGE),
+    }
+    _show(options, content, audits.page.summary(found), *lines, f"Page: {content['page']}")
+    return 1 if options.strict and found.counted else 0
+
+
 def predict(options: argparse.Namespace) -> int:
     """Print an answer for each picture."""
     bundle = bundles.load(options.run, trust=options.trust)
@@ -350,13 +383,13 @@ def _read_picture(file: Path, image_size: tuple[int, int]) -> np.ndarray:
         contents = file.read_bytes()
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
-    reason = audit.why_unusable(contents)
+    reason = pictures.why_unusable(contents)
     if reason:
         raise InputError(f"{file} cannot be used: {reason}")
     try:
         return images.decode_picture(tf.constant(contents), image_size).numpy()
     except tf.errors.InvalidArgumentError as error:
-        raise InputError(f"{file} cannot be used: {audit.explain(error, contents)}") from None
+        raise InputError(f"{file} cannot be used: {pictures.explain(error, contents)}") from None
 
 
 def _answer_rows(files: Sequence[Path], answers: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

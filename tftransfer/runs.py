@@ -18,7 +18,19 @@ import keras
 import numpy as np
 from rich.console import Console
 
-from tftransfer import advice, bundles, checkpoints, distribution, inference, locks, planning, prefix, serving, weights
+from tftransfer import (
+    advice,
+    audits,
+    bundles,
+    checkpoints,
+    distribution,
+    inference,
+    locks,
+    planning,
+    prefix,
+    serving,
+    weights,
+)
 from tftransfer.checks import calibration, charts, demo, duplicates, forgetting, labels, overfitting, performance
 from tftransfer.choices import Network
 from tftransfer.console import audit_table, literal_console, print_table
@@ -253,6 +265,8 @@ def announce(run: Run, data: Data, devices: Devices) -> None:
         console.print(f"  set aside: {item.file}: {item.reason}")
     if len(data.quarantined) > 5:
         console.print(f"  and {len(data.quarantined) - 5} more, all in the report")
+    for line in audits.page.lines(audits.of_data(data)):
+        console.print(line)
 
 
 def finish(
@@ -300,7 +314,7 @@ def _finish(
     source: Source | None,
     found: Findings,
 ) -> int:
-    findings = _measure(model, task, data, history) + found
+    findings = _measure(model, task, data, history) + audits.page.findings(audits.of_data(data)) + found
     if network.is_demo and data.name == "demo":
         worth = demo.demo_comparison(data, network.image_size)
         print_table(run.console, worth.tables[0])

@@ -136,6 +136,8 @@ def test_what_was_removed_is_in_the_report(recipe, with_copies, tmp_path):
     assert [report["data"][split] for split in ("train", "validation", "test")] == [10, 4, 6]
     (found,) = (check for check in report["checks"] if check["name"] == "duplicates")
     assert (found["passed"], found["metrics"]["exact"], found["metrics"]["removed"]) == (True, 2, True)
+    (found,) = (check for check in report["checks"] if check["name"] == "data_audit")
+    assert "exact_copies" not in found["metrics"]
     assert any(table["title"] == "Pictures in two splits" for table in report["tables"])
 
 

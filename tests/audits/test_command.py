@@ -1,0 +1,210 @@
+"""`tftransfer audit` as a user calls it: what it finds, writes, moves and refuses."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tftransfer import audits, cli
+from tftransfer.data import inspect
+
+CLASSES = ("daisy", "rose")
+
+
+def _picture(seed, height=60, width=70):
+    generator = np.random.default_rng(seed)
+    layers = [
+        tf.image.resize(generator.integers(0, 256, (side, side, 3)).astype(np.float32), (height, width), "bicubic")
+        for side in (3, 8, 16)
+    ]
+    return tf.cast(tf.clip_by_value(sum(layers) / 3, 0, 255), tf.uint8)
+
+
+@pytest.fixture(scope="module")
+def _photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("audited") / "photos"
+    for number in range(48):
+        path = root / ("train", "train", "val", "test")[number // 2 % 4] / CLASSES[number % 2] / f"p{number}q.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tf.io.encode_png(_picture(number, 60 + number % 7)).numpy())
+    return root
+
+
+@pytest.fixture
+def photos(_photos, tmp_path):
+    """A clean folder of 48 pictures in two classes and three splits."""
+    return shutil.copytree(_photos, tmp_path / "photos")
+
+
+@pytest.fixture
+def audit(tmp_path, capsys):
+    """Return a function that audits data and gives the exit code and what is printed as JSON."""
+
+    def run(data, *options, out=tmp_path / "out"):
+        code = cli.main(["audit", "--data", str(data), "--out", str(out), "--json", *map(str, options)])
+        printed = capsys.readouterr()
+        assert len(printed.err.strip().splitlines()) == (1 if code == 2 else 0)
+        return code, (printed.err if code == 2 else json.loads(printed.out))
+
+    return run
+
+
+def _checks(found):
+    return {(one["check"], one["counts"]) for one in found["findings"]}
+
+
+def test_clean_data_pass_and_everything_is_written(photos, audit, tmp_path):
+    code, found = audit(photos, "--strict")
+    assert (code, found["findings"], found["found"]) == (0, [], 48)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"audit.html", "audit.json", "contents.json"}
+    assert len(json.loads((tmp_path / "out" / "contents.json").read_text())["examples"]) == 48
+    page = (tmp_path / "out" / "audit.html").read_text()
+    assert "Nothing was found" in page
+    assert str(tmp_path) not in page + (tmp_path / "out" / "contents.json").read_text()
+
+
+def test_what_is_wrong_is_found_and_shown(photos, audit, tmp_path):
+    train = photos / "train" / "daisy"
+    (train / "broken.png").write_bytes(b"<html>")
+    (train / "odd.jpg").write_bytes(tf.io.encode_png(_picture(100)).numpy())
+    (train / "blank.png").write_bytes(tf.io.encode_png(tf.fill((60, 70, 3), tf.constant(9, tf.uint8))).numpy())
+    (train / "again.png").write_bytes((train / "p0q.png").read_bytes())
+    shutil.copy(train / "p0q.png", photos / "test" / "daisy" / "leak.png")
+    mirrored = tf.io.encode_jpeg(tf.image.flip_left_right(_picture(1)), quality=60).numpy()
+    (photos / "test" / "rose" / "copy.jpg").write_bytes(mirrored)
+    (train / "wide.png").write_bytes(tf.io.encode_png(_picture(101, 40, 900)).numpy())
+    (photos / "train" / "diasy").mkdir()
+    (photos / "train" / "diasy" / "p.png").write_bytes(tf.io.encode_png(_picture(102)).numpy())
+    code, found = audit(photos)
+    assert code == 0
+    assert _checks(found) == {
+        ("unusable", True), ("misnamed", False), ("blank", True), ("exact_copies", True), ("near_copies", True),
+        ("sizes", False), ("label_names", True), ("balance", False)}  # fmt: skip
+    by_check = {one["check"]: one for one in found["findings"]}
+    assert by_check["unusable"]["where"] == "train/daisy/broken.png"
+    assert by_check["near_copies"]["examples"] == ["test/rose/copy.jpg", "train/rose/p1q.png"]
+    assert "mirrored" in by_check["near_copies"]["problem"]
+    page = (tmp_path / "out" / "audit.html").read_text()
+    assert page.count("<figure>") == 6
+    assert "<script" not in page
+    assert audit(photos, "--strict")[0] == 1
+
+
+def test_changes_are_noticed_until_they_are_accepted(photos, audit, tmp_path):
+    audit(photos)
+    first, second = sorted((photos / "train" / "rose").iterdir())[:2]
+    rotten = bytearray(first.read_bytes())
+    rotten[len(rotten) // 2] ^= 1
+    first.write_bytes(rotten)
+    second.unlink()
+    for _ in range(2):  # and again, as nobody said that it is right
+        code, found = audit(photos, "--strict")
+        assert code == 1
+        changed = {one["where"] for one in found["findings"] if one["check"] == "changes"}
+        assert changed == {f"train/rose/{first.name}", f"train/rose/{second.name}"}
+    first.write_bytes(tf.io.encode_png(_picture(200)).numpy())
+    assert audit(photos, "--accept")[0] == 0
+    (photos / "train" / "rose" / "new.png").write_bytes(tf.io.encode_png(_picture(201)).numpy())
+    code, found = audit(photos, "--strict")
+    assert (code, _checks(found)) == (0, {("changes", False)})
+    assert audit(photos)[1]["findings"] == []
+
+
+def test_another_audits_contents_are_compared_on_request(photos, audit, tmp_path):
+    audit(photos)
+    copy = shutil.copytree(photos, tmp_path / "copy")
+    code, error = audit(copy)
+    assert code == 2
+    assert "holds the audit of other data" in error
+    (copy / "test" / "rose" / "p7q.png").unlink()
+    against = tmp_path / "out" / "contents.json"
+    code, found = audit(copy, "--against", against, "--strict", out=tmp_path / "other")
+    assert (code, [one["problem"] for one in found["findings"]]) == (1, ["is missing: the earlier audit has it"])
+
+
+def test_broken_files_are_moved_on_request_and_gone_next_time(photos, audit, tmp_path):
+    (photos / "val" / "daisy" / "broken.png").write_bytes(b"<html>")
+    code, found = audit(photos, "--quarantine", tmp_path / "aside", "--strict")
+    assert code == 1
+    assert [(one["file"], one["stays"]) for one in found["moved"]] == [("val/daisy/broken.png", None)]
+    assert (tmp_path / "aside" / "val" / "daisy" / "broken.png").read_bytes() == b"<html>"
+    code, found = audit(photos, "--strict")
+    assert (code, found["findings"]) == (0, [])
+
+
+def test_a_table_is_audited_by_its_lines(photos, audit, tmp_path):
+    files = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.png"))
+    rows = [f"{file},{file.split('/')[1]},{file.split('/')[0]},s{n % 5}" for n, file in enumerate(files)]
+    table = photos / "all.csv"
+    table.write_text(
+        "image,label,split,subject\n" + "\n".join([*rows, "gone.png,rose,train,s1", f"{files[0]},,test,s0"])
+    )
+    code, found = audit(table, "--strict")
+    assert code == 1
+    places = [one["where"] for one in found["findings"] if one["check"] == "source"]
+    assert [place.rpartition(" ")[2] for place in places] == ["50", "51"]
+    assert ("groups", True) in _checks(found)
+    assert audit(table, "--quarantine", tmp_path / "q", out=tmp_path / "two")[0] == 2
+
+
+def test_data_that_a_run_refuses_are_audited(photos, audit):
+    (photos / "train" / "lonely").mkdir()
+    (photos / "test" / "lonely").mkdir()
+    (photos / "test" / "lonely" / "p.png").write_bytes(tf.io.encode_png(_picture(300)).numpy())
+    _, found = audit(photos)
+    problems = [one["problem"] for one in found["findings"] if one["check"] == "source"]
+    assert any("holds no pictures" in problem for problem in problems)
+    assert any("a run would refuse these data: test of" in problem for problem in problems)
+
+
+BAD = {
+    "no data": (["--data", "{0}/nothing"], "no such folder or table"),
+    "no audit": (["--data", "{0}/photos", "--against", "{0}/nothing.json"], "nothing.json cannot be read"),
+    "no JSON": (["--data", "{0}/photos", "--against", "{0}/photos/train/rose/p1q.png"], "p1q.png is not valid JSON"),
+    "no contents": (["--data", "{0}/photos", "--against", "{0}/list.json"], "list.json is no contents.json"),
+    "out in the data": (["--data", "{0}/photos", "--out", "{0}/photos/train/out"], "`out` must be a folder apart"),
+    "out of others": (["--data", "{0}/photos", "--out", "{0}/full"], "`out` must be a new or empty folder"),
+    "out is a file": (["--data", "{0}/photos", "--out", "{0}/list.json"], "`out` must be a folder"),
+    "quarantine in the data": (["--data", "{0}/photos", "--quarantine", "{0}/photos/q"], "`quarantine` must be"),
+    "quarantine of the demo": (["--data", "demo", "--quarantine", "{0}/q"], "`quarantine` must be left out"),
+    "task": (["--data", "{0}/photos", "--task", "nonsense"], "`task_kind` must be"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(photos, tmp_path, capsys, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    arguments, message = BAD[case]
+    assert cli.main(["audit", *(argument.format(tmp_path) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_folder_is_the_same_for_the_same_data(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for data in (photos, "photos"):
+        assert cli.main(["audit", "--data", str(data)]) == 0
+    printed = re.sub(r"\s", "", capsys.readouterr().out)
+    assert "Nothingwasfound." in printed
+    (folder,) = (tmp_path / "saved_models").iterdir()
+    assert re.fullmatch(r"audit-photos-[0-9a-f]{8}", folder.name)
+
+
+def test_a_name_cannot_break_the_page(tmp_path):
+    hostile = '"><script>alert(1)</script>$x_{'
+    for number in range(8):
+        path = tmp_path / "p" / f"{hostile.replace('/', '|')}{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tf.io.encode_png(tf.zeros((9, 9, 3), tf.uint8)).numpy())
+    page = audits.page.render(audits.of_inspection(inspect(tmp_path / "p", image_size=(16, 16))))
+    assert "<script" not in page
+    assert "<figure>" in page
