@@ -199,6 +199,53 @@ def test_the_folder_is_the_same_for_the_same_data(photos, tmp_path, capsys, monk
     assert re.fullmatch(r"audit-photos-[0-9a-f]{8}", folder.name)
 
 
+def test_small_pictures_that_look_the_same_are_not_called_copies(tmp_path):
+    def near(side):
+        pictures = np.stack([tf.image.resize(_picture(number // 2), (side, side)) for number in range(12)])
+        splits = {"train": (pictures, list("ab") * 6), "test": (pictures[:2], list("ab"))}
+        inspection = inspect(
+            {name: (own.round(), labels) for name, (own, labels) in splits.items()}, image_size=(64, 64)
+        )
+        return [one for one in audits.of_inspection(inspection).findings["near_copies"] if one.counts]
+
+    assert near(8) == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_record_fails_a_strict_audit(audit, tmp_path, monkeypatch, capsys):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    features = {"image": tfds.features.Image(shape=(None, None, 3)), "label": tfds.features.ClassLabel(names=CLASSES)}
+
+    class Audited(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            supervised = ("image", "label")
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=supervised
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for number in range(40):
+                yield number, {"image": _picture(number).numpy(), "label": number % 2}
+
+    Audited(data_dir=tmp_path / "tfds").download_and_prepare()
+    capsys.readouterr()
+    monkeypatch.setattr(tfds, "builder", lambda name: Audited(data_dir=tmp_path / "tfds"))
+    assert audit("tfds:audited", "--strict", "--accept")[0] == 0
+    (file,) = (tmp_path / "tfds").rglob("*.tfrecord*")
+    contents = bytearray(file.read_bytes())
+    contents[-500] ^= 2
+    file.write_bytes(contents)
+    code, found = audit("tfds:audited", "--strict", "--accept")
+    (damaged,) = (one for one in found["findings"] if one["check"] == "unusable")
+    assert (code, found["found"], found["usable"]) == (1, 40, 39)
+    assert (damaged["where"], damaged["problem"]) == (f"{file.name}, record 39", "its data are damaged")
+
+
 def test_a_name_cannot_break_the_page(tmp_path):
     hostile = '"><script>alert(1)</script>$x_{'
     for number in range(8):

@@ -11,6 +11,7 @@ from tftransfer.audits.subject import Finding, Subject, some
 from tftransfer.checks import duplicates
 
 _MOST = 10_000  # pictures that are compared each with each
+_SMALLEST = 32  # pixels of a side, of the usual picture, below which different ones look the same
 _OFTEN = 0.05  # pairs that are not sure, as a share of the pictures, above which they say little
 
 
@@ -31,10 +32,14 @@ def exact(subject: Subject) -> Iterator[Finding]:
 def near(subject: Subject) -> Iterator[Finding]:
     """Give pictures that are resized, re-encoded, cropped, mirrored or gray copies of others.
 
-    Up to 10,000 pictures are compared each with each. A copy counts if it is very much alike and lies in two splits or
-    has two labels; the others are mentioned, in one finding where they are so many that all pictures must be alike.
+    Up to 10,000 pictures are compared each with each, if they usually have 32 pixels a side or more. A copy counts if
+    it is very much alike and lies in two splits or has two labels; the others are mentioned, in one finding where they
+    are so many that all pictures must be alike.
     """
     if subject.pictures is None or subject.places is None or not 1 < len(subject.pictures) <= _MOST:
+        return
+    sides = [min(subject.seen[place].size or (_SMALLEST,)) for place in subject.places]
+    if np.median(sides) < _SMALLEST:
         return
     found = [copy for copy in duplicates.copies_within(subject.pictures) if not copy.exact]
     unsure = [copy for copy in found if copy.likeness < duplicates.SURE]
