@@ -128,7 +128,8 @@ def test_names_that_may_mean_the_same(name, usual, count, counts):
         return [Seen(f"{label}{n}", label, "train", f"{label}{n}") for n in range(number)]
 
     found = _found([*some("other", 50), *some(usual, 50), *some(name, count)])
-    assert [one.counts for one in found.get("label_names", ())] == ([] if counts is None else [counts])
+    alike = found.get("label_names", ())
+    assert [(one.where, one.counts) for one in alike] == ([] if counts is None else [(f"class {name!r}", counts)])
 
 
 def test_a_label_with_a_line_break_counts():

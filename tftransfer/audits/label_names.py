@@ -21,7 +21,7 @@ def label_names(subject: Subject) -> Iterator[Finding]:
     """
     counts = {name: len(own) for name, own in subject.by_class.items()}
     alike: dict[str, list[str]] = defaultdict(list)
-    for name in counts:
+    for name in sorted(counts, key=lambda name: -counts[name]):
         alike[plain(name)].append(name)
         if any(not letter.isprintable() for letter in name):
             problem = "holds line breaks or letters that nobody sees; a quote may be missing in the table"

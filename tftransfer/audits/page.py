@@ -53,7 +53,8 @@ def summary(audit: Audit) -> Table:
         counted = sum(finding.counts for finding in audit.findings[name])
         first = audit.findings[name][0].where if audit.findings[name] else ""
         rows.append((title, counted, len(audit.findings[name]) - counted, first))
-    return Table(in_words(audit), ("check", "fail", "mentioned", "first"), tuple(rows))
+    note = "What fails, or counts, should be put right; what is mentioned may well be meant."
+    return Table(in_words(audit), ("check", "fail", "mentioned", "first"), tuple(rows), note)
 
 
 def findings(audit: Audit) -> Findings:
@@ -97,8 +98,7 @@ def lines(audit: Audit) -> list[str]:
 def _table(title: str, found: tuple[Finding, ...]) -> Table:
     ordered = sorted(found, key=lambda finding: not finding.counts)
     rows = tuple((finding.where, finding.problem, finding.counts) for finding in ordered[:_LISTED])
-    more = f" {len(found) - _LISTED:,} more stand in audit.json." if len(found) > _LISTED else ""
-    note = f"What counts fails a strict audit; the rest may well be meant.{more}"
+    note = f"{len(found) - _LISTED:,} more stand in audit.json." if len(found) > _LISTED else ""
     return Table(title, _COLUMNS, rows, note)
 
 
