@@ -255,3 +255,15 @@ def test_a_name_cannot_break_the_page(tmp_path):
     page = audits.page.render(audits.of_inspection(inspect(tmp_path / "p", image_size=(16, 16))))
     assert "<script" not in page
     assert "<figure>" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "counted"),
+    [("flowers", 0), ("cells", 2), ("spoken_digit_pictures", 0)],  # two cells were photographed twice
+)
+def test_real_data_give_no_false_alarm(assets, name, counted):
+    audit = audits.of_inspection(inspect(assets / name, image_size=(128, 128)))
+    assert audit.counted == counted
+    assert audit.mentioned <= 6
+    assert {check for check, found in audit.findings.items() if found} <= {"near_copies", "groups"}
