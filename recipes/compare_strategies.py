@@ -85,41 +85,42 @@ def main() -> int:
         run.console.print(f"{planned} trials; nothing was written, the run would go to {run.folder}", soft_wrap=True)
         return cli.DONE
 
-    about = _about(options, network, data, devices)
-    metric = task.main_metric
-    tft.bundles.begin(run.folder, run.configuration, again=run.again)
-    trials = tft.comparison.begin(run.folder, about)
-    done = {trial.key for trial in trials}
-    for choice in choices:
-        for seed in seeds:
-            for fold, part in parts.items():
-                if (choice.text, seed, fold) in done:
-                    continue
-                with tft.devices(options.devices, options.precision):
-                    trial = tft.comparison.run_trial(
-                        choice,
-                        build,
-                        task,
-                        part,
-                        seed=seed,
-                        fold=fold,
-                        batch_size=options.batch_size,
-                        max_steps=2 if options.smoke else None,
-                        source=source,
-                        train_on_validation=options.train_on_validation,
-                        cache=options.cache,
-                        cache_dir=options.cache_dir,
-                    )
-                trials = (*trials, trial)
-                run.console.print(trial.line(metric))
-                for reason in trial.reasons:
-                    run.console.print(f"  {reason}", soft_wrap=True)
-                tft.comparison.write(run.folder, trials, metric, about)
-    compared = tft.comparison.write(run.folder, trials, metric, about)
-    tft.bundles.finish(run.folder, run.configuration, data={"fingerprint": data.fingerprint, "splits": data.splits})
-    tft.runs.print_table(run.console, compared)
-    run.console.print(f"Table: {run.folder / tft.comparison.MARKDOWN}", soft_wrap=True)
-    return cli.DONE
+    with tft.runs.held(run):
+        about = _about(options, network, data, devices)
+        metric = task.main_metric
+        tft.bundles.begin(run.folder, run.configuration, again=run.again)
+        trials = tft.comparison.begin(run.folder, about)
+        done = {trial.key for trial in trials}
+        for choice in choices:
+            for seed in seeds:
+                for fold, part in parts.items():
+                    if (choice.text, seed, fold) in done:
+                        continue
+                    with tft.devices(options.devices, options.precision):
+                        trial = tft.comparison.run_trial(
+                            choice,
+                            build,
+                            task,
+                            part,
+                            seed=seed,
+                            fold=fold,
+                            batch_size=options.batch_size,
+                            max_steps=2 if options.smoke else None,
+                            source=source,
+                            train_on_validation=options.train_on_validation,
+                            cache=options.cache,
+                            cache_dir=options.cache_dir,
+                        )
+                    trials = (*trials, trial)
+                    run.console.print(trial.line(metric))
+                    for reason in trial.reasons:
+                        run.console.print(f"  {reason}", soft_wrap=True)
+                    tft.comparison.write(run.folder, trials, metric, about)
+        compared = tft.comparison.write(run.folder, trials, metric, about)
+        tft.bundles.finish(run.folder, run.configuration, data={"fingerprint": data.fingerprint, "splits": data.splits})
+        tft.runs.print_table(run.console, compared)
+        run.console.print(f"Table: {run.folder / tft.comparison.MARKDOWN}", soft_wrap=True)
+        return cli.DONE
 
 
 def _about(options: Any, network: Any, data: Any, devices: Any) -> dict[str, Any]:

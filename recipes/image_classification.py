@@ -75,31 +75,32 @@ def main() -> int:
     if options.dry_run:
         return tft.runs.show_plan(run, model, data, choice, devices)
 
-    with tft.runs.features_folder(options, choice) as cache_dir:
-        common = {
-            "seed": options.seed,
-            "batch_size": options.batch_size,
-            "max_steps": 2 if options.smoke else None,
-            "cache_dir": cache_dir,
-        }
-        chosen = choice(model, task, data, **common, decided=run.decisions.get("trains", ""))
-        tft.runs.begin(run, data, devices, chosen)
-        found += tft.runs.check_data(
-            options.checks, model, task, data, seed=options.seed, batch_size=options.batch_size, cache_dir=cache_dir
-        )
-        history = tft.fine_tune(
-            model,
-            task,
-            data,
-            chosen.strategy,
-            **common,
-            output=run.folder,
-            source=source,
-            time_limit=run.seconds_left,
-            cache=options.cache,
-            quiet=options.quiet,
-        )
-    return tft.runs.finish(run, model, task, data, history, network, devices, chosen, source, found)
+    with tft.runs.held(run):
+        with tft.runs.features_folder(options, choice) as cache_dir:
+            common = {
+                "seed": options.seed,
+                "batch_size": options.batch_size,
+                "max_steps": 2 if options.smoke else None,
+                "cache_dir": cache_dir,
+            }
+            chosen = choice(model, task, data, **common, decided=run.decisions.get("trains", ""))
+            tft.runs.begin(run, data, devices, chosen)
+            found += tft.runs.check_data(
+                options.checks, model, task, data, seed=options.seed, batch_size=options.batch_size, cache_dir=cache_dir
+            )
+            history = tft.fine_tune(
+                model,
+                task,
+                data,
+                chosen.strategy,
+                **common,
+                output=run.folder,
+                source=source,
+                time_limit=run.seconds_left,
+                cache=options.cache,
+                quiet=options.quiet,
+            )
+        return tft.runs.finish(run, model, task, data, history, network, devices, chosen, source, found)
 
 
 if __name__ == "__main__":

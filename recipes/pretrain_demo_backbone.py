@@ -150,4 +150,4 @@ def write(options: argparse.Namespace, backbone: keras.Model, source: dict) -> N
 
 
 if __name__ == "__main__":
-    cli.run_recipe(main)
+    cli.run_recipe(main, goes_on=False)

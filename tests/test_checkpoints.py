@@ -197,7 +197,8 @@ def test_what_is_damaged_at_a_boundary_is_set_aside_and_trained_again(small_netw
     (folder / "002-000000000" / "manifest.json").write_bytes(b"damaged")
     again = _fresh(small_network)
     history = training.fine_tune(again, small_task, small_data, strategy, output=tmp_path)
-    assert "it is damaged-002-000000000 now, and the one before it is used" in history.notes[0]
+    assert "and set aside as damaged-002-000000000." in history.notes[0]
+    assert history.notes[1] == "Training goes on from the one before."
     assert (folder / "damaged-002-000000000").is_dir()
     for one, two in zip(_weights(whole), _weights(again), strict=True):
         np.testing.assert_array_equal(one, two)

@@ -116,7 +116,9 @@ def test_a_signal_ends_a_process_with_75(name):
         process.send_signal(getattr(signal, name))
         _, error = process.communicate(timeout=30)
     assert process.returncode == 75
-    assert error.decode().splitlines() == ["stopped; the same command with the same --out goes on with this run"]
+    assert error.decode().splitlines() == [
+        "stopped; the same command with --resume, or with the same --out, goes on with this run"
+    ]
 
 
 def test_handlers_are_put_back_and_ignored_signals_stay_ignored():

@@ -190,7 +190,7 @@ _DAMAGE = """
 
     def check(damaged):
         found = checkpoints.latest(parent, CALL)
-        assert len(found.notes) == 1 and damaged in found.notes[0], (damaged, found.notes)
+        assert len(found.notes) == 2 and damaged in found.notes[0], (damaged, found.notes)
         expected = 1 if damaged == newest.name else 2
         assert found.progress.steps == expected
         assert (found.progress.kinds["variable"]["0.0"] == expected).all()

@@ -16,6 +16,8 @@ import pytest
 from tftransfer import InputError, checkpoints, feeding, training
 from tftransfer.adapters import Lora
 from tftransfer.averages import Ema, WiseFt
+from tftransfer.history import History
+from tftransfer.interruption import Signals
 from tftransfer.penalties import L2SP
 from tftransfer.strategies import Phase
 
@@ -111,6 +113,71 @@ def test_what_callbacks_found_out_is_kept(tuned, tmp_path, monkeypatch):
     np.testing.assert_array_equal(resumed.arrays, whole.arrays)
 
 
+def test_early_stopping_goes_on_as_it_would_have(tuned, tmp_path, monkeypatch):
+    """It turns `min_delta` round when it settles on a direction, once."""
+
+    def stopping():
+        return keras.callbacks.EarlyStopping(monitor="val_loss", min_delta=0.5, patience=2)
+
+    strategy = (Phase("probe", "head", 8, 0.01),)
+    straight = stopping()
+    whole = tuned(strategy, callbacks=[straight])
+    assert len(whole[1]["loss"]) < 8
+    for after in (4, 3):
+        with monkeypatch.context() as patch:
+            _dying(patch, after)
+            with pytest.raises(_Killed):
+                tuned(strategy, callbacks=[stopping()], output=tmp_path, save_every=0)
+    resumed = stopping()
+    _same(tuned(strategy, callbacks=[resumed], output=tmp_path), whole)
+    assert (resumed.best, resumed.wait, resumed.min_delta) == (straight.best, straight.wait, straight.min_delta)
+
+
+class _Holder(keras.callbacks.Callback):
+    def __init__(self, limit=3):
+        super().__init__()
+        self.limit, self.losses, self.table, self.function = limit, [], {"a": (1, np.arange(3))}, len
+        self.texts = np.array(["text"])
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.losses.append(float(logs["loss"]))
+        self.table = {"a": (len(self.losses), np.arange(len(self.losses)))}
+
+
+def test_lists_and_dicts_are_kept_and_arguments_that_are_given_anew_are_those(tuned, tmp_path, monkeypatch):
+    strategy = (Phase("probe", "head", 2, 0.05),)
+    whole, resumed = _Holder(), _Holder(limit=7)
+    tuned(strategy, callbacks=[whole])
+    with monkeypatch.context() as patch:
+        _dying(patch, 8)
+        with pytest.raises(_Killed):
+            tuned(strategy, callbacks=[_Holder()], output=tmp_path, save_every=0)
+    tuned(strategy, callbacks=[resumed], output=tmp_path)
+    assert resumed.losses == whole.losses
+    assert resumed.limit == 7
+    assert resumed.table["a"][0] == whole.table["a"][0]
+    np.testing.assert_array_equal(resumed.table["a"][1], whole.table["a"][1])
+
+
+def test_several_signals_at_once_are_one_and_a_second_interrupt_acts_at_once():
+    heard = []
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, frame: heard.append(number)) for number in numbers}
+    try:
+        with Signals() as signals:
+            signals.hold()
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+                signal.raise_signal(number)
+            assert (signals.came, heard) == (signal.SIGTERM, [])
+            signal.raise_signal(signal.SIGINT)
+            assert heard == []
+            signal.raise_signal(signal.SIGINT)
+            assert heard == [signal.SIGINT]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_heeded_when_the_step_is_written_down(tuned, tmp_path, number):
     class Signal(keras.callbacks.Callback):
@@ -138,6 +205,56 @@ def test_a_time_limit_ends_with_the_best_so_far_and_a_later_call_goes_on(tuned, 
     assert [record.epochs for record in history.phases] == [1]
     assert all(np.isfinite(weight.numpy()).all() for weight in model.weights)
     _same(tuned(strategy, output=tmp_path), tuned(strategy))
+
+
+def test_no_phase_begins_after_the_limit(tuned, tmp_path, monkeypatch):
+    strategy = (Phase("probe", "head", 1, 0.05), Phase("all", "all", 1, 0.01))
+    now, moved = time.monotonic, [0.0]
+    monkeypatch.setattr(checkpoints, "save", _then(checkpoints.save, lambda: moved.__setitem__(0, 1e6)))
+    monkeypatch.setattr(time, "monotonic", lambda: now() + moved[0])
+    _, history = tuned(strategy, output=tmp_path, time_limit=1e5)
+    assert ([record.phase.name for record in history.phases], history.complete) == (["probe"], False)
+    monkeypatch.undo()
+    _same(tuned(strategy, output=tmp_path), tuned(strategy))
+
+
+def test_a_limit_that_the_last_step_reaches_is_none(tuned, tmp_path):
+    strategy = (Phase("probe", "head", 1, 0.05),)
+    _, history = tuned(strategy, output=tmp_path, time_limit=0, batch_size=24)
+    assert history.complete
+
+
+def _then(function, afterwards):
+    def both(*given, **named):
+        function(*given, **named)
+        afterwards()
+
+    return both
+
+
+def test_logs_that_cannot_be_written_end_nothing(tuned, tmp_path, monkeypatch, capsys):
+    def full(*given, **named):
+        raise OSError(28, "No space left on device")
+
+    strategy = (Phase("probe", "head", 2, 0.05),)
+    monkeypatch.setattr(keras.callbacks.TensorBoard, "on_epoch_end", full)
+    monkeypatch.setattr(History, "write_csv", full)
+    found = tuned(strategy, output=tmp_path)
+    told = capsys.readouterr().err
+    assert told.count("logs/ cannot be written (No space left on device): training goes on") == 1
+    assert told.count("history.csv cannot be written") == 1
+    assert len(found[1].notes) == 2
+    monkeypatch.undo()
+    _same(found, tuned(strategy))
+
+
+def test_another_network_or_number_of_devices_is_another_call(tuned, tmp_path, small_network, small_task, small_data):
+    strategy = (Phase("probe", "head", 1, 0.05),)
+    tuned(strategy, output=tmp_path)
+    keras.utils.set_random_seed(5)
+    other = small_network(dropout=0.5)
+    with pytest.raises(InputError, match="differs in network"):
+        training.fine_tune(other, small_task, small_data, strategy, output=tmp_path, batch_size=4)
 
 
 def test_no_checkpoint_within_a_phase_before_its_time(tuned, tmp_path, monkeypatch):
@@ -170,7 +287,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_once_and_training_goes_on(
     strategy = (Phase("probe", "head", 1, 0.05), Phase("all", "all", 1, 0.01))
     monkeypatch.setattr(checkpoints, name, full)
     found = tuned(strategy, output=tmp_path, save_every=0)
-    assert capsys.readouterr().err.count("No space left on device") == 1
+    assert capsys.readouterr().err.count("a checkpoint cannot be written (No space left on device)") == 1
     assert any("No space left" in note for note in found[1].notes)
     monkeypatch.undo()
     _same(found, tuned(strategy))
@@ -190,7 +307,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tuned, tmp
     file.write_bytes(content)
     found = tuned(strategy, output=tmp_path)
     assert f"{names[-1]} is damaged (state.safetensors is not the file" in " ".join(capsys.readouterr().err.split())
-    assert len(found[1].notes) == 1
+    assert found[1].notes[1:] == ["Training goes on from the one before."]
     _same(found, tuned(strategy))
 
 
@@ -223,7 +340,7 @@ def test_a_folder_that_another_process_holds_is_refused(tuned, tmp_path):
     strategy = (Phase("probe", "head", 1, 0.05),)
     with subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=f"in use by another run .process {other.pid} on "):
+        with pytest.raises(InputError, match=f"is in use by another run .process {other.pid} on "):
             tuned(strategy, output=tmp_path)
         other.kill()
     assert (tmp_path / ".lock").exists(), "what a killed process leaves holds nobody up"

@@ -14,7 +14,7 @@ from typing import Any
 
 import keras
 
-from tftransfer import integrity, model_card, scanning, soundness, tasks
+from tftransfer import integrity, locks, model_card, scanning, soundness, tasks, tensor_files
 from tftransfer.errors import InputError
 from tftransfer.integrity import MANIFEST, SEAL, digests
 from tftransfer.report import Report, Table
@@ -24,6 +24,7 @@ MODEL = "model.keras"
 SAMPLES = "samples"
 REPORT, HTML = "report.json", "report.html"
 CARD = "MODEL_CARD.md"
+_GROWING = ("checkpoints", "logs", "history.csv")
 _PATTERN_CHARACTERS = frozenset("[]*?\\")
 
 
@@ -61,7 +62,7 @@ def claim(folder: Path, configuration: Mapping[str, Any]) -> bool:
     """
     _check_path(folder)
     _check_writable(folder)
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name == locks.FILE for path in folder.iterdir()):
         return False
     if not (folder / MANIFEST).is_file():
         raise InputError(f"`out` {folder} is not empty and holds no run: choose a new folder")
@@ -102,13 +103,11 @@ def begin(
         _check_inputs(folder, inputs or {})
         return
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        # x: of several, only one can create it.
-        with (folder / MANIFEST).open("x", encoding="utf-8", errors="backslashreplace") as file:
-            begun = {"configuration": configuration, "decisions": decisions or {}, "inputs": inputs or {}}
-            file.write(_json({"complete": False, **{name: dict(part) for name, part in begun.items()}}))
-    except FileExistsError:
-        raise InputError(taken) from None
+    with locks.held(folder):
+        if (folder / MANIFEST).is_file():
+            raise InputError(taken)
+        begun = {"configuration": configuration, "decisions": decisions or {}, "inputs": inputs or {}}
+        write_json(folder / MANIFEST, {"complete": False, **{name: dict(part) for name, part in begun.items()}})
 
 
 def _check_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:
@@ -204,7 +203,11 @@ def finish(folder: Path, configuration: Mapping[str, Any], *, complete: bool = T
         content: Whatever else the manifest is to say.
     """
     manifest = {"complete": complete, "configuration": dict(configuration), **content}
-    _write_manifest(folder, {**manifest, "versions": versions(), "files": digests(folder)})
+    tensor_files.sync_tree(folder)
+    files = digests(folder)
+    if not complete:  # what goes on being written is not vouched for
+        files = {name: known for name, known in files.items() if not _is_below(name, _GROWING)}
+    _write_manifest(folder, {**manifest, "versions": versions(), "files": files})
 
 
 def write_samples(folder: Path, samples: Sequence[bytes]) -> None:
@@ -418,7 +421,9 @@ def write_text(path: Path, text: str) -> None:
     """
     staged = path.with_name(f".{path.name}.staged")
     staged.write_text(text, encoding="utf-8", errors="backslashreplace")
+    tensor_files.sync(staged)
     os.replace(staged, path)
+    tensor_files.sync(path.parent)
 
 
 def _json(content: Mapping[str, Any]) -> str:

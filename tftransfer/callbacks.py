@@ -159,6 +159,54 @@ def _exchange_averages(optimizer: keras.optimizers.Optimizer) -> None:
         optimizer._distribution_strategy.extended.update(variable.value, exchange, args=(average.value,))
 
 
+class Forgiving(keras.callbacks.Callback):
+    """Passes what happens in epochs on to a callback that writes, until it cannot.
+
+    Args:
+        inner: The callback; it hears of no batches.
+        tell: Says why it cannot.
+    """
+
+    def __init__(self, inner: keras.callbacks.Callback, tell: Callable[[Exception], None]) -> None:
+        super().__init__()
+        self.inner: keras.callbacks.Callback | None = inner
+        self.tell = tell
+
+    def _pass_on(self, name: str, *given: Any) -> None:
+        try:
+            if self.inner:
+                getattr(self.inner, name)(*given)
+        except (OSError, tf.errors.OpError) as error:
+            self.inner = None
+            self.tell(error)
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        self._pass_on("set_model", model)
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        super().set_params(params)
+        self._pass_on("set_params", params)
+
+    def on_train_begin(self, logs: Logs = None) -> None:
+        self._pass_on("on_train_begin", logs)
+
+    def on_train_end(self, logs: Logs = None) -> None:
+        self._pass_on("on_train_end", logs)
+
+    def on_test_begin(self, logs: Logs = None) -> None:
+        self._pass_on("on_test_begin", logs)
+
+    def on_test_end(self, logs: Logs = None) -> None:
+        self._pass_on("on_test_end", logs)
+
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        self._pass_on("on_epoch_begin", epoch, logs)
+
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        self._pass_on("on_epoch_end", epoch, logs)
+
+
 class LearningRateLog(keras.callbacks.Callback):
     """Put the learning rate that the epoch ended with into the logs, for later callbacks and the history."""
 

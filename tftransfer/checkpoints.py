@@ -6,11 +6,11 @@ was written down within it takes the place of what changes while it trains.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,6 +54,8 @@ class Call:
         adapter: Digest of the adapter it went on from, empty without one.
         base: Digest of the network below its head before the first step.
         cache_dtype: What the frozen part's outputs are rounded to, and computed in.
+        network: Digest of its layers, precision included; see `features.described`.
+        replicas: How many devices share a batch.
         versions: Of the packages that decide results. Defaults to those at work.
     """
 
@@ -67,6 +69,8 @@ class Call:
     adapter: str = ""
     base: str = ""
     cache_dtype: str = "float32"
+    network: str = ""
+    replicas: int = 1
     versions: Mapping[str, str] = field(default_factory=versions)
 
     def to_json(self) -> dict[str, Any]:
@@ -87,6 +91,8 @@ def call_of(
     adapter: Adapter | None,
     base: str = "",
     cache_dtype: str = "float32",
+    network: str = "",
+    replicas: int = 1,
 ) -> Call:
     """Describe a call of `fine_tune`; see `Call`."""
     parts = (
@@ -106,6 +112,8 @@ def call_of(
         _digest([*adapter.head, *(part for pair in adapter.factors for part in pair)]) if adapter else "",
         base,
         cache_dtype,
+        hashlib.sha256(network.encode()).hexdigest(),
+        replicas,
     )
 
 
@@ -223,7 +231,7 @@ def save(
         **slots,
     }
     records = [_record_to_json(record) for record in history.phases]
-    described = {"base": base, "ages": ages, "history": _no_nan(history), "phases": records}
+    described = {"base": base, "ages": ages, "history": _as_json(history), "phases": records}
     _write(folder, len(history.phases), 0, kinds, PHASE, call, described)
 
 
@@ -254,8 +262,10 @@ def _write(
     def build(scratch: Path) -> None:
         tensor_files.write(scratch / FILE, kinds, format_name, call=call.to_json(), **described)
 
-    sealed_folders.write(parent / _name(phase, steps), build)
-    _tidy(parent)
+    try:
+        sealed_folders.write(parent / _name(phase, steps), build)
+    finally:  # where the last of all calls fails, what was written is there
+        _tidy(parent)
 
 
 def _tidy(parent: Path) -> None:
@@ -264,14 +274,16 @@ def _tidy(parent: Path) -> None:
     ends = [name for name in names if name == _name(int(name[:3]), 0)]
     within = [name for name in names if name not in ends]
     for name in (*ends[:-KEPT], *within[:-KEPT]):
-        sealed_folders.remove(parent / name)
+        with contextlib.suppress(OSError):  # the next one tries again
+            sealed_folders.remove(parent / name)
 
 
 def finish(folder: Path) -> None:
     """Remove what nobody needs once all phases are done; the end of the last one stays."""
     parent = folder / FOLDER
     for path in (*(parent / name for name in _names(parent)[:-1]), *parent.glob(f"{sealed_folders.DAMAGED}*")):
-        sealed_folders.remove(path)
+        with contextlib.suppress(OSError):
+            sealed_folders.remove(path)
 
 
 def _name(phase: int, steps: int) -> str:
@@ -293,8 +305,11 @@ def latest(folder: Path, call: Call) -> Found:
     """
     parent = folder / FOLDER
     sealed_folders.sweep(parent)
-    notes = tuple(note for name in _names(parent) if (note := _without_damage(parent / name)))
+    before = _names(parent)
+    notes = [note for name in before if (note := _without_damage(parent / name))]
     whole = _names(parent)
+    if notes:
+        notes.append("Training goes on from the one before." if whole else "Training begins anew.")
     for name in reversed(whole):
         phase = int(name[:3])
         end = _name(phase, 0)
@@ -302,8 +317,8 @@ def latest(folder: Path, call: Call) -> Found:
             sealed_folders.remove(parent / name)  # what it began with is damaged
             continue
         kept = _kept(*_read(parent / end, PHASE, call), call.strategy) if phase else None
-        return Found(kept, None if name == end else _progress(*_read(parent / name, STEP, call)), notes)
-    return Found(None, None, notes)
+        return Found(kept, None if name == end else _progress(*_read(parent / name, STEP, call)), tuple(notes))
+    return Found(None, None, tuple(notes))
 
 
 def _without_damage(path: Path) -> str:
@@ -312,7 +327,7 @@ def _without_damage(path: Path) -> str:
         sealed_folders.check(path)
     except DamageError as error:
         aside = sealed_folders.set_aside(path)
-        return f"{path} is damaged ({error}): it is {aside.name} now, and the one before it is used"
+        return f"{path} is damaged ({error}) and set aside as {aside.name}."
     return ""
 
 
@@ -320,8 +335,8 @@ def clear(folder: Path) -> None:
     """Remove all there is of an earlier call."""
     parent = folder / FOLDER
     sealed_folders.sweep(parent)
-    for name in _names(parent):
-        sealed_folders.remove(parent / name)
+    for path in (*(parent / name for name in _names(parent)), *parent.glob(f"{sealed_folders.DAMAGED}*")):
+        sealed_folders.remove(path)
 
 
 def _read(path: Path, format_name: str, call: Call) -> tuple[dict[str, Any], Kinds]:
@@ -333,8 +348,8 @@ def _read(path: Path, format_name: str, call: Call) -> tuple[dict[str, Any], Kin
     if changed:
         went_on = ", unless it is half tuned already: then build it anew" if changed == ["base"] else ""
         raise InputError(
-            f"`output` {path.parent.parent} holds phases of another call, which differs in {', '.join(changed)}"
-            f"{_other_versions(before, now)}: choose a new folder, or `resume=False` to begin again{went_on}"
+            f"{path.parent.parent} holds phases of another call, which differs in {', '.join(changed)}"
+            f"{_other_versions(before, now)}: choose a new folder, or begin again there by `resume=False`{went_on}"
         )
     return described, kinds
 
@@ -371,9 +386,8 @@ def _by_place(model: keras.Model) -> dict[str, keras.Variable]:
     return {place: variables[path] for path, place in places(model).items()}
 
 
-def _no_nan(history: History) -> dict[str, list[float | None]]:
-    """Return the lists with null for what is not a finite number, as JSON has it."""
-    return {name: [value if math.isfinite(value) else None for value in values] for name, values in history.items()}
+def _as_json(history: History) -> dict[str, list[Any]]:
+    return {name: list(map(tensor_files.to_json, values)) for name, values in history.items()}
 
 
 def _record_to_json(record: PhaseRecord) -> dict[str, Any]:
@@ -384,7 +398,7 @@ def _record_to_json(record: PhaseRecord) -> dict[str, Any]:
 def _history(described: Mapping[str, Any], strategy: Strategy) -> History:
     history = History()
     for name, values in described["history"].items():
-        history[name] = [math.nan if value is None else value for value in values]
+        history[name] = list(map(tensor_files.from_json, values))
     for phase, record in zip(strategy, described["phases"], strict=False):
         audit = tuple(AuditRow(**row) for row in record["audit"])
         history.phases.append(PhaseRecord(**{**record, "phase": phase, "audit": audit}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import math
 import os
@@ -23,6 +24,8 @@ LARGEST_SEED = 2**32 - 1
 
 CACHES = ("auto", "off")
 FORMATS = ("savedmodel", "litert", "onnx")
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EFBIG)
+_GOES_ON = "stopped; the same command with --resume, or with the same --out, goes on with this run"
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
@@ -227,14 +230,24 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
     return options
 
 
-def run_recipe(main: Callable[[], int | None]) -> NoReturn:
-    """Run a recipe's main function and end the process with the exit code of the contract."""
-    sys.exit(guarded(main))
+def run_recipe(main: Callable[[], int | None], *, goes_on: bool = True) -> NoReturn:
+    """Run a recipe's main function and end the process with the exit code of the contract.
+
+    Args:
+        main: Returns its exit code, or None for 0.
+        goes_on: Whether the same command goes on with a run that was stopped. Defaults to True.
+    """
+    sys.exit(guarded(main, _GOES_ON if goes_on else "stopped"))
 
 
-def guarded(main: Callable[[], int | None]) -> int:
+def guarded(main: Callable[[], int | None], stopped: str = "stopped") -> int:
     """Call a function, and turn bad input into one line and exit code 2, an interruption into 75.
 
+    Args:
+        main: Returns its exit code, or None for 0.
+        stopped: What is said of an interruption. Defaults to `"stopped"`.
+
+    A disk that is full or cannot be written is one line and exit code 1.
     What a scan found in a file that was to be loaded, and training that diverged, is one line and exit code 1. SIGTERM
     and SIGHUP, as batch systems and closed terminals send them, end it as Ctrl-C does. What the terminal cannot show,
     such as names of files that are not UTF-8, is printed as `\\udcXX`.
@@ -251,8 +264,14 @@ def guarded(main: Callable[[], int | None]) -> int:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("stopped; the same command with the same --out goes on with this run", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return STOPPED
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{Path(sys.argv[0]).name}: {where}{error.strerror}", file=sys.stderr)
+        return FAILED
 
 
 @contextlib.contextmanager

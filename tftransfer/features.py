@@ -99,18 +99,29 @@ def digest_of(frozen: keras.Model, chunk: int = BATCH) -> str:
     Returns:
         "" for a network with a layer that Keras cannot describe.
     """
-    try:
-        described = json.loads(frozen.to_json())
-    except (NotImplementedError, TypeError, ValueError):
+    text = described(frozen)
+    if not text:
         return ""
-    for ends in ("input_layers", "output_layers"):  # a single tensor may be in a list of one or not
-        described["config"][ends] = keras.tree.flatten(described["config"][ends])
-    text = json.dumps([_renamed(described, {}), _own_code(frozen)], sort_keys=True)
     versions = f"{__version__} {tf.__version__} {keras.__version__}"
     digest = hashlib.sha256(f"{versions} {chunk} {text}".encode())
     for variable in frozen.weights:  # and not the states of random layers, which are off
         digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
     return digest.hexdigest()
+
+
+def described(network: keras.Model) -> str:
+    """Describe a network's layers, numbered as they come, and the code of those that are not Keras' own.
+
+    Returns:
+        "" for a network with a layer that Keras cannot describe.
+    """
+    try:
+        found = json.loads(network.to_json())
+    except (NotImplementedError, TypeError, ValueError):
+        return ""
+    for ends in ("input_layers", "output_layers"):  # a single tensor may be in a list of one or not
+        found["config"][ends] = keras.tree.flatten(found["config"][ends])
+    return json.dumps([_renamed(found, {}), _own_code(network)], sort_keys=True)
 
 
 def _own_code(network: keras.Model) -> list[str]:

@@ -23,12 +23,13 @@ class PhaseRecord:
         frozen_share: Share of the parameters that ran as constants, in [0, 1].
         epochs: Epochs that were run.
         best_epoch: The epoch of the phase whose weights were kept; 0 if those it began with were better.
-        seconds: What the phase took.
+        seconds: What the phase took, in the call that ended it.
         tuned_share: Where `WiseFt` stopped between the weights that the phase began with (0) and the tuned ones (1).
         penalty_basis: What a penalty held the network to; empty without one.
         extract_seconds: What computing or finding the frozen part's features took, of `seconds`.
         store: What was kept of them.
         waited_share: Share of the time in training, validation included, that was spent waiting for training batches.
+        steps: Steps that were taken.
         save_seconds: What checkpoints within the phase took, of `seconds`.
         skipped: How many steps were skipped, because their numbers were not finite.
         rollbacks: How often training went back to the best weights, because several in a row were.
@@ -48,6 +49,7 @@ class PhaseRecord:
     extract_seconds: float = 0.0
     store: str = ""
     waited_share: float = 0.0
+    steps: int = 0
     save_seconds: float = 0.0
     skipped: int = 0
     rollbacks: int = 0

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+_TOGETHER = 1.0  # seconds within which signals count as one
 
 
 class Signals:
     """Holds signals back while a step runs; used as a context, outside of which they do what they did before.
 
-    The second signal of a kind is never held back: whoever presses Ctrl-C twice means it.
+    A second Ctrl-C is never held back, nor another signal that comes again after a second: whoever sends it means it.
 
     Example:
         >>> with Signals() as signals:
@@ -24,6 +27,7 @@ class Signals:
     def __init__(self) -> None:
         self.came: int | None = None
         self._holds = False
+        self._heard_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -55,6 +59,13 @@ class Signals:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._holds and self.came is None:
+            self.came, self._heard_at = number, time.monotonic()
+            print("stopping when this step is written down; once more to stop at once", file=sys.stderr, flush=True)
+            return
+        # Terminals and service managers send several at once.
+        if self._holds and number != signal.SIGINT and time.monotonic() - self._heard_at < _TOGETHER:
+            return
+        if self._holds and number == signal.SIGINT and self.came != signal.SIGINT:
             self.came = number
             return
         self._restore()

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import platform
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,14 +17,14 @@ from tftransfer.errors import InputError
 
 FILE = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)  # of file systems that have none
-_held: dict[Path, int] = {}  # by this process, and how many times over
+_held: dict[tuple[Path, int, int], int] = {}  # by path, process and thread: the descriptor
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep a folder for this process; the system lets go of it when the process ends, in whatever way.
 
-    Within it the same process may hold the folder again. On a file system without locks, a process of this machine
+    Within it the same thread may hold the folder again. On a file system without locks, a process of this machine
     that has ended is taken to have let go.
 
     Args:
@@ -38,19 +39,19 @@ def held(folder: Path) -> Iterator[None]:
         ...     pass
     """
     path = folder.resolve() / FILE
-    if path in _held:
-        _held[path] += 1
-    else:
-        descriptor = _taken(path, folder)
-        _held[path] = 1
+    key = path, os.getpid(), threading.get_ident()
+    if key in _held:
+        yield
+        return
+    descriptor = _taken(path, folder)
+    _held[key] = descriptor
     try:
         yield
     finally:
-        _held[path] -= 1
-        if not _held[path]:
-            del _held[path]
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
+        del _held[key]
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
 
 
 def _taken(path: Path, folder: Path) -> int:
@@ -64,12 +65,13 @@ def _taken(path: Path, folder: Path) -> int:
             if error.errno not in _NO_LOCKS or _lives(owner):
                 os.close(descriptor)
                 raise InputError(
-                    f"`out` {folder} is in use by another run ({owner}): wait until it has ended, or choose another "
-                    "folder"
+                    f"{folder} is in use by another run ({owner}): wait until it has ended, or choose another folder. "
+                    f"If it has ended on another machine, remove {path}"
                 ) from None
         if _is_still_there(path, descriptor):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+            with contextlib.suppress(OSError):  # it says who holds it, which the lock does not need
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
             return descriptor
         os.close(descriptor)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import keras
@@ -17,8 +18,8 @@ from tftransfer.callbacks import KeepBest, Logs
 from tftransfer.checkpoints import Progress
 from tftransfer.errors import InputError
 from tftransfer.interruption import Signals
-from tftransfer.optimizers import Moment, renamed
-from tftransfer.tensor_files import Kinds
+from tftransfer.optimizers import renamed
+from tftransfer.tensor_files import Kinds, from_json, to_json
 from tftransfer.trainee import Trainee
 
 SHARE = 0.02
@@ -36,12 +37,16 @@ class Subject:
         model: The whole network.
         keep: The best weights so far.
         callbacks: The user's own.
+        start: The weights that the phase began with, where its average needs them. Defaults to none.
+        noted: What the callbacks held when training began.
     """
 
     trainee: Trainee
     model: keras.Model
     keep: KeepBest
     callbacks: tuple[keras.callbacks.Callback, ...]
+    start: Sequence[np.ndarray] = ()
+    noted: list[tuple[dict[str, Any], dict[str, np.ndarray]]] = field(default_factory=list)
 
     def _variables(self) -> dict[str, Sequence[_Variable]]:
         generators = [variable for variable in self.model.variables if trainable.is_generator(variable)]
@@ -58,24 +63,39 @@ class Subject:
         best, numbers, kept = self.keep.state()
         moments = renamed(kept.get("moments", {}), trainable.places(self.model))
         slots, ages = tensor_files.pack(moments)
-        plain = [_plain_state(callback) for callback in self.callbacks]
+        plain = [self._changed(number) for number in range(len(self.callbacks))]
         kinds = {
             **{kind: _arrays(variables) for kind, variables in self._variables().items()},
             "best": tensor_files.numbered(best),
+            "start": tensor_files.numbered(self.start),
             "best_generator": tensor_files.numbered(kept.get("generators", ())),
             **slots,
             **{f"callback{number}": arrays for number, (_, arrays) in enumerate(plain)},
         }
         told = {
-            "best": {name: _to_json(value) for name, value in numbers.items()},
+            "stops": bool(self.trainee.stop_training),
+            "best": {name: to_json(value) for name, value in numbers.items()},
             "ages": ages,
             "remembers": sorted(kept),
             "callbacks": [
                 [type(callback).__name__, values] for callback, (values, _) in zip(self.callbacks, plain, strict=True)
             ],
-            "logs": {name: list(map(_to_json, values)) for name, values in self._logs().items()},
+            "logs": {name: list(map(to_json, values)) for name, values in self._logs().items()},
         }
         return kinds, told
+
+    def note_callbacks(self) -> None:
+        """Note what the user's callbacks hold as training begins: what is still the same later is not written down."""
+        self.noted[:] = [_state_of(callback) for callback in self.callbacks]
+
+    def _changed(self, number: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        values, arrays = _state_of(self.callbacks[number])
+        before, old = self.noted[number]
+        same = {
+            name for name, value in values.items() if name in before and _are_same(value, arrays, before[name], old)
+        }
+        kept = {name: value for name, value in values.items() if name not in same}
+        return kept, {name: array for name, array in arrays.items() if name.rpartition(".")[0] in kept}
 
     def _logs(self) -> dict[str, list[float]]:
         return self.trainee.history.history
@@ -90,10 +110,10 @@ class Subject:
         for kind in ("variable", "optimizer", "generator", "counter"):
             _assign(kind, self._variables()[kind], kinds.get(kind, {}))
         paths = {place: path for path, place in trainable.places(self.model).items()}
-        kept: dict[str, Any] = {"moments": renamed(_moments(kinds, told["ages"]), paths)}
+        kept: dict[str, Any] = {"moments": renamed(tensor_files.unpack(kinds, told["ages"]), paths)}
         if "generators" in told["remembers"]:
             kept["generators"] = tensor_files.in_order(kinds.get("best_generator", {}))
-        numbers = {name: _from_json(value) for name, value in told["best"].items()}
+        numbers = {name: from_json(value) for name, value in told["best"].items()}
         self.keep.put_back(list(tensor_files.in_order(kinds["best"])), numbers, kept)
 
     def put_back_metrics(self, progress: Progress) -> None:
@@ -103,14 +123,21 @@ class Subject:
     def put_back_callbacks(self, progress: Progress) -> None:
         """Set what the user's callbacks had found out, and what is known of the epochs before."""
         told = progress.told
-        self.trainee.history.history = {name: list(map(_from_json, values)) for name, values in told["logs"].items()}
+        self.trainee.history.history = {name: list(map(from_json, values)) for name, values in told["logs"].items()}
         for number, (callback, (name, values)) in enumerate(zip(self.callbacks, told["callbacks"], strict=False)):
             if name == type(callback).__name__:
-                _set_plain_state(callback, values, progress.kinds.get(f"callback{number}", {}))
+                _set_state(callback, values, progress.kinds.get(f"callback{number}", {}))
 
 
-def _moments(kinds: Kinds, ages: Mapping[str, int]) -> dict[str, Moment]:
-    return tensor_files.unpack(kinds, ages)
+def _are_same(value: Any, arrays: Mapping[str, np.ndarray], other: Any, others: Mapping[str, np.ndarray]) -> bool:
+    """Whether two packed values are the same, arrays included."""
+    if isinstance(value, dict) and isinstance(other, dict) and "array" in value and "array" in other:
+        return np.array_equal(arrays[value["array"]], others[other["array"]])
+    if isinstance(value, dict) and isinstance(other, dict) and value.keys() == other.keys():
+        return all(_are_same(value[key], arrays, other[key], others) for key in value)
+    if isinstance(value, list) and isinstance(other, list) and len(value) == len(other):
+        return all(_are_same(one, arrays, two, others) for one, two in zip(value, other, strict=True))
+    return type(value) is type(other) and value == other
 
 
 def _arrays(variables: Sequence[_Variable]) -> dict[str, np.ndarray]:
@@ -136,37 +163,58 @@ def _assign(kind: str, variables: Sequence[_Variable], arrays: Mapping[str, np.n
             part.assign(value)
 
 
-def _plain_state(callback: keras.callbacks.Callback) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return what a callback knows: numbers, texts, and arrays alone or in lists, such as the best weights."""
+def _state_of(callback: keras.callbacks.Callback) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return what a callback holds in numbers, texts and arrays, alone or in lists, tuples and dicts; not the rest."""
     values: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     for name, value in vars(callback).items():
-        if isinstance(value, bool | int | float | str | np.number) or value is None:
-            values[name] = _to_json(value)
-        elif isinstance(value, list) and value and all(isinstance(one, np.ndarray) for one in value):
-            values[name] = {"arrays": len(value)}
-            arrays.update({f"{name}.{number}": one for number, one in enumerate(value)})
+        own: dict[str, np.ndarray] = {}
+        with contextlib.suppress(TypeError):
+            values[name] = _packed(value, name, own)
+            arrays.update(own)
     return values, arrays
 
 
-def _set_plain_state(
-    callback: keras.callbacks.Callback, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
-) -> None:
+def _packed(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
+    """Return a value as JSON, its arrays apart.
+
+    Raises:
+        TypeError: If it holds anything else.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float) or (isinstance(value, np.number) and np.isrealobj(value)):
+        return to_json(value)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        place = f"{name}.{len(arrays)}"
+        arrays[place] = value
+        return {"array": place}
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: [_packed(one, name, arrays) for one in value]}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _packed(one, name, arrays) for key, one in value.items()}}
+    raise TypeError(f"{type(value).__name__} is not written down")
+
+
+def _unpacked(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, held),) = value.items()
+    if kind == "array":
+        return arrays[held]
+    if kind == "dict":
+        return {key: _unpacked(one, arrays) for key, one in held.items()}
+    if kind == "float":
+        return from_json(value)
+    parts = [_unpacked(one, arrays) for one in held]
+    return tuple(parts) if kind == "tuple" else parts
+
+
+def _set_state(callback: keras.callbacks.Callback, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    if hasattr(callback, "_set_monitor_op"):  # stock callbacks turn `min_delta` round when they settle on a direction
+        callback._set_monitor_op()
     for name, value in values.items():
-        if isinstance(value, dict) and "arrays" in value:
-            setattr(callback, name, [arrays[f"{name}.{number}"] for number in range(value["arrays"])])
-        else:
-            setattr(callback, name, _from_json(value))
-
-
-def _to_json(value: Any) -> Any:
-    """Return a number as JSON has it, which knows neither infinity nor NaN."""
-    value = value.item() if isinstance(value, np.number) else value
-    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _from_json(value: Any) -> Any:
-    return float(value["float"]) if isinstance(value, dict) else value
+        setattr(callback, name, _unpacked(value, arrays))
 
 
 class Recorder(keras.callbacks.Callback):
@@ -179,7 +227,7 @@ class Recorder(keras.callbacks.Callback):
         write: Writes a `Progress`; None for nowhere.
         phase: The phase's number.
         per_epoch: Steps of an epoch.
-        first_epoch: The number that Keras gives the phase's first epoch.
+        epochs: The numbers that Keras gives the phase's epochs.
         began_with: Where the phase goes on. Defaults to its beginning.
         every: Seconds between two times, more where writing takes more than `SHARE` of them; 0 for every step.
             Defaults to 60.
@@ -194,7 +242,7 @@ class Recorder(keras.callbacks.Callback):
         write: Callable[[Progress], None] | None,
         phase: int,
         per_epoch: int,
-        first_epoch: int,
+        epochs: range,
         *,
         began_with: Progress | None = None,
         every: float = 60.0,
@@ -210,7 +258,7 @@ class Recorder(keras.callbacks.Callback):
         self._write = write
         self._phase = phase
         self._per_epoch = per_epoch
-        self.first_epoch = first_epoch
+        self.epochs = epochs
         self._progress = began_with
         self._every = every
         self._deadline = deadline
@@ -220,31 +268,44 @@ class Recorder(keras.callbacks.Callback):
         self._next = time.monotonic() + every
 
     def on_train_begin(self, logs: Logs = None) -> None:
+        self._subject.note_callbacks()
         if self._progress:
             self._subject.put_back_callbacks(self._progress)
+            self.model.stop_training = self._progress.told["stops"]
+
+    @property
+    def left(self) -> range:
+        """The epochs that are not finished."""
+        return range(self.epochs.start + self.epoch, self.epochs.stop)
+
+    @property
+    def steps(self) -> int:
+        """How many steps of the phase are done."""
+        return self.epoch * self._per_epoch + self.place
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
-        self.epoch = epoch - self.first_epoch
+        self.epoch = epoch - self.epochs.start
         if self._progress:
             self._subject.put_back_metrics(self._progress)
             self._progress = None
+        else:
+            self.place = 0
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        now = time.monotonic()
+        now, self.place = time.monotonic(), batch + 1
         signalled = self._signals is not None and self._signals.came is not None
-        self.out_of_time = now >= self._deadline
+        self.out_of_time = now >= self._deadline and self.steps < len(self.epochs) * self._per_epoch
         if self._write and (signalled or self.out_of_time or now >= self._next):
-            self._record(self._write, batch + 1)
+            self._record(self._write)
         if signalled and self._signals:
             self._signals.release()
         if self.out_of_time:
             self.model.stop_training = True
 
-    def _record(self, write: Callable[[Progress], None], place: int) -> None:
+    def _record(self, write: Callable[[Progress], None]) -> None:
         began = time.monotonic()
         kinds, told = self._subject.read()
-        steps = self.epoch * self._per_epoch + place
-        write(Progress(self._phase, self.epoch, place, steps, kinds, {**told, **self._decided}))
+        write(Progress(self._phase, self.epoch, self.place, self.steps, kinds, {**told, **self._decided}))
         took = time.monotonic() - began
         self.seconds += took
         self._next = began + took + (max(self._every, took / SHARE) if self._every else 0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,6 @@ from tftransfer import (
     advice,
     audits,
     bundles,
-    checkpoints,
     distribution,
     inference,
     locks,
@@ -201,6 +201,24 @@ def without_duplicates(data: Data) -> tuple[Data, Findings]:
     return (duplicates.without_copies(data, found) if found else data), findings
 
 
+@contextlib.contextmanager
+def held(run: Run) -> Iterator[None]:
+    """Keep a run's folder, which is made if need be, for this process, from before it begins until it is finished.
+
+    Raises:
+        InputError: If another process has it, or has finished this run there meanwhile.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locks.held(run.folder):
+            if bundles.claim(run.folder, run.configuration):
+                raise InputError(f"`out` {run.folder} was finished by another process in the meantime")
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            run.folder.rmdir()  # where nothing was begun
+
+
 def begin(run: Run, data: Data, devices: Devices, chosen: advice.Advice) -> None:
     """Say what was found and chosen, make the folder, and note which run it holds.
 
@@ -298,23 +316,7 @@ def finish(
     Returns:
         The exit code: 0, or 1 if the export did not pass verification or the model's outputs are not finite.
     """
-    with locks.held(run.folder):
-        return _finish(run, model, task, data, history, network, devices, chosen, source, found or Findings())
-
-
-def _finish(
-    run: Run,
-    model: keras.Model,
-    task: Task,
-    data: Data,
-    history: History,
-    network: Network,
-    devices: Devices,
-    chosen: advice.Advice,
-    source: Source | None,
-    found: Findings,
-) -> int:
-    findings = _measure(model, task, data, history) + audits.page.findings(audits.of_data(data)) + found
+    findings = _measure(model, task, data, history) + audits.page.findings(audits.of_data(data)) + (found or Findings())
     if network.is_demo and data.name == "demo":
         worth = demo.demo_comparison(data, network.image_size)
         print_table(run.console, worth.tables[0])
@@ -351,8 +353,6 @@ def _finish(
             "trains": chosen.decision,
         },
     }
-    if history.complete:
-        checkpoints.finish(run.folder)
     bundles.save(run.folder, model, task, report, configuration=run.configuration, provenance=provenance)
     _print_result(run, report, version)
     return _exit_code(report, published=version is not None)
@@ -441,7 +441,8 @@ def _per_label(data: Data) -> dict[str, list[int]]:
 def _print_result(run: Run, report: Report, version: Path | None) -> None:
     _print_metrics(run.console, report)
     if not report.complete:
-        run.console.print("Training ended at the time limit: the same command goes on with it", soft_wrap=True)
+        again = f"the same command with `--out {run.folder}` goes on with it"
+        run.console.print(f"Training ended at the time limit: {again}", soft_wrap=True)
     failed = [check.name for check in report.checks if check.passed is False]
     if failed:
         run.console.print(f"Not passed: {', '.join(failed)}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +23,7 @@ Kinds = Mapping[str, Mapping[str, np.ndarray]]
 """Tensors by kind and name, such as `kinds["head"]["0.kernel"]`."""
 
 _KEY = "tftransfer"
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of file systems that cannot sync folders
 
 
 def write(path: Path, kinds: Kinds, format_name: str, **described: Any) -> None:
@@ -97,14 +100,41 @@ def unpack(kinds: Kinds, ages: Mapping[str, int]) -> dict[str, Moment]:
     return {name: Moment(tuple(slot[name] for slot in slots if name in slot), age) for name, age in ages.items()}
 
 
+def to_json(value: Any) -> Any:
+    """Return a number as JSON has it, which knows neither infinity nor NaN; `from_json` reads it.
+
+    Example:
+        >>> to_json(float("inf")), from_json(to_json(float("inf"))), to_json(np.float32(0.5))
+        ({'float': 'inf'}, inf, 0.5)
+    """
+    value = value.item() if isinstance(value, np.generic) else value
+    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_json(value: Any) -> Any:
+    """Return the number that `to_json` wrote."""
+    return float(value["float"]) if isinstance(value, dict) else value
+
+
 def sync(path: Path) -> None:
     """Write a file or a folder through to the disk, where the system can."""
     with contextlib.suppress(PermissionError, IsADirectoryError):  # Windows opens no folders
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if not (path.is_dir() and error.errno in _NO_SYNC):
+                raise
         finally:
             os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Write every file and folder below (and including) `folder` through to the disk."""
+    for path, _, files in os.walk(folder, topdown=False):
+        for file in files:
+            sync(Path(path) / file)
+        sync(Path(path))
 
 
 def _digest(tensors: Mapping[str, np.ndarray]) -> str:

@@ -210,11 +210,11 @@ class Trainee(keras.Model):
 
     def _train_epoch(self, iterator: Any, steps: range, callbacks: keras.callbacks.CallbackList) -> None:
         for begin in steps:
+            if self.stop_training:
+                break
             callbacks.on_train_batch_begin(begin)
             logs = self.train_function(iterator)
             callbacks.on_train_batch_end(begin + steps.step - 1, logs)
-            if self.stop_training:
-                break
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         adapter = self.extras.adapter

@@ -22,6 +22,7 @@ from tftransfer import (
     checkpoints,
     constants,
     distribution,
+    features,
     feeding,
     locks,
     memory,
@@ -29,11 +30,13 @@ from tftransfer import (
     penalties,
     prefix,
     schedules,
+    tensor_files,
     trainable,
 )
 from tftransfer.adapters import Adapter, Attached, Reached, adapter_of, base_digest
 from tftransfer.averages import Ema, WiseFt
 from tftransfer.callbacks import (
+    Forgiving,
     KeepBest,
     LearningRateLog,
     Progress,
@@ -112,7 +115,9 @@ def fine_tune(
             None.
         resume: Whether to go on from the last step that `output` holds, if it is of the same network, strategy, data,
             seed and versions; the result is then the same bit for bit as without the interruption. Of a user's
-            callbacks, what their attributes hold in numbers, texts and arrays is kept too. Defaults to True.
+            callbacks, the attributes that changed while training are kept too where they hold numbers, texts and
+            arrays, alone or in lists and dicts; files that one writes are its own (`CSVLogger` needs `append=True`).
+            Defaults to True.
         time_limit: Seconds after which training ends, with the best weights so far and `history.complete` False; a
             later call goes on. Defaults to None: never.
         save_every: Seconds between checkpoints within a phase; longer ones where they would take more than 2% of the
@@ -179,7 +184,10 @@ def fine_tune(
     )
     base = base_digest(model) if folder else ""
     dtypes = cache_dtype if frozen_dtype == "float32" else f"{cache_dtype} of {frozen_dtype}"
-    call = checkpoints.call_of(strategy, seed, batch_size, max_steps, data, task, source, adapter, base, dtypes)
+    replicas = distribution.strategy_of(model).num_replicas_in_sync
+    network = features.described(model) if folder else ""
+    given = (strategy, seed, batch_size, max_steps, data, task, source, adapter)
+    call = checkpoints.call_of(*given, base, dtypes, network, replicas)
     with contextlib.ExitStack() as stack:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -189,8 +197,19 @@ def fine_tune(
         stack.enter_context(prefix.nodes_as_they_were(model))
         history = _run_phases(run, strategy, found)
         if folder:
-            history.write_csv(folder / "history.csv")
+            _conclude(run, folder, history)
+        history.notes += run.unwritten.values()
     return history
+
+
+def _conclude(run: _Run, folder: Path, history: History) -> None:
+    """Write the history, and remove the checkpoints that nobody needs any more."""
+    try:
+        history.write_csv(folder / "history.csv")
+    except OSError as error:
+        run.tell_unwritten("history.csv", error)
+    if history.complete:
+        checkpoints.finish(folder)
 
 
 def _earlier(folder: Path | None, call: checkpoints.Call, resume: bool) -> checkpoints.Found:
@@ -236,7 +255,7 @@ class _Run:
     call: checkpoints.Call | None = None
     signals: Signals = field(default_factory=Signals)
     shared: feeding.Shared = field(default_factory=dict)
-    unsaved: list[str] = field(default_factory=list)
+    unwritten: dict[tuple[str, int | None], str] = field(default_factory=dict)
 
     def steps(self, phase: Phase) -> tuple[int, int]:
         """Return `(steps per epoch, epochs)` of a phase."""
@@ -258,11 +277,15 @@ class _Run:
         try:
             save(self.output, self.call)
         except OSError as error:
-            reason = error.strerror or str(error)
-            if reason not in self.unsaved:
-                self.unsaved.append(reason)
-                text = f"A checkpoint could not be written ({reason}): training goes on, with the one before it kept"
-                literal_console(stderr=True).print(text, soft_wrap=True)
+            self.tell_unwritten("a checkpoint", error)
+
+    def tell_unwritten(self, what: str, error: Exception) -> None:
+        """Say once that something cannot be written, which does not end training."""
+        key = what, getattr(error, "errno", None)
+        if key not in self.unwritten:
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            self.unwritten[key] = f"While training, {what} could not be written ({reason}); training went on."
+            literal_console(stderr=True).print(f"{what} cannot be written ({reason}): training goes on", soft_wrap=True)
 
     def place(self, number: int) -> tuple[int, int]:
         """Return a phase's number for every seed, and how many steps of it an earlier call has done."""
@@ -321,7 +344,7 @@ def _finish_adapter(run: _Run, carried: _Carried, history: History) -> Adapter |
     per_epoch = run.steps(history.phases[-1].phase)[0]
     reached = Reached(
         phase,
-        steps + per_epoch * history.phases[-1].best_epoch,
+        steps + min(per_epoch * history.phases[-1].best_epoch, history.phases[-1].steps),
         renamed(carried.moments, trainable.places(run.model)),
         carried.generators,
     )
@@ -338,6 +361,9 @@ def _run_phases(run: _Run, strategy: Strategy, found: checkpoints.Found) -> Hist
         literal_console(stderr=True).print(note, soft_wrap=True)
     first = len(history.phases)
     for number in range(first, len(strategy)):
+        if history.phases and time.monotonic() >= run.deadline:
+            history.complete = False
+            break
         if number or run.adapter is None:
             carried = _continued(run, carried, strategy[number])
         carried = _run_phase(run, strategy, number, history, carried, found.progress if number == first else None)
@@ -347,7 +373,6 @@ def _run_phases(run: _Run, strategy: Strategy, found: checkpoints.Found) -> Hist
         left = (carried.attached, carried.base, moments, carried.generators)
         run.try_to_save(partial(_save_phase, model=run.model, history=history, left=left))
         run.signals.release()
-    history.notes += [f"Checkpoints could not be written: {reason}." for reason in run.unsaved]
     history.adapter = _finish_adapter(run, carried, history)
     return history
 
@@ -382,10 +407,11 @@ def _run_phase(
         check_outputs(trainee.answer, feed.validation, run.data.validation.names)
     keep.consider(0, before["loss"], before["loss_error"])
     guard = _guarded(trainee, keep)
-    start = trainee.get_weights()
-    recorder = _recorder(
-        run, number, steps.per_epoch, history, Subject(trainee, run.model, keep, run.callbacks), progress, division
-    )
+    start = trainee.get_weights() if isinstance(phase.average, WiseFt) else []
+    if progress:
+        start = list(tensor_files.in_order(progress.kinds.get("start", {})))
+    subject = Subject(trainee, run.model, keep, run.callbacks, start)
+    recorder = _recorder(run, number, steps, history, subject, progress, division)
     fitting = time.monotonic()
     logs = _fitted(run, phase, steps, feed, keep, trainee, recorder)
     fitting = time.monotonic() - fitting
@@ -393,23 +419,24 @@ def _run_phase(
     tuned_share = _interpolate(phase, trainee, start, feed.validation)
     seconds = time.monotonic() - began
     record = PhaseRecord(
-        phase,
-        audit,
-        parts.frozen_share,
-        len(logs["loss"]),
-        keep.kept_epoch,
-        seconds,
-        tuned_share,
-        _penalty_basis(run, phase),
-        feed.seconds,
-        feed.summary,
-        feed.waited() / fitting,
-        recorder.seconds,
-        guard.skipped().total,
-        guard.skipped().rollbacks,
-        guard.sentence(),
-        division.micro_batches,
-        division.reason,
+        phase=phase,
+        audit=audit,
+        frozen_share=parts.frozen_share,
+        epochs=len(logs["loss"]),
+        steps=recorder.steps,
+        best_epoch=keep.kept_epoch,
+        seconds=seconds,
+        tuned_share=tuned_share,
+        penalty_basis=_penalty_basis(run, phase),
+        extract_seconds=feed.seconds,
+        store=feed.summary,
+        waited_share=feed.waited() / fitting,
+        save_seconds=recorder.seconds,
+        skipped=guard.skipped().total,
+        rollbacks=guard.skipped().rollbacks,
+        faults=guard.sentence(),
+        micro_batches=division.micro_batches,
+        memory=division.reason,
     )
     history.add(logs, record)
     return dataclasses.replace(carried, **keep.kept)
@@ -418,7 +445,7 @@ def _run_phase(
 def _recorder(
     run: _Run,
     number: int,
-    per_epoch: int,
+    steps: feeding.Steps,
     history: History,
     subject: Subject,
     progress: checkpoints.Progress | None,
@@ -431,17 +458,18 @@ def _recorder(
     def write(now: checkpoints.Progress) -> None:
         run.try_to_save(partial(checkpoints.save_progress, progress=now))
 
+    first = sum(record.epochs for record in history.phases)
     return Recorder(
         subject,
         write if run.output else None,
         number,
-        per_epoch,
-        sum(record.epochs for record in history.phases),
+        steps.per_epoch,
+        range(first, first + steps.epochs),
         began_with=progress,
         every=run.save_every,
         deadline=run.deadline,
         signals=run.signals,
-        decided={"division": vars(division)},
+        decided={"division": vars(division), "most_frozen": steps.most_frozen},
     )
 
 
@@ -458,7 +486,9 @@ def _fitting(
         division = memory.divide(parts.trained, steps.batch_size * views, image_size, room)
     if division.reason and not run.quiet:
         literal_console().print(f"{phase.name}: {division.reason}", soft_wrap=True)
-    frozen = memory.most_frozen(parts.frozen, steps.chunk, image_size, room)
+    frozen = (
+        progress.told["most_frozen"] if progress else memory.most_frozen(parts.frozen, steps.chunk, image_size, room)
+    )
     return dataclasses.replace(steps, micro_batches=division.micro_batches, most_frozen=frozen), division
 
 
@@ -509,14 +539,13 @@ def _fitted(
     recorder: Recorder,
 ) -> dict[str, list[float]]:
     """Train what trains, and return one list per metric."""
-    last_epoch = recorder.first_epoch + steps.epochs
-    callbacks = _callbacks(run, phase, keep, trainee, recorder, last_epoch, steps.per_epoch)
+    callbacks = _callbacks(run, phase, keep, trainee, recorder, steps.per_epoch)
     run.signals.hold()
     with distribution.shared_statistics(run.model, divided=steps.micro_batches > 1):
         return trainee.train(
             feed.training,
             feed.validation,
-            epochs=range(recorder.first_epoch + recorder.epoch, last_epoch),
+            epochs=recorder.left,
             per_epoch=steps.per_epoch,
             place=recorder.place,
             callbacks=callbacks,
@@ -667,7 +696,7 @@ def _optimizer(
 
 
 def _callbacks(
-    run: _Run, phase: Phase, keep: KeepBest, trainee: Trainee, recorder: Recorder, last_epoch: int, steps: int
+    run: _Run, phase: Phase, keep: KeepBest, trainee: Trainee, recorder: Recorder, per_epoch: int
 ) -> keras.callbacks.CallbackList:
     ours: list[keras.callbacks.Callback] = [LearningRateLog(), keep]
     if trainee.guard:
@@ -675,10 +704,12 @@ def _callbacks(
     if isinstance(phase.average, Ema):
         ours.insert(0, SwapAverages())
     if run.output:
-        ours.append(keras.callbacks.TensorBoard(str(run.output / "logs"), write_graph=False))
+        board = keras.callbacks.TensorBoard(str(run.output / "logs"), write_graph=False)
+        ours.append(Forgiving(board, partial(run.tell_unwritten, "logs/")))
     if not run.quiet:
-        ours.append(Progress(phase.name, last_epoch))
-    return callback_list(ours, run.callbacks, trainee, run.model, {"epochs": last_epoch, "steps": steps}, (recorder,))
+        ours.append(Progress(phase.name, recorder.epochs.stop))
+    params = {"epochs": recorder.epochs.stop, "steps": per_epoch}
+    return callback_list(ours, run.callbacks, trainee, run.model, params, (recorder,))
 
 
 def _generators(model: keras.Model) -> list[keras.Variable]:

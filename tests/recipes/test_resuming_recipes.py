@@ -50,7 +50,7 @@ def test_a_time_limit_gives_a_model_and_the_same_command_goes_on(recipe, straigh
     limited = [argument for argument in SMALL if argument != "--quiet"]
     assert recipe(*limited, "--out", folder, "--time-limit", "0.001") == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "Training ended at the time limit: the same command goes on with it" in told
+    assert f"Training ended at the time limit: the same command with `--out {folder}` goes on with it" in told
     assert not _report(folder)["complete"]
     assert (folder / "serving" / "1" / "saved_model.pb").is_file()
     assert "Incomplete." in (folder / "report.html").read_text()
@@ -70,7 +70,9 @@ def test_a_signal_ends_with_75_and_the_same_command_goes_on(recipe, straight, re
         process.send_signal(number)
         _, told = process.communicate()
     assert process.returncode == 75
-    assert told.splitlines()[-1] == "stopped; the same command with the same --out goes on with this run"
+    assert told.splitlines()[-1] == (
+        "stopped; the same command with --resume, or with the same --out, goes on with this run"
+    )
     assert list((folder / "checkpoints").iterdir())
     assert not bundles.read_manifest(folder)["complete"]
     assert recipe(*SMALL, "--out", folder, "--resume") == 0

@@ -114,7 +114,7 @@ def publish_directory(
         verification = check(scratch)
         if not verification.passed:
             return None, verification
-        sync_tree(scratch)
+        tensor_files.sync_tree(scratch)
         target = _in_place(scratch, parent)
         for folder in (parent, parent.parent):
             tensor_files.sync(folder)
@@ -144,7 +144,7 @@ def publish_folder(
         verification = check(scratch)
         if not verification.passed:
             return None, verification
-        sync_tree(scratch)
+        tensor_files.sync_tree(scratch)
         if target.exists():
             _remove(target, scratch)
         else:
@@ -169,14 +169,6 @@ def newest_version(serving_dir: str | os.PathLike[str]) -> Path | None:
 def next_version(serving_dir: str | os.PathLike[str]) -> Path:
     """Return the folder that the next version will have; the first is 1."""
     return Path(serving_dir) / str(max(versions(serving_dir), default=0) + 1)
-
-
-def sync_tree(folder: Path) -> None:
-    """Write every file and folder below (and including) `folder` through to the disk."""
-    for path, _, files in os.walk(folder, topdown=False):
-        for file in files:
-            tensor_files.sync(Path(path) / file)
-        tensor_files.sync(Path(path))
 
 
 def _in_place(scratch: Path, parent: Path) -> Path:
