@@ -138,7 +138,7 @@ def test_another_network_cannot_go_on(small_network, small_task, small_data, tmp
     kernel.assign(kernel + 1e-3)
     for other in (other_weights, builders.image_classifier("MobileNet-0.25", 3, image_size=32, weights=None)):
         before = _weights(other)
-        with pytest.raises(InputError, match="differs in base.*build it anew"):
+        with pytest.raises(InputError, match="differs in base(: .*build it anew|, network: )"):
             training.fine_tune(other, small_task, small_data, strategy, output=tmp_path)
         for one, two in zip(before, _weights(other), strict=True):
             np.testing.assert_array_equal(one, two)
@@ -188,10 +188,14 @@ def test_variables_of_other_shapes_are_not_restored(small_network):
         checkpoints.Kept({"0.kernel": np.zeros((2, 2))}, (), "", {}, History()).restore(small_network())
 
 
-def test_what_is_damaged_at_a_boundary_is_set_aside_and_trained_again(small_network, small_task, small_data, tmp_path):
+def test_what_is_damaged_at_a_boundary_is_set_aside_and_trained_again(
+    small_network, small_task, small_data, tmp_path, monkeypatch
+):
     strategy = (Phase("probe", "head", 1), Phase("top", "last:1", 1))
     whole = _fresh(small_network)
+    monkeypatch.setattr(checkpoints, "finish", lambda folder: None)  # as if the process had ended there
     training.fine_tune(whole, small_task, small_data, strategy, output=tmp_path)
+    monkeypatch.undo()
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["001-000000000", "002-000000000"]
     (folder / "002-000000000" / "manifest.json").write_bytes(b"damaged")
