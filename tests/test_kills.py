@@ -42,8 +42,7 @@ _TRAIN = """
             known.update(np.asarray(one).tobytes())
         return known.hexdigest()
 
-    def train(folder, strategy, cache):
-        keras.utils.set_random_seed(3)
+    def small():
         image = keras.Input((32, 32, 3))
         x = keras.layers.Rescaling(1 / 127.5, offset=-1.0)(image)
         for number in range(3):
@@ -52,7 +51,13 @@ _TRAIN = """
             x = keras.layers.ReLU()(x)
         x = keras.layers.GlobalAveragePooling2D(name="head_pool")(x)
         x = keras.layers.Dropout(0.3, name="head_dropout")(x)
-        model = keras.Model(image, keras.layers.Dense(10, name="logits")(x))
+        return keras.Model(image, keras.layers.Dense(10, name="logits")(x))
+
+    def train(folder, strategy, cache):
+        keras.utils.set_random_seed(3)
+        model = small() if sys.argv[4] == "small" else builders.image_classifier(
+            "MobileNet-0.25", 10, image_size=32, weights="demo", dropout=0.3
+        )
         found, task = data.load("demo", image_size=(32, 32), limit=160)
         ends, whole = [], trainee.Trainee.train
         def train_and_look(self, *given, **named):
@@ -259,14 +264,14 @@ def _run(begin, code, *arguments):
 
 
 def test_a_run_that_is_killed_ten_times_ends_as_if_it_were_not(tmp_path):
-    fallen, ended = _run(_TRAIN, _KILL_AT_RANDOM, tmp_path, 10, "freeze_then_unfreeze")
+    fallen, ended = _run(_TRAIN, _KILL_AT_RANDOM, tmp_path, 10, "freeze_then_unfreeze", "small")
     assert fallen >= 10
     assert ended >= 1
 
 
 @pytest.mark.slow
 def test_runs_that_are_killed_two_hundred_times_end_as_if_they_were_not(tmp_path):
-    fallen, ended = _run(_TRAIN, _KILL_AT_RANDOM, tmp_path, 200, "freeze_then_unfreeze,gradual,lora")
+    fallen, ended = _run(_TRAIN, _KILL_AT_RANDOM, tmp_path, 200, "freeze_then_unfreeze,gradual,lora", "demo")
     assert fallen >= 200
     assert ended >= 6
 
