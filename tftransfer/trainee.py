@@ -65,14 +65,20 @@ class Trainee(keras.Model):
     micro_batches = 1  # parts that a step's batch is divided into, one after the other
     below_training: Below | None = None
     below_validation: Below | None = None
+    frozen = False
     train_function: Any
     history: keras.callbacks.History
     _at_once: int | None = None
     _again: tuple[Any, Any, int] = (None, None, 0)  # a data set, an iterator that repeats it, its number of batches
 
-    def add_below(self, *, training: Below | None, validation: Below | None) -> None:
-        """Run batches of pictures through the frozen part first; None where they come as its outputs already."""
-        self.below_training, self.below_validation = training, validation
+    def add_below(self, *, training: Below | None, validation: Below | None, frozen: bool = False) -> None:
+        """Run batches of pictures through the frozen part first; None where they come as its outputs already.
+
+        Args:
+            training, validation: The frozen part, or None.
+            frozen: Whether there is one. Defaults to False.
+        """
+        self.below_training, self.below_validation, self.frozen = training, validation, frozen
 
     def add_extras(self, extras: Extras) -> None:
         """Take over what the phase adds; the adapter's factors become variables that train."""
@@ -234,8 +240,20 @@ class Trainee(keras.Model):
         below = self.below_validation
         return self(inputs if below is None else unpacked(below(inputs)), training=False)
 
+    def _through(self, below: Below | None, data: Batch) -> Batch:
+        """Return what goes into the part that trains.
+
+        Whether it was kept or comes from the frozen part in the same graph must make no difference to how TensorFlow
+        rewrites the rest, which depends on what it knows of shapes: it is shown the same in both cases.
+        """
+        inputs, targets, weights = data
+        inputs = inputs if below is None else unpacked(below(inputs))
+        if self.frozen:
+            inputs = tf.nest.map_structure(_of_any_batch, inputs)
+        return inputs, targets, weights
+
     def test_step(self, data: Batch) -> dict[str, tf.Tensor]:
-        return super().test_step(_through(self.below_validation, data))
+        return super().test_step(self._through(self.below_validation, data))
 
     def train_step(self, data: Batch) -> dict[str, tf.Tensor]:
         inputs, targets, weights = data
@@ -262,7 +280,7 @@ class Trainee(keras.Model):
 
     def _in_one(self, batch: Batch, key: tf.Tensor, portion: tf.Tensor) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
         """Return gradients, this device's portion of the loss, and outputs."""
-        batch = _through(self.below_training, batch)
+        batch = self._through(self.below_training, batch)
         with tf.GradientTape() as tape:
             outputs, loss = self._outputs_and_loss(batch, key, portion)
             scaled = self.optimizer.scale_loss(loss)
@@ -274,10 +292,10 @@ class Trainee(keras.Model):
         partners = mixing.partners_of(tf.shape(batch[1])[0], key) if mixes else None
 
         def part(numbers: tf.Tensor, number: tf.Tensor, share: tf.Tensor) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
-            own = _through(self.below_training, mixing.rows(batch, numbers))
+            own = self._through(self.below_training, mixing.rows(batch, numbers))
             others = None
             if partners is not None:
-                others = _through(self.below_training, mixing.rows(batch, tf.gather(partners, numbers)))
+                others = self._through(self.below_training, mixing.rows(batch, tf.gather(partners, numbers)))
             drops = tf.random.experimental.stateless_fold_in(key, 1000 + tf.cast(number, tf.int64))
             with tf.GradientTape() as tape:
                 outputs, loss = self._outputs_and_loss(own, key, portion, others, drops)
@@ -367,11 +385,11 @@ class Trainee(keras.Model):
             if not self._compile_metrics.built:
                 _, _, batches = next(iter(iterator))
                 share = keras.tree.map_structure(lambda x: strategy.experimental_local_results(x)[0], next(batches))
-                data_batch = _through(self.below_validation, share)
+                data_batch = self._through(self.below_validation, share)
             iterator = None
         super()._maybe_symbolic_build(iterator, data_batch)
 
 
-def _through(below: Below | None, data: Batch) -> Batch:
-    inputs, targets, weights = data
-    return data if below is None else (unpacked(below(inputs)), targets, weights)
+def _of_any_batch(tensor: tf.Tensor) -> tf.Tensor:
+    """Return a tensor of which nothing is known but its shape without the batch."""
+    return tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=[None, *tensor.shape[1:]])

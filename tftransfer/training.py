@@ -521,7 +521,7 @@ def _fed(
         run.data, phase, steps, parts, below, cache=cache, shelf=run.shelf, later=later, shared=run.shared
     )
     trainee.micro_batches = steps.micro_batches
-    trainee.add_below(training=feed.below_training, validation=feed.below_validation)
+    trainee.add_below(training=feed.below_training, validation=feed.below_validation, frozen=bool(parts.frozen))
     if parts.frozen and not feed.computes and steps.replicas == 1 and not hears_of_batches(run.callbacks):
         trainee.run_at_once(steps.at_once)
     if parts.frozen and not run.quiet:
