@@ -36,9 +36,9 @@ model server would load it; files that you add elsewhere are let be. Whole versi
 What was changed is named, and no model or SavedModel that was changed is loaded."""
 
 _AUDIT_HELP = """\
-Writes DIR/audit.html, a page with pictures, audit.json, and contents.json with the SHA-256 of every example. The next
-audit of the same data compares them with that; as long as something has changed or is missing, contents.json stays as
-it is, unless you --accept.
+Writes DIR/audit.html, a page with pictures, audit.json, and contents.json with the SHA-256 and the label of every
+example. The next audit of the same data compares them with that; as long as something has changed or is missing,
+contents.json stays as it is, unless you --accept.
 
 These findings count, and fail with --strict: faults of a table's lines, of records and class folders; data that a run
 would refuse, such as classes too small for the splits; files that cannot be used; what has changed or is missing; blank

@@ -226,7 +226,7 @@ def audit(options: argparse.Namespace) -> int:
         audits.moving.check_outside(written.path, path, "out")
     fits = options.quarantine is None or path.is_dir()
     check(fits, "quarantine", "left out where the data are no folder of class folders", str(options.quarantine))
-    earlier = written.earlier if options.against is None else audits.contents.read(options.against)["examples"]
+    earlier = written.earlier if options.against is None else audits.contents.read(options.against)
     inspection = inspect(options.data, image_size=_AUDITED_AT, task_kind=options.task, seed=options.seed)
     found = audits.of_inspection(inspection, earlier)
     moved = []

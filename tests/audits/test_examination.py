@@ -1,6 +1,7 @@
 """Each finding is found where it is, and nowhere in clean data."""
 
 import itertools
+import json
 import re
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from tftransfer import audits
 from tftransfer.audits import label_names
 from tftransfer.audits.groups import stem
 from tftransfer.data.examples import Seen
+from tftransfer.errors import InputError
 
 
 def _clean(count=60):
@@ -242,9 +244,39 @@ def test_a_stem_is_the_beginning_of_a_name(name):
 
 def test_changes_since_an_earlier_audit():
     seen = _clean(120)
-    known = {one.name: one.digest for one in seen[:119]} | {"gone.png": "0" * 64, seen[4].name: "f" * 64}
-    found = _found(seen, known=known)
-    assert {(one.where, one.counts) for one in found.pop("changes")} == {
-        ("gone.png", True), (seen[4].name, True), (seen[119].name, False)}  # fmt: skip
+    digests = {one.name: one.digest for one in seen[:119]} | {"gone.png": "0" * 64, seen[4].name: "f" * 64}
+    labels = {one.name: "iris" if n in (4, 6) else one.label for n, one in enumerate(seen[:100])}
+    found = _found(seen, known=audits.Known(digests, labels))
+    assert {(one.where, one.counts) for one in found["changes"]} == {
+        ("gone.png", True), (seen[4].name, True), (seen[6].name, True), (seen[119].name, False)}  # fmt: skip
+    problems = {one.where: one.problem for one in found.pop("changes")}
+    assert problems[seen[4].name] == "has changed since the earlier audit"
+    assert problems[seen[6].name] == "has the label 'daisy', and 'iris' in the earlier audit"
     assert found == {}
-    assert _found(seen, known={one.name: one.digest for one in seen}) == {}
+    assert _found(seen, known=audits.Known({one.name: one.digest for one in seen})) == {}
+
+
+def test_an_example_that_is_listed_twice_has_both_labels():
+    seen = _clean(12)
+    twice = [*seen, replace(seen[0], label="rose")]
+    known = audits.contents.contents(audits.Subject("some", "single_label", tuple(twice)))
+    assert known.labels[seen[0].name] == "daisy, rose"
+    assert not known.changed_since(known)
+    for label in ("daisy", "tulip"):
+        other = audits.Subject("some", "single_label", (*seen, replace(seen[0], label=label)), known=known)
+        assert [one.where for one in audits.contents.changes(other)] == [seen[0].name]
+        assert audits.contents.contents(other).changed_since(known)
+
+
+def test_contents_of_audits_before_labels_were_kept_can_be_read(tmp_path):
+    digests = {one.name: one.digest for one in _clean(12)}
+    file = tmp_path / "contents.json"
+    file.write_text(json.dumps({"data": "some", "examples": digests}))
+    assert audits.contents.read(file) == audits.Known(digests, {}, "some")
+    known = audits.Known(digests, dict.fromkeys(digests, "rose"), "some")
+    file.write_text(json.dumps(audits.contents.written(known)))
+    assert audits.contents.read(file) == known
+    for labels in ([], {"a.png": 1}):
+        file.write_text(json.dumps({"data": "some", "examples": digests, "labels": labels}))
+        with pytest.raises(InputError, match=r"is no contents\.json"):
+            audits.contents.read(file)

@@ -2,12 +2,13 @@
 
 from tftransfer.audits import contents, folder, moving, page
 from tftransfer.audits.examination import CHECKS, Audit, examine, of_data, of_inspection
-from tftransfer.audits.subject import Finding, Subject
+from tftransfer.audits.subject import Finding, Known, Subject
 
 __all__ = [
     "CHECKS",
     "Audit",
     "Finding",
+    "Known",
     "Subject",
     "contents",
     "examine",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tftransfer.audits import balance, blank, contents, copies, files, groups, label_names, sizes
-from tftransfer.audits.subject import Check, Finding, Subject
+from tftransfer.audits.subject import Check, Finding, Known, Subject
 from tftransfer.data.examples import Data
 from tftransfer.data.loading import Inspection
 
@@ -78,12 +77,12 @@ def examine(subject: Subject) -> Audit:
     return Audit(subject, {name: tuple(find(subject)) for name, (_, find) in CHECKS.items()})
 
 
-def of_inspection(inspection: Inspection, known: Mapping[str, str] | None = None) -> Audit:
+def of_inspection(inspection: Inspection, known: Known | None = None) -> Audit:
     """Audit a source that was read for it.
 
     Args:
         inspection: From `data.inspect`.
-        known: SHA-256 by name, from an earlier audit. Defaults to None.
+        known: What an earlier audit wrote down. Defaults to None.
     """
     own = {name: getattr(inspection, name) for name in _SHARED}
     return examine(Subject(**own, known=known))

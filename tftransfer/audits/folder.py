@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tftransfer import bundles
 from tftransfer.audits import contents, page
 from tftransfer.audits.examination import Audit
 from tftransfer.audits.moving import Moved
+from tftransfer.audits.subject import Known
 from tftransfer.errors import InputError
 
 PAGE, FINDINGS, CONTENTS = "audit.html", "audit.json", "contents.json"
@@ -31,7 +32,7 @@ class Folder:
 
     path: Path
     data: str
-    earlier: Mapping[str, str] | None = None
+    earlier: Known | None = None
 
 
 def prepared(source: str, out: Path | None) -> Folder:
@@ -53,12 +54,12 @@ def prepared(source: str, out: Path | None) -> Folder:
     if not (folder / CONTENTS).is_file():
         return Folder(folder, data)
     found = contents.read(folder / CONTENTS)
-    if found.get("data") != data:
+    if found.data != data:
         raise InputError(
-            f"`out` {folder} holds the audit of other data ({found.get('data')}): give another one, and "
+            f"`out` {folder} holds the audit of other data ({found.data}): give another one, and "
             f"--against {folder / CONTENTS} to compare with that"
         )
-    return Folder(folder, data, found["examples"])
+    return Folder(folder, data, found)
 
 
 def write(folder: Folder, audit: Audit, moved: Sequence[Moved] = (), accept: bool = False) -> None:
@@ -74,15 +75,15 @@ def write(folder: Folder, audit: Audit, moved: Sequence[Moved] = (), accept: boo
         InputError: If the folder cannot be written.
     """
     gone = {one.file for one in moved if one.stays is None}
-    now = {name: digest for name, digest in contents.contents(audit.subject).items() if name not in gone}
-    changed = any(now.get(name) != digest for name, digest in (folder.earlier or {}).items())
+    now = replace(contents.contents(audit.subject).without(gone), data=folder.data)
+    changed = folder.earlier is not None and now.changed_since(folder.earlier)
     found: dict[str, Any] = {**audit.to_json(), "moved": [asdict(one) for one in moved]}
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         bundles.write_json(folder.path / FINDINGS, found)
         bundles.write_text(folder.path / PAGE, page.render(audit))
         if accept or not changed:
-            bundles.write_json(folder.path / CONTENTS, {"data": folder.data, "examples": now})
+            bundles.write_json(folder.path / CONTENTS, contents.written(now))
     except OSError as error:
         raise InputError(f"`out` {folder.path} cannot be written: {error.strerror}") from None
 

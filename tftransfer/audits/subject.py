@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -31,6 +31,31 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What is known of each example, by its name: what an audit writes down for the next one.
+
+    Args:
+        digests: SHA-256 of its content.
+        labels: Its label. Defaults to none: audits once wrote down contents alone.
+        data: Which data they are. Defaults to nothing.
+    """
+
+    digests: Mapping[str, str]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    data: str = ""
+
+    def without(self, names: Container[str]) -> Known:
+        """Return what is known of the others."""
+        kept = ({name: own[name] for name in own if name not in names} for own in (self.digests, self.labels))
+        return Known(*kept, self.data)
+
+    def changed_since(self, earlier: Known) -> bool:
+        """Whether an example has another content or label than it had, or is gone."""
+        mine = {name: self.labels.get(name) for name in earlier.labels}
+        return mine != earlier.labels or any(self.digests.get(name) != own for name, own in earlier.digests.items())
+
+
+@dataclass(frozen=True)
 class Subject:
     """Data as an audit sees them.
 
@@ -43,7 +68,7 @@ class Subject:
         faults: What is wrong with the source itself. Defaults to nothing.
         refused: Why a run would refuse them, or None.
         notes: What was left out. Defaults to nothing.
-        known: SHA-256 by name, from an earlier audit. Defaults to None: there was none.
+        known: What an earlier audit wrote down. Defaults to None: there was none.
     """
 
     name: str
@@ -54,7 +79,7 @@ class Subject:
     faults: tuple[str, ...] = ()
     refused: str | None = None
     notes: tuple[str, ...] = ()
-    known: Mapping[str, str] | None = None
+    known: Known | None = None
 
     @cached_property
     def usable(self) -> tuple[int, ...]:
