@@ -75,7 +75,8 @@ def listed_tfds(name: str, memory_budget: int) -> Listing:
     listing = _copied(parts, name, memory_budget, tuple(getattr(feature, "names", None) or ()), tuple(left_out))
     read = [part for _, part in parts.values()]
     lost, notes = (tuple(item for part in read for item in getattr(part, own)) for own in ("lost", "notes"))
-    return replace(listing, lost=lost, notes=(*listing.notes, *notes))
+    unread = [f"{file} was not read: the metadata have no such file" for part in read for file in part.unread()]
+    return replace(listing, lost=lost, notes=(*listing.notes, *notes, *unread))
 
 
 @dataclass
@@ -109,12 +110,24 @@ class _Prepared:
         own = info.splits[self.key]
         for file, length in zip(own.filepaths, own.shard_lengths, strict=True):
             for record in self._records(Path(file), length):
-                if record.data is None:
-                    self.lost.append(Quarantined(f"{file.name}, record {record.number}", record.problem))
-                else:
-                    yield self._pair(info.features.deserialize_example(record.data, decoders=self.decoders))
+                try:
+                    if record.data is None:
+                        self._lose(file, record, record.problem)
+                    else:
+                        yield self._pair(info.features.deserialize_example(record.data, decoders=self.decoders))
+                except tf.errors.OpError as error:
+                    self._lose(file, record, f"no example of this data set: {_line(error).partition(', value:')[0]}")
                 if record.number == length:
                     self.notes.append(f"{file.name} holds more than the {length} records that its metadata say")
+
+    def _lose(self, file: Path, record: records.Record, problem: str) -> None:
+        self.lost.append(Quarantined(f"{file.name}, record {record.number}", problem))
+
+    def unread(self) -> list[str]:
+        """Return the names of files that look like this split's, and that the metadata do not have."""
+        own = [Path(file) for file in self.builder.info.splits[self.key].filepaths]
+        beside = own[0].parent.glob(f"*-{self.key}.*-of-*") if own else ()
+        return sorted(file.name for file in beside if file not in own)
 
     def _records(self, path: Path, length: int) -> Iterator[records.Record]:
         try:
@@ -155,7 +168,9 @@ def _copied(
     rows = {key: _rows(elements, key, budget) for key, (_, elements) in parts.items()}
     for key, own in rows.items():
         if not own:
-            raise InputError(f"split {key} of {name} is empty, or none of its records can be read")
+            lost = getattr(parts[key][1], "lost", [])
+            first = f": {lost[0].file}: {lost[0].reason}" if lost else ""
+            raise InputError(f"split {key} of {name} is empty, or none of its records can be read{first}")
     if classes:
         rows, unlabelled = _with_label(rows, classes)
         notes = (*notes, *unlabelled)
