@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tftransfer.audits.subject import Finding, Subject, some
+from tftransfer.audits.subject import Finding, Subject
 from tftransfer.checks import duplicates
+from tftransfer.data.listing import some
 
 _MOST = 10_000  # pictures that are compared each with each
 _SMALLEST = 32  # pixels of a side, of the usual picture, below which different ones look the same

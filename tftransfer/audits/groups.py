@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from tftransfer.audits.subject import Finding, Subject, some
+from tftransfer.audits.subject import Finding, Subject
+from tftransfer.data.listing import some
 
 _GROUPS = (
     "animal", "author", "camera", "case", "device", "family", "group", "individual", "object", "patient", "person",

@@ -46,8 +46,10 @@ class Known:
 
     def without(self, names: Container[str]) -> Known:
         """Return what is known of the others."""
-        kept = ({name: own[name] for name in own if name not in names} for own in (self.digests, self.labels))
-        return Known(*kept, self.data)
+        digests, labels = (
+            {name: own[name] for name in own if name not in names} for own in (self.digests, self.labels)
+        )
+        return Known(digests, labels, self.data)
 
     def changed_since(self, earlier: Known) -> bool:
         """Whether an example has another content or label than it had, or is gone."""
@@ -103,14 +105,3 @@ class Subject:
 
 Check = Callable[[Subject], Iterator[Finding]]
 """Looks at the data and gives what it finds."""
-
-
-def some(names: list[str], most: int = 3) -> str:
-    """Name the first few of many.
-
-    Example:
-        >>> some(["a", "b", "c", "d", "e"])
-        'a, b, c and 2 more'
-    """
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

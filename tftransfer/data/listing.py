@@ -232,3 +232,14 @@ def as_text(name: str) -> str:
         'caf\\udce9'
     """
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """Name the first few of many.
+
+    Example:
+        >>> some(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import tensorflow as tf
 
 from tftransfer.data import arrays, demo, splits, streams, tables
-from tftransfer.data.listing import Arrays, Files, Listing, Refuse, at_once
+from tftransfer.data.listing import Arrays, Files, Listing, Refuse, at_once, some
 from tftransfer.errors import InputError
 
 NOT_PICTURES = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".md", ".xml", ".yaml", ".yml"}
 """Extensions of files that may lie beside pictures and are no examples."""
 
+_TFRECORD = re.compile(r"\.(tfrecords?|tfrec)(-\d+-of-\d+)?(\.gz)?$", re.IGNORECASE)
 _BYSTANDERS = {"thumbs.db", "desktop.ini"}
 
 
@@ -66,6 +68,7 @@ def _named(source: str, memory_budget: int, refuse: Refuse) -> Listing:
         if os.path.isdir(path):
             return folder(path, refuse)
         if os.path.isfile(path):
+            _refuse_tfrecord(path)
             return tables.listed(path, refuse)
     except OSError as error:
         raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
@@ -76,6 +79,15 @@ def _named(source: str, memory_budget: int, refuse: Refuse) -> Listing:
         f"DIR/[SPLIT/]CLASS/file, or a "
         f"table (.csv, .tsv, .jsonl). Received: data={source!r}"
     )
+
+
+def _refuse_tfrecord(path: Path) -> None:
+    if _TFRECORD.search(path.name):
+        raise InputError(
+            f"{path} is a TFRecord file, and nothing in it says which fields are picture and label: give tfds:NAME if "
+            "TensorFlow Datasets wrote it, write its pictures to class folders DIR/[SPLIT/]CLASS/file, or hand a "
+            "tf.data.Dataset of (picture, label) pairs to tftransfer.data.load"
+        )
 
 
 def path_of(source: str) -> Path:
@@ -148,7 +160,8 @@ def _files(class_folder: Path, notes: list[str], refuse: Refuse) -> list[Path]:
     children = [child for child in sorted(class_folder.iterdir()) if not _is_hidden(child)]
     folders = [child for child in children if child.is_dir()]
     if folders:
-        notes.append(f"{class_folder.name}: {len(folders)} folders inside a class folder were not read")
+        told = f"{class_folder.name}: {len(folders)} folders inside a class folder were not read"
+        notes.append(f"{told}: {some([child.name for child in folders])}")
     files = [child for child in children if child not in set(folders) and _may_be_picture(child)]
     if not files:
         refuse(
@@ -169,12 +182,15 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _stray_pictures(root: Path) -> list[str]:
-    stray = [c for c in root.iterdir() if not _is_hidden(c) and not c.is_dir() and _may_be_picture(c)]
-    return [f"{root.name}: {len(stray)} files beside the class folders were not read"] if stray else []
+    stray = [c.name for c in sorted(root.iterdir()) if not _is_hidden(c) and not c.is_dir() and _may_be_picture(c)]
+    told = f"{root.name}: {len(stray)} files beside the class folders were not read: {some(stray)}"
+    return [told] if stray else []
 
 
 def _why_no_classes(path: Path) -> str:
     expected = "expected DIR/[SPLIT/]CLASS/file, one folder per class"
+    for child in sorted(path.iterdir()):
+        _refuse_tfrecord(child)
     if not any(not _is_hidden(child) for child in path.iterdir()):
         return f"folder {path} is empty: {expected}"
     return f"folder {path} holds no class folders: {expected}, or name a table (.csv, .tsv, .jsonl)"
