@@ -54,7 +54,7 @@ def test_tsv_with_splits(make_table):
     data, _ = load(make_table("image\tlabel\tsplit\tgroup\n" + "\n".join(lines), "t.tsv"), image_size=SIZE)
     assert (len(data.train), len(data.validation), len(data.test)) == (6, 2, 2)
     assert data.found == 10
-    assert data.splits["notes"] == ["2 rows of split 'trainval' were left out"]
+    assert data.splits["notes"] == ["2 rows of split 'trainval' were left out: line 12, line 13"]
 
 
 def test_several_labels_in_csv_and_jsonl(make_table):

@@ -6,18 +6,19 @@ import csv
 import io
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tftransfer.data import splits
-from tftransfer.data.listing import Files, Listing, Refuse, at_once
+from tftransfer.data.listing import Files, Listing, Refuse, at_once, some
 from tftransfer.errors import InputError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
 _REQUIRED = ("image", "label")
+_FEW = 0.1  # share of the rows below which several labels may be a slip
 
 Row = tuple[int, dict[str, Any]]
 """A line's number in the file and its cells by column."""
@@ -35,13 +36,19 @@ def listed(path: Path, refuse: Refuse = at_once) -> Listing:
     Raises:
         InputError: If the table is not as described, or a picture is not there; with the line.
     """
-    rows = list(_rows(path, refuse))
+    faults: list[InputError] = []
+
+    def told(error: InputError) -> None:
+        faults.append(error)
+        refuse(error)
+
+    rows = list(_rows(path, told))
     if not rows:
         raise InputError(f"table {path} has no rows below its header that can be read")
-    rows, notes = _in_known_splits(path, rows, refuse)
-    sound = list(_with_file_and_label(path, rows, refuse))
+    rows, notes = _in_known_splits(path, rows, told)
+    sound = list(_with_file_and_label(path, rows, told))
     if not sound:
-        raise InputError(f"table {path} has no row that can be used")
+        raise InputError(f"table {path} has no row that can be used. {faults[0]}")
     rows, files, texts = [row for row, _, _ in sound], [file for _, file, _ in sound], [text for _, _, text in sound]
     lines = [line for line, _ in rows]
     return Listing(
@@ -52,7 +59,7 @@ def listed(path: Path, refuse: Refuse = at_once) -> Listing:
         reader=Files(tuple(map(str, files))),
         classes=read_classes(path.parent) or _in_order_of_value([row["label"] for _, row in rows]),
         several=any(isinstance(row["label"], list) for _, row in rows) or any("|" in text for text in texts),
-        notes=notes,
+        notes=(*notes, *_listed_again(files, lines), *_seldom_several(texts, lines)),
         what=str(path),
         where=lambda number: f"{path}, line {lines[number]}",
         columns=_further_columns([row for _, row in rows]),
@@ -65,6 +72,25 @@ def _with_file_and_label(path: Path, rows: list[Row], refuse: Refuse) -> Iterato
             yield (line, row), _file(path, line, row), _label(path, line, row)
         except InputError as error:
             refuse(error)
+
+
+def _listed_again(files: list[Path], lines: list[int]) -> Iterator[str]:
+    """Say in a note which lines name a file that an earlier one has; such rows are used."""
+    first: dict[Path, int] = {}
+    again = [
+        f"line {line} (as line {first[file]})"
+        for file, line in zip(files, lines, strict=True)
+        if first.setdefault(file, line) != line
+    ]
+    if again:
+        yield f"{len(again)} rows name a picture again: {some(again)}"
+
+
+def _seldom_several(texts: list[str], lines: list[int]) -> Iterator[str]:
+    """Say in a note which few lines make all labels several ones."""
+    several = [f"line {line}" for text, line in zip(texts, lines, strict=True) if "|" in text]
+    if 0 < len(several) <= _FEW * len(texts):
+        yield f"{len(several)} of {len(texts)} rows hold several labels or numbers, separated by `|`: {some(several)}"
 
 
 def _further_columns(rows: list[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
@@ -184,21 +210,30 @@ def _in_known_splits(path: Path, rows: list[Row], refuse: Refuse) -> tuple[list[
         return [(line, {**row, "split": "train"}) for line, row in rows], ()
     for line in sorted({line for line, _ in rows} - {line for line, _ in named}):
         refuse(InputError(f"{path}, line {line}: `split` is empty. Expected train, validation or test in every row"))
-    others = Counter(str(row["split"]).strip() for _, row in named if _split(row) is None)
+    others: dict[str, list[int]] = defaultdict(list)
+    for line, row in named:
+        if _split(row) is None:
+            others[str(row["split"]).strip()].append(line)
     kept = [(line, row) for line, row in named if _split(row)]
     if not kept:
         raise InputError(
             f"{path}: no row is in a split called train, validation or test. Received: splits {sorted(others)}"
         )
-    return kept, tuple(f"{count} rows of split {name!r} were left out" for name, count in others.items())
+    return kept, tuple(
+        f"{len(own)} rows of split {name!r} were left out: {some([f'line {line}' for line in own])}"
+        for name, own in others.items()
+    )
 
 
 def _file(path: Path, line: int, row: dict[str, Any]) -> Path:
     text = str(row["image"] or "").strip()
     file = path.parent / text
     if not text or not os.path.isfile(file):  # Path's own is_file fails on names that are too long
-        what = f"file {text} does not exist" if text else "the `image` cell is empty"
-        raise InputError(f"{path}, line {line}: {what}. Paths are relative to the table, so expected {file}")
+        if not text:
+            raise InputError(f"{path}, line {line}: the `image` cell is empty. Expected a path, relative to the table")
+        shown, expected = (name if name.isprintable() else repr(name) for name in (text, str(file)))
+        what = f"{shown} is no file" if os.path.isdir(file) else f"file {shown} does not exist"
+        raise InputError(f"{path}, line {line}: {what}. Paths are relative to the table, so expected {expected}")
     return file
 
 
