@@ -16,15 +16,23 @@ _MAGIC = (
     (b"WEBP", 8, "WebP"),
     (b"II*\0", 0, "TIFF"),
     (b"MM\0*", 0, "TIFF"),
+    (b"II+\0", 0, "TIFF"),
+    (b"MM\0+", 0, "TIFF"),
     (b"ftypavif", 4, "AVIF"),
+    (b"ftypavis", 4, "AVIF"),
     (b"ftyphei", 4, "HEIC"),
+    (b"ftyphev", 4, "HEIC"),
     (b"ftypmif1", 4, "HEIF"),
+    (b"ftypmsf1", 4, "HEIF"),
+    (b"\0\0\1\0", 0, "Windows icon"),
     (b"\xff\x0a", 0, "JPEG XL"),
     (b"\0\0\0\x0cJXL ", 0, "JPEG XL"),
     (b"\0\0\0\x0cjP", 0, "JPEG 2000"),
     (b"8BPS", 0, "Photoshop"),
     (b"%PDF", 0, "PDF"),
 )
+_POINTER = b"version https://git-lfs"
+_NO_PIXELS = "picture has no pixels"
 _EXTENSIONS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png",),
@@ -104,6 +112,8 @@ def why_not_a_picture(contents: bytes) -> str | None:
     if not contents:
         return "empty file"
     name = picture_format(contents)
+    if contents.startswith(_POINTER):
+        return "not a picture: a pointer of Git LFS; `git lfs pull` fetches what it stands for"
     if name is None:
         return f"not a picture: begins with {_beginning(contents)}"
     if name not in images.FORMATS:
@@ -127,6 +137,8 @@ def explain(error: Exception, contents: bytes) -> str:
     stated = _ASSERTION.search(message)
     if stated:
         text = stated["graph"] or stated["eager"]
+        if text == _NO_PIXELS and _ends_early(picture_format(contents) or "", contents):
+            return f"{picture_format(contents)} data ends early"
         numbers = re.findall(r"\[(\d+)\]", message[stated.end() :])[:2]
         return text.replace("picture", f"picture of {numbers[0]}x{numbers[1]} pixels", 1) if len(numbers) == 2 else text
     name = picture_format(contents) or "picture"
@@ -139,7 +151,7 @@ def _ends_early(name: str, contents: bytes) -> bool:
         return len(contents) < 8 + int.from_bytes(contents[4:8], "little")
     if name == "BMP":
         return len(contents) < int.from_bytes(contents[2:6], "little")
-    end = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}.get(name, b"")
+    end = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}.get(name, b"")
     return end not in contents[-64:]
 
 
