@@ -11,13 +11,15 @@ from tftransfer.audits.subject import Finding, Subject
 _SHORTEST = 5  # letters below which one letter more or less is another word
 _RARE = 0.05  # share of the other's examples below which a near-equal name may be a slip
 _VERY_RARE = 2  # examples
+_MISSING = {"nan", "none", "null", "na", "n/a", "#n/a", "?"}  # as programs write an empty cell
 
 
 def label_names(subject: Subject) -> Iterator[Finding]:
     """Give pairs of classes whose names are equal but for case, spaces, dashes and accents' spelling, or nearly equal.
 
     Nearly is one letter inserted, left out or changed, or two in turn; digits tell classes apart. Such a pair is a
-    slip where one has hardly any examples; where both have many, only a plural is mentioned.
+    slip where one has hardly any examples; where both have many, only a plural is mentioned. So are names such as
+    `nan`, which programs write where a label is missing.
     """
     counts = {name: len(own) for name, own in subject.by_class.items()}
     alike: dict[str, list[str]] = defaultdict(list)
@@ -26,6 +28,9 @@ def label_names(subject: Subject) -> Iterator[Finding]:
         if any(not letter.isprintable() for letter in name):
             problem = "holds line breaks or letters that nobody sees; a quote may be missing in the table"
             yield Finding(repr(name), problem, examples=tuple(subject.by_class[name][:2]))
+        if plain(name) in _MISSING:
+            problem = "may stand for a label that is missing"
+            yield Finding(f"class {name!r}", problem, counts=False, examples=tuple(subject.by_class[name][:2]))
     for names in alike.values():
         for name in names[1:]:
             problem = f"is {names[0]!r} but for case, spaces or dashes"
