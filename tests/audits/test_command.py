@@ -221,6 +221,7 @@ def test_small_pictures_that_look_the_same_are_not_called_copies(tmp_path):
     assert near(8) == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_damaged_record_fails_a_strict_audit(audit, tmp_path, monkeypatch, capsys):
     tfds = pytest.importorskip("tensorflow_datasets")

@@ -394,7 +394,7 @@ BY_RECORD = {
     ),
     "metadata of more records": ((RECORDS + 2,), dict.fromkeys((RECORDS, RECORDS + 1), "missing")),
 }
-SLOW = set(BY_RECORD) - {"data", "length", "cut at the end", "no example"}
+SLOW = set(BY_RECORD) - {"data", "cut at the end", "no example"}
 
 
 @pytest.mark.filterwarnings("ignore")  # TFDS' own
@@ -448,6 +448,7 @@ def test_more_records_and_files_than_the_metadata_say_are_named(damaged):
     _assert_found({one for one in found if "training examples only" not in one[1]}, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_record_whose_picture_is_none_is_named_and_clean_ones_are_not(damaged):
     damaged(_example(lambda own: own["image"].bytes_list.value.__setitem__(0, b"<html>")))
