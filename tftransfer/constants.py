@@ -260,12 +260,34 @@ def _rewritten(graph: _Graph, device: str = _PROCESSOR, **rewrites: int) -> Grap
         rewrites["function_optimization"] = _OFF
     for name, value in rewrites.items():
         setattr(configuration.graph_options.rewrite_options, name, value)
-    return OptimizeGraph(configuration, described)
+    return _with_own_functions(OptimizeGraph(configuration, described))
+
+
+def _with_own_functions(graph: GraphDef) -> GraphDef:
+    """Give the functions of a graph that was rewritten names of their own: they are not what was traced any more."""
+    names = {one.signature.name: f"{one.signature.name}_rewritten" for one in graph.library.function}
+    for one in graph.library.function:
+        one.signature.name = names[one.signature.name]
+    for gradient in graph.library.gradient:
+        gradient.function_name = names.get(gradient.function_name, gradient.function_name)
+        gradient.gradient_func = names.get(gradient.gradient_func, gradient.gradient_func)
+    for node in (node for body in (graph, *graph.library.function) for node in _nodes_of(body)):
+        node.op = names.get(node.op, node.op)
+        for attribute in node.attr.values():
+            called = [attribute.func] if attribute.HasField("func") else attribute.list.func
+            for one in called:
+                one.name = names.get(one.name, one.name)
+    return graph
+
+
+def _nodes_of(body: Any) -> Any:
+    """Return the nodes of a graph or of a function."""
+    return body.node if isinstance(body, GraphDef) else body.node_def
 
 
 def _has_loops(graph: GraphDef) -> bool:
-    bodies = (graph.node, *(function.node_def for function in graph.library.function))
-    return any(node.op.removeprefix("Stateless") in ("While", "If", "Case") for body in bodies for node in body)
+    nodes = (node for body in (graph, *graph.library.function) for node in _nodes_of(body))
+    return any(node.op.removeprefix("Stateless") in ("While", "If", "Case") for node in nodes)
 
 
 def _without_sizes(graph: _Graph, signature: list[tf.TensorSpec]) -> GraphDef:

