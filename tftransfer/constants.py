@@ -15,6 +15,7 @@ import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
+from tensorflow.python.eager import context
 from tensorflow.python.grappler.tf_optimizer import OptimizeGraph
 
 from tftransfer import features
@@ -230,6 +231,10 @@ def _function_of(graph: _Graph, signature: list[tf.TensorSpec]) -> Any:
         inputs = dict(zip(graph.sources, batch, strict=True))
         return tf.graph_util.import_graph_def(graph.definition, input_map=inputs, return_elements=graph.ends, name="")
 
+    known = context.context()
+    for function in graph.definition.library.function:  # eager calls look for them there
+        if not known.has_function(function.signature.name):
+            known.add_function_def(function)
     made = infer.get_concrete_function()
     made.calls = graph.functions  # which TensorFlow forgets with the last reference to them
     return made
