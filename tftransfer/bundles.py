@@ -18,7 +18,7 @@ from tftransfer import integrity, locks, model_card, scanning, soundness, tasks,
 from tftransfer.errors import InputError
 from tftransfer.integrity import MANIFEST, SEAL, digests
 from tftransfer.report import Report, Table
-from tftransfer.versions import versions
+from tftransfer.versions import differences, versions
 
 MODEL = "model.keras"
 SAMPLES = "samples"
@@ -122,15 +122,13 @@ def _check_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:
 def _difference(before: Any, now: Any) -> str:
     if not isinstance(before, dict):
         return "than there are now"
-    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    return "(" + ", ".join(f"{name} {before.get(name)} there, {now.get(name)} here" for name in changed) + ")"
+    return f"({differences(before, now)})"
 
 
 def newest_unfinished(root: Path, name: str, configuration: Mapping[str, Any]) -> Path | None:
     """Return the newest `root/NAME-NNN` that holds the unfinished run of a configuration; None if there is none."""
     wanted = json.loads(json.dumps(configuration))
-    numbered = [path for path in root.glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdecimal()]
-    for folder in sorted(numbered, key=lambda path: int(path.name.removeprefix(f"{name}-")), reverse=True):
+    for _, folder in sorted(_numbered(root, name), reverse=True):
         with contextlib.suppress(InputError):
             manifest = read_manifest(folder)
             if not manifest.get("complete") and manifest.get("configuration") == wanted:
@@ -147,8 +145,13 @@ def begun_decisions(folder: Path) -> dict[str, Any]:
 
 def next_folder(root: Path, name: str) -> Path:
     """Return `root/NAME-NNN` with the next free number."""
-    numbers = [path.name.removeprefix(f"{name}-") for path in root.glob(f"{name}-*")]
-    return root / f"{name}-{max((int(number) for number in numbers if number.isdecimal()), default=0) + 1:03d}"
+    return root / f"{name}-{max((number for number, _ in _numbered(root, name)), default=0) + 1:03d}"
+
+
+def _numbered(root: Path, name: str) -> list[tuple[int, Path]]:
+    """Return the numbers and folders of all `root/NAME-NNN`."""
+    named = [(path.name.removeprefix(f"{name}-"), path) for path in root.glob(f"{name}-*")]
+    return [(int(number), path) for number, path in named if number.isdecimal()]
 
 
 def save(

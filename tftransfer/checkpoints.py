@@ -33,7 +33,7 @@ from tftransfer.strategies import Strategy
 from tftransfer.tasks import Task
 from tftransfer.tensor_files import Kinds
 from tftransfer.trainable import AuditRow, places
-from tftransfer.versions import versions
+from tftransfer.versions import differences, versions
 
 PHASE, STEP = "tftransfer phase 2", "tftransfer step 1"
 FOLDER, FILE = "checkpoints", "state.safetensors"
@@ -347,20 +347,12 @@ def _read(path: Path, format_name: str, call: Call) -> tuple[dict[str, Any], Kin
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         went_on = ", unless it is half tuned already: then build it anew" if changed == ["base"] else ""
+        others = differences(before.get("versions", {}), now["versions"])
         raise InputError(
             f"{path.parent.parent} holds phases of another call, which differs in {', '.join(changed)}"
-            f"{_other_versions(before, now)}: choose a new folder, or begin again there by `resume=False`{went_on}"
+            f"{others and f' ({others})'}: choose a new folder, or begin again there by `resume=False`{went_on}"
         )
     return described, kinds
-
-
-def _other_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    then, here = before.get("versions", {}), now["versions"]
-    told = [f"{name} {then.get(name)} there, {here.get(name)} here" for name in sorted({*then, *here})]
-    changed = [
-        text for text, name in zip(told, sorted({*then, *here}), strict=True) if then.get(name) != here.get(name)
-    ]
-    return f" ({'; '.join(changed)})" if changed else ""
 
 
 def _kept(described: Mapping[str, Any], kinds: Kinds, strategy: Strategy) -> Kept:

@@ -49,12 +49,11 @@ class Subject:
     noted: list[tuple[dict[str, Any], dict[str, np.ndarray]]] = field(default_factory=list)
 
     def _variables(self) -> dict[str, Sequence[_Variable]]:
-        generators = [variable for variable in self.model.variables if trainable.is_generator(variable)]
         return {
             "variable": self.trainee.variables,
             "optimizer": self.trainee.optimizer.variables,
             "metric": self.trainee.metrics_variables,
-            "generator": generators,
+            "generator": trainable.generators(self.model),
             "counter": list(self.trainee.counters().values()),
         }
 
@@ -80,7 +79,7 @@ class Subject:
             "callbacks": [
                 [type(callback).__name__, values] for callback, (values, _) in zip(self.callbacks, plain, strict=True)
             ],
-            "logs": {name: list(map(to_json, values)) for name, values in self._logs().items()},
+            "logs": {name: list(map(to_json, values)) for name, values in self.trainee.history.history.items()},
         }
         return kinds, told
 
@@ -96,9 +95,6 @@ class Subject:
         }
         kept = {name: value for name, value in values.items() if name not in same}
         return kept, {name: array for name, array in arrays.items() if name.rpartition(".")[0] in kept}
-
-    def _logs(self) -> dict[str, list[float]]:
-        return self.trainee.history.history
 
     def put_back(self, progress: Progress) -> None:
         """Set all of it but metrics and callbacks, which the beginning of training and of an epoch reset.

@@ -142,6 +142,11 @@ def is_generator(variable: keras.Variable) -> bool:
     return "seed_generator" in variable.path
 
 
+def generators(model: keras.Model) -> list[keras.Variable]:
+    """Return the states of a network's random layers, in order."""
+    return [variable for variable in model.variables if is_generator(variable)]
+
+
 def trained_variables(layer: keras.Layer) -> list[keras.Variable]:
     """Return the variables of a layer that train.
 

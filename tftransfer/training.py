@@ -565,7 +565,7 @@ def _below(run: _Run, parts: prefix.Cut, chunk: int) -> constants.Constants | No
 
 def _state(run: _Run, trainee: keras.Model) -> dict[str, Any]:
     """Return what there is beside the weights, for somebody who goes on from here."""
-    generators = tuple(variable.numpy() for variable in _generators(run.model))
+    generators = tuple(variable.numpy() for variable in trainable.generators(run.model))
     return {"moments": own(trainee.optimizer).moments(), "generators": generators}
 
 
@@ -712,10 +712,6 @@ def _callbacks(
     return callback_list(ours, run.callbacks, trainee, run.model, params, (recorder,))
 
 
-def _generators(model: keras.Model) -> list[keras.Variable]:
-    return [variable for variable in model.variables if trainable.is_generator(variable)]
-
-
 def _seed_generators(run: _Run, number: int) -> None:
     """Give every Dropout and random layer a state that depends on the seed and the phase alone.
 
@@ -724,6 +720,6 @@ def _seed_generators(run: _Run, number: int) -> None:
     """
     place, start = run.place(number)
     kept = run.adapter.reached.generators if run.adapter and start else ()
-    for index, variable in enumerate(_generators(run.model)):
+    for index, variable in enumerate(trainable.generators(run.model)):
         words = np.random.SeedSequence((run.seed, place, index)).generate_state(2)
         variable.assign(kept[index] if index < len(kept) else np.array(words, variable.dtype))

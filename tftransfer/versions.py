@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 
 from tftransfer import __version__
@@ -18,3 +19,14 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Say which versions are others than before.
+
+    Example:
+        >>> differences({"keras": "3.14", "numpy": "2.4"}, {"keras": "3.15", "numpy": "2.4"})
+        'keras 3.14 there, 3.15 here'
+    """
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {before.get(name)} there, {now.get(name)} here" for name in changed)
