@@ -74,12 +74,12 @@ def test_what_is_frozen_runs_part_by_part(small_network, small_task, small_data,
 
     seen, add_below = [], Trainee.add_below
 
-    def noting(self, *, training, validation):
+    def noting(self, *, training, validation, frozen):
         def below(pictures):
             tf.py_function(lambda one: seen.append(len(one)), [pictures], [])
             return training(pictures)
 
-        add_below(self, training=below, validation=validation)
+        add_below(self, training=below, validation=validation, frozen=frozen)
 
     monkeypatch.setattr(Trainee, "add_below", noting)
     divided(4)
