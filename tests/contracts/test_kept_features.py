@@ -47,6 +47,9 @@ FAMILIES = (
 QUICK = [("MobileNet-0.25", "head"), ("MobileNet-0.25", "last:1")]
 
 
+# With seed 0 the input of a ReLU lies within rounding of zero, where one step jumps: by 7e-3 also when the network's own
+# features are moved by 1e-6.
+SEEDS = {"ResNet50V2": 3}
 RANDOM_DEPTH = ("EfficientNetB0", "EfficientNetV2B0")  # stock `fit` leaves out branches of what is frozen
 
 
@@ -63,7 +66,7 @@ def build(estimate_batch_norm):
     def get(name: str, dropout: float = 0.2) -> keras.Model:
         if (name, dropout) not in held:
             held.clear()
-            keras.utils.set_random_seed(0)
+            keras.utils.set_random_seed(SEEDS.get(name, 0))
             size = max(backbones.backbone(name).smallest_size, 32)
             model = builders.image_classifier(name, 3, image_size=size, weights=None, dropout=dropout)
             held[name, dropout] = estimate_batch_norm(model), model.get_weights()
