@@ -131,7 +131,10 @@ class Trainee(keras.Model):
         return run
 
     def _traced(self) -> Callable[[Any, Any], tuple[Any, Any]]:
-        """Return a new graph of one step or many, from the number that is done to the number then, and metrics."""
+        """Return a new graph of one step or many, from the number that is done to the number then, and metrics.
+
+        One is a loop too: how TensorFlow rewrites a step, and so its last bits, depend on what the step is a part of.
+        """
         return self._repeated(self.train_step, self._at_once or 1, self.guard)
 
     def evaluate(self, x: Any = None, *given: Any, callbacks: Any = None, **named: Any) -> Any:
@@ -154,8 +157,6 @@ class Trainee(keras.Model):
         self, step: Callable[[Batch], Any], count: int, guard: Guard | None = None
     ) -> Callable[[Any, Any], tuple[Any, dict[str, tf.Tensor]]]:
         """Return a graph that takes steps until so many are done, or too many were skipped; and says the metrics."""
-        if self.distribute_strategy.num_replicas_in_sync == 1:  # devices can't wait for each other inside a function
-            step = _of_its_own(step)
 
         def one(done: tf.Tensor, iterator: Any) -> tuple[tf.Tensor]:
             self.distribute_strategy.run(step, args=(next(iterator),))
@@ -392,16 +393,3 @@ class Trainee(keras.Model):
 def _of_any_batch(tensor: tf.Tensor) -> tf.Tensor:
     """Return a tensor of which nothing is known but its shape without the batch."""
     return tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=[None, *tensor.shape[1:]])
-
-
-def _of_its_own(step: Callable[[Batch], Any]) -> Callable[[Batch], None]:
-    """Return a step as a function that TensorFlow rewrites by itself, for no reader of outputs.
-
-    As a part of the graph that calls it, the last bits of what it does would depend on how many steps that graph takes,
-    and as a function with outputs on which of them are read.
-    """
-
-    def run(batch: Batch) -> None:
-        step(batch)
-
-    return tf.function(run, autograph=False, experimental_attributes={"_noinline": True})

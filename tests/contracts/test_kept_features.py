@@ -27,7 +27,9 @@ from tftransfer.data import Data, order
 from tftransfer.strategies import Phase
 
 TASK = tasks.SingleLabel(("red", "green", "blue"))
-ROUNDING = 3e-5  # relative, of folding in networks of random weights; real ones are below 1e-5
+# Relative, of folding in networks of random weights, whose own answers differ by as much between a graph and single
+# operations (EfficientNetV2B0: 4e-5). With real weights it is below 1e-5: tests of their own, at the end.
+ROUNDING = 1e-4
 SELECTORS = ("head", "last:1", "last:3", "from")
 FAMILIES = (
     "MobileNetV2-0.35",
@@ -47,9 +49,9 @@ FAMILIES = (
 QUICK = [("MobileNet-0.25", "head"), ("MobileNet-0.25", "last:1")]
 
 
-# With seed 0 the input of a ReLU lies within rounding of zero, where one step jumps: by 7e-3 also when the network's own
-# features are moved by 1e-6.
-SEEDS = {"ResNet50V2": 3}
+# With seed 0 the input of a ReLU lies within rounding of zero, where one step jumps: by 7e-3 also when the features of
+# the network itself are moved by 1e-6.
+SEEDS = {"ResNet50V2": 3, "NASNetMobile": 1}
 RANDOM_DEPTH = ("EfficientNetB0", "EfficientNetV2B0")  # stock `fit` leaves out branches of what is frozen
 
 
