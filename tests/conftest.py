@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 import shutil
@@ -217,5 +218,30 @@ def run_python():
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=400)
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+_ON_DEVICES = """\
+import json
+from tftransfer import cli
+cli.import_tensorflow()
+import keras, numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * {count})
+from tftransfer.data import Data, Examples, Pictures
+"""
+
+
+@pytest.fixture
+def run_on_devices(run_python):
+    """Return a function that runs a program where there are several logical processors, two by default.
+
+    It finds `json`, `keras`, `np` and `tf`, `Data`, and what small data are made by here: `_examples(*_coloured(...))`.
+    """
+
+    def run(program, *arguments, count=2):
+        own = [inspect.getsource(function) for function in (_examples, _coloured)]
+        return run_python("\n".join([_ON_DEVICES.format(count=count), *own, textwrap.dedent(program)]), *arguments)
 
     return run

@@ -259,26 +259,15 @@ def test_the_command_line_says_it_in_one_line(capsys):
 
 
 _TWO_DEVICES = f"""
-    import json
-    from tftransfer import cli
-    cli.import_tensorflow()
-    import numpy as np, tensorflow as tf, keras
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     from tftransfer import distribution, strategies, tasks, training
     from tftransfer.averages import Ema
     from tftransfer.adapters import Lora
-    from tftransfer.data import Data, Examples, Pictures, order
+    from tftransfer.data import order
 
     def examples(count, seed, marked=()):
-        generator = np.random.default_rng(seed)
-        targets = np.arange(count, dtype=np.int32) % 3
-        pictures = generator.integers(0, 120, (count, 32, 32, 3), np.uint8)
-        pictures[np.arange(count), :, :, targets] += 100
+        pictures, targets = _coloured(count, 32, seed)
         pictures[list(marked), 0, 0, 0] = {MARK}
-        held = tf.constant(pictures)
-        source = Pictures(tuple(map(str, range(count))), lambda index: tf.gather(held, index), (32, 32))
-        return Examples(source, targets, np.ones(count, np.float32))
+        return _examples(pictures, targets)
 
     layers = keras.layers
 
@@ -321,7 +310,7 @@ _TWO_DEVICES = f"""
 """
 
 
-def test_two_devices_skip_what_one_skips(run_python):
-    apart = run_python(_TWO_DEVICES)
+def test_two_devices_skip_what_one_skips(run_on_devices):
+    apart = run_on_devices(_TWO_DEVICES)
     assert apart.pop("float16") < 1e-2
     assert max(apart.values()) < 1e-5, apart

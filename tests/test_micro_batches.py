@@ -138,26 +138,13 @@ def test_a_variable_without_a_gradient_has_none():
 
 
 _TWO_DEVICES = """
-    import json
-    from tftransfer import cli
-    cli.import_tensorflow()
-    import numpy as np, tensorflow as tf, keras
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     from tftransfer import distribution, memory, tasks, training
     from tftransfer.adapters import Lora
-    from tftransfer.data import Data, Examples, Pictures
     from tftransfer.penalties import DistillFromSource
     from tftransfer.strategies import Phase
 
     def examples(count, seed):
-        generator = np.random.default_rng(seed)
-        targets = np.arange(count, dtype=np.int32) % 3
-        pictures = generator.integers(0, 120, (count, 32, 32, 3), np.uint8)
-        pictures[np.arange(count), :, :, targets] += 100
-        held = tf.constant(pictures)
-        source = Pictures(tuple(map(str, range(count))), lambda index: tf.gather(held, index), (32, 32))
-        return Examples(source, targets, np.ones(count, np.float32))
+        return _examples(*_coloured(count, 32, seed))
 
     # 27 examples in batches of 8: the last one has 3, which are 2 and 1 on two devices
     data = Data("colours", ("a", "b", "c"), examples(27, 0), examples(9, 1), examples(6, 2))
@@ -198,9 +185,9 @@ _TWO_DEVICES = """
 
 
 @pytest.mark.slow
-def test_parts_are_added_up_on_two_devices(run_python):
+def test_parts_are_added_up_on_two_devices(run_on_devices):
     """Statistics of BatchNorm and dropout are those of each part."""
-    apart = run_python(_TWO_DEVICES)
+    apart = run_on_devices(_TWO_DEVICES)
     assert apart.pop("statistics") > 1e-5
     assert apart.pop("dropout") > 1e-5
     assert max(apart.values()) < 1e-5, apart

@@ -159,10 +159,7 @@ MIRRORED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-import keras, tensorflow as tf
 from tftransfer import serving, tasks
-processors = [tf.config.LogicalDeviceConfiguration()] * 2
-tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], processors)
 from conftest import small_network
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 task = tasks.SingleLabel(("red", "green", "blue"))
@@ -171,15 +168,14 @@ with strategy.scope():
     kind = type(model.weights[0].value).__name__
     version, verification = serving.publish(model, task, Path(sys.argv[1]) / "inside", repeats=3)
 serving.export_savedmodel(model, task, Path(sys.argv[1]) / "outside")
-import json
 print(json.dumps([kind, verification.passed, verification.lines()]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_c_library")
-def test_a_network_built_under_mirrored_strategy_exports(run_python, tmp_path, model, task):
-    kind, passed, lines = run_python(MIRRORED, tmp_path, __file__.rsplit("/", 1)[0])
+def test_a_network_built_under_mirrored_strategy_exports(run_on_devices, tmp_path, model, task):
+    kind, passed, lines = run_on_devices(MIRRORED, tmp_path, __file__.rsplit("/", 1)[0])
     assert kind.startswith("Mirrored")
     assert passed, lines
     # The same seed gave the same network here: what was mirrored answers as this one.

@@ -3,14 +3,7 @@
 import pytest
 
 _BEGIN = """
-    import json
-    from tftransfer import cli
-    cli.import_tensorflow()
-    import keras, numpy as np, tensorflow as tf
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     from tftransfer import distribution, tasks, training
-    from tftransfer.data import Data, Examples, Pictures
     from tftransfer.errors import InputError
     from tftransfer.strategies import Phase
 
@@ -55,9 +48,7 @@ _STOCK = (
 _OURS = (
     _BEGIN
     + """
-    held = tf.constant(pictures)
-    source = Pictures(tuple("abcdefgh"), lambda index: tf.gather(held, index), (4, 4))
-    examples = Examples(source, targets, np.ones(8, np.float32))
+    examples = _examples(pictures, targets)
     data, task = Data("shades", ("a", "b"), examples, examples, examples), tasks.SingleLabel(("a", "b"))
 
     found = {}
@@ -80,14 +71,14 @@ _OURS = (
 
 
 @pytest.mark.slow
-def test_stock_keras_keeps_the_first_devices_statistics_and_fails_on_a_model_from_outside(run_python):
-    found = run_python(_STOCK)
+def test_stock_keras_keeps_the_first_devices_statistics_and_fails_on_a_model_from_outside(run_on_devices):
+    found = run_on_devices(_STOCK)
     assert found["statistics"] == pytest.approx([0.5 * 5, 0.5 * 1 + 0.5 * 25])  # of 0 and 10 alone
     assert found["failed"] == ["AssertionError", ""]  # deep in TensorFlow, without a word
 
 
-def test_ours_takes_statistics_over_the_whole_batch_and_says_what_is_wrong_with_a_model_from_outside(run_python):
-    found = run_python(_OURS)
+def test_ours_takes_statistics_over_the_whole_batch_and_says_what_is_wrong_with_a_model_from_outside(run_on_devices):
+    found = run_on_devices(_OURS)
     assert found["2"] == pytest.approx(found["1"], rel=1e-4)
     assert found["1"][0] > 50
     assert found["left behind"] is False
