@@ -89,24 +89,11 @@ def test_a_model_of_another_strategy_is_refused(small_network):
 
 
 _TWO_DEVICES = """
-    import json, sys
-    from tftransfer import cli
-    cli.import_tensorflow()
-    import numpy as np, tensorflow as tf, keras
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     from tftransfer import builders, distribution, strategies, tasks, training
     from tftransfer.averages import Ema
-    from tftransfer.data import Data, Examples, Pictures
 
     def examples(count, seed):
-        generator = np.random.default_rng(seed)
-        targets = np.arange(count, dtype=np.int32) % 3
-        pictures = generator.integers(0, 120, (count, 32, 32, 3), np.uint8)
-        pictures[np.arange(count), :, :, targets] += 100
-        held = tf.constant(pictures)
-        source = Pictures(tuple(map(str, range(count))), lambda index: tf.gather(held, index), (32, 32))
-        return Examples(source, targets, np.ones(count, np.float32))
+        return _examples(*_coloured(count, 32, seed))
 
     # 27 examples in batches of 8: the last batch of an epoch, 3, does not split evenly over two devices.
     data = Data("colours", ("a", "b", "c"), examples(27, 0), examples(9, 1), examples(6, 2))
@@ -175,9 +162,83 @@ _EXTRAS_ON_TWO_DEVICES = (
 )
 
 
+_SHARES = """
+    from tftransfer import distribution
+
+    found = {}
+    for devices in ("1", "2", "3", "4"):
+        with distribution.devices(devices) as chosen:
+            strategy = chosen.strategy
+        for count in range(1, 12):
+            rows = np.arange(count, dtype=np.float32)
+            batches = tf.data.Dataset.from_tensors((([rows],), rows[:, None], rows)).repeat(2)
+            first, again = distribution.shared_out(batches, strategy)
+            shares = [strategy.experimental_local_results(part) for part in (first[-2], again[-2], first[1])]
+            whole = [np.concatenate(share).ravel().tolist() for share in shares]
+            counts = strategy.experimental_local_results(first[-1]) if devices != "1" else []
+            found[f"{devices} {count}"] = [[len(part) for part in shares[0]], whole, list(map(float, counts))]
+    print(json.dumps(found))
+"""
+
+
+def test_every_device_has_a_share_of_every_batch(run_on_devices):
+    for name, (sizes, (rows, *others), counts) in run_on_devices(_SHARES, count=4).items():
+        devices, count = map(int, name.split())
+        few = count < devices
+        assert others == [rows, rows]
+        assert rows == list(range(count)) * (devices if few else 1), name
+        assert max(sizes) - min(sizes) <= 1, name
+        assert len(sizes) == devices
+        assert counts == ([] if devices == 1 else [1, *[0 if few else 1] * (devices - 1)])
+
+
+_FEW_ON_TWO_DEVICES = """
+    from tftransfer import distribution, tasks, training
+    from tftransfer.penalties import DistillFromSource
+    from tftransfer.strategies import Phase
+
+    # 9 examples in batches of 4: the last batch of an epoch has one, as has all of validation.
+    parts = (_examples(*_coloured(count, 32, seed)) for seed, count in enumerate((9, 1, 6)))
+    data = Data("colours", ("a", "b", "c"), *parts)
+    layers = keras.layers
+
+    def network():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((32, 32, 3))
+        x = layers.Conv2D(4, 5, strides=4, name="low")(layers.Rescaling(1 / 255)(inputs))
+        x = layers.BatchNormalization(momentum=0.5, name="norm")(x)
+        x = layers.add([x, layers.Conv2D(4, 3, padding="same", name="high")(x)])
+        return keras.Model(inputs, layers.Dense(3, name="logits")(layers.GlobalAveragePooling2D()(x)))
+
+    tried = {
+        "statistics": (Phase("statistics", "all", 2, 1e-2, optimizer="sgd", train_batch_norm=True), 4),
+        "frozen below": (Phase("frozen", "last:2", 2, 1e-2, optimizer="sgd", penalty=DistillFromSource()), 4),
+        "one by one": (Phase("alone", "head", 1, 1e-2, optimizer="sgd"), 1),
+    }
+    found = {}
+    for name, (phase, size) in tried.items():
+        ended = []
+        for devices in ("1", "2"):
+            with distribution.devices(devices):
+                model = network()
+            history = training.fine_tune(model, tasks.SingleLabel(data.labels), data, (phase,), batch_size=size)
+            assert history.phases[0].skipped == 0, history.phases[0].faults
+            ended.append({**history, **{w.path: w.numpy() for w in model.weights}})
+        one, two = ended
+        found[name] = {key: float(np.abs(np.subtract(one[key], two[key])).max()) for key in one}
+    print(json.dumps(found))
+"""
+
+
+def test_batches_with_fewer_examples_than_devices_are_those_of_one_device(run_on_devices):
+    """Weights, statistics of BatchNorm, losses and metrics, in training and validation."""
+    for name, apart in run_on_devices(_FEW_ON_TWO_DEVICES).items():
+        assert {key: value for key, value in apart.items() if value > 1e-5} == {}, name
+
+
 @pytest.mark.slow
-def test_two_devices_train_as_one(run_python):
-    found = run_python(_TWO_DEVICES)
+def test_two_devices_train_as_one(run_on_devices):
+    found = run_on_devices(_TWO_DEVICES)
     assert found["replicas"] == [1, 2]
     assert found["frozen"] == [True, True]
     assert found["weights"] < 1e-5
@@ -186,9 +247,9 @@ def test_two_devices_train_as_one(run_python):
 
 
 @pytest.mark.slow
-def test_what_a_phase_adds_works_on_two_devices_as_on_one(run_python):
+def test_what_a_phase_adds_works_on_two_devices_as_on_one(run_on_devices):
     """Each device mixes and drops its own examples, so that these alone differ."""
-    apart = run_python(_EXTRAS_ON_TWO_DEVICES)
+    apart = run_on_devices(_EXTRAS_ON_TWO_DEVICES)
     assert apart.pop("mixing") > 1e-5
     assert max(apart.values()) < 1e-5, apart
 
@@ -231,5 +292,5 @@ _RESUMED_ON_TWO_DEVICES = (
 
 
 @pytest.mark.slow
-def test_a_run_on_two_devices_goes_on_within_an_epoch_with_the_same_bits(run_python):
-    assert run_python(_RESUMED_ON_TWO_DEVICES) == [True, True, True]
+def test_a_run_on_two_devices_goes_on_within_an_epoch_with_the_same_bits(run_on_devices):
+    assert run_on_devices(_RESUMED_ON_TWO_DEVICES) == [True, True, True]

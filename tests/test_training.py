@@ -229,11 +229,6 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert {round(float(constant(step)), 6) for step in range(9)} == {0.1}
 
 
-@pytest.mark.parametrize(("count", "batch", "replicas", "size"), [(33, 32, 2, 31), (33, 32, 1, 32), (4, 32, 2, 4)])
-def test_validation_batches_leave_no_device_empty(count, batch, replicas, size):
-    assert inference.even_batch(count, batch, replicas) == size
-
-
 def test_a_model_with_other_outputs_is_refused(small_network, small_task, small_data):
     with pytest.raises(InputError, match="num_classes=3"):
         training.fine_tune(small_network(num_classes=4), small_task, small_data, (Phase("probe"),))

@@ -92,6 +92,44 @@ def parts(variable: keras.Variable | tf.Variable) -> tuple[tf.Variable, ...]:
     return tuple(getattr(value, "values", (value,)))
 
 
+def shared_out(batches: tf.data.Dataset, strategy: tf.distribute.Strategy) -> Any:
+    """Return batches as the devices of a strategy take them: each a share, and none of them nothing.
+
+    Shares are as even as can be. TensorFlow's own leave devices without an example, for which convolutions fail and a
+    mean is none. Of a batch with fewer examples than devices each device takes all of them, so that a mean over the
+    devices, that of BatchNorm too, is the mean over the batch.
+
+    Args:
+        batches: Of `(inputs, targets, weights)`.
+        strategy: For one device they stay what they are.
+
+    Returns:
+        A distributed data set; for several devices of `(inputs, targets, weights, counts)`, where the last is 1, or 0
+        for a share whose examples count as those of the first device in metrics.
+    """
+    devices = strategy.num_replicas_in_sync
+    if devices == 1:
+        return strategy.experimental_distribute_dataset(batches)
+    plain = tf.autograph.experimental.do_not_convert
+
+    def shares(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        own = devices // context.num_input_pipelines
+        numbers = tf.data.Dataset.range(own).map(plain(lambda number: context.input_pipeline_id * own + number))
+        each = plain(lambda *batch: numbers.map(plain(lambda number: _share(batch, number, devices))))
+        return batches.flat_map(each)
+
+    return strategy.distribute_datasets_from_function(shares)
+
+
+def _share(batch: tuple[Any, ...], number: tf.Tensor, devices: int) -> tuple[Any, ...]:
+    """Return a device's rows of a batch, and whether they count in metrics."""
+    count = tf.shape(batch[-1], tf.int64)[0]
+    few = count < devices
+    first, last = (-(-count * place // devices) for place in (number, number + 1))
+    first, last = tf.where(few, tf.zeros_like(first), first), tf.where(few, count, last)
+    return *tf.nest.map_structure(lambda part: part[first:last], batch), tf.where(few & (number > 0), 0.0, 1.0)
+
+
 @contextlib.contextmanager
 def shared_statistics(model: keras.Model, divided: bool = False) -> Iterator[None]:
     """Make BatchNorm layers that move their statistics take them over the whole batch, on however many devices.

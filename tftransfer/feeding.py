@@ -16,7 +16,7 @@ from tftransfer.constants import Constants
 from tftransfer.data import Data, Examples, order
 from tftransfer.data.augment import named
 from tftransfer.features import Kept
-from tftransfer.inference import chunk_of, even_batch
+from tftransfer.inference import chunk_of
 from tftransfer.prefix import Cut
 from tftransfer.shelf import Shelf
 from tftransfer.strategies import Phase, Strategy
@@ -231,9 +231,7 @@ def feed(
         batches = _few_at_a_time(batches)
     return Feed(
         batches,
-        order.in_order(
-            data.validation, even_batch(len(data.validation), steps.at_a_time, steps.replicas), _read(validation)
-        ),
+        order.in_order(data.validation, steps.at_a_time, _read(validation)),
         None if training else below,
         None if validation else below,
         time.monotonic() - began,

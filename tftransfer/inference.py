@@ -171,14 +171,3 @@ def chunk_of(batch_size: int, replicas: int = 1) -> int:
         (16, 32, 16)
     """
     return min(math.ceil(batch_size / replicas), features.BATCH)
-
-
-def even_batch(count: int, batch_size: int, replicas: int) -> int:
-    """Return the largest batch size up to `batch_size` whose last batch leaves no device without an example.
-
-    Example:
-        >>> even_batch(33, 32, 2)
-        31
-    """
-    sizes = range(min(batch_size, max(count, 1)), 0, -1)
-    return next(size for size in sizes if size == 1 or count % size == 0 or count % size >= replicas)

@@ -36,7 +36,8 @@ class LossError(keras.metrics.Metric):
         ops = keras.ops
         y_true, y_pred = ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)
         losses = ops.cast(self._loss.call(y_true, y_pred), "float32")
-        losses = ops.mean(ops.reshape(losses, (ops.shape(losses)[0], -1)), axis=1)
+        if len(losses.shape) > 1:
+            losses = ops.mean(losses, axis=list(range(1, len(losses.shape))))
         weights = ops.ones_like(losses) if sample_weight is None else ops.cast(sample_weight, "float32")
         added = (weights, weights * weights, weights * losses, weights * losses * losses)
         for total, values in zip(self._sums, added, strict=True):

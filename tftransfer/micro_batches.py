@@ -19,21 +19,21 @@ def added_up(
 
     Args:
         part: Computes a part; loss and gradients are scaled by its share.
-        count: Of examples in the batch, a scalar; the last batch of an epoch may have fewer.
+        count: Of examples in the batch, a scalar from 1; the last batch of an epoch may have fewer.
         parts: Into how many it is divided, as evenly as it goes; fewer where it has not as many examples.
         variables: What the gradients are of.
 
     Returns:
         The sum of gradients (None where no part gives one), the sum of losses, and outputs `(count, outputs)` in order.
     """
-    size = tf.maximum(-(-count // parts), 1)
-    number = tf.maximum(-(-count // size), 1)  # a device without an example computes an empty part
+    size = -(-count // parts)
+    number = -(-count // size)
     connected: list[bool] = []
     shape = tf.TensorShape(None)
 
     def one(index: tf.Tensor, sums: list[tf.Tensor], loss: tf.Tensor, kept: tf.TensorArray) -> tuple[Any, ...]:
         chosen = tf.range(index * size, tf.minimum((index + 1) * size, count))
-        share = tf.cast(tf.shape(chosen)[0], tf.float32) / tf.cast(tf.maximum(count, 1), tf.float32)
+        share = tf.cast(tf.shape(chosen)[0], tf.float32) / tf.cast(count, tf.float32)
         gradients, own, outputs = part(chosen, index, share)
         nonlocal shape
         shape = (None, *outputs.shape[1:])

@@ -9,12 +9,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tftransfer import micro_batches, mixing
+from tftransfer import distribution, micro_batches, mixing
 from tftransfer.adapters import Attached
 from tftransfer.guard import Guard, moving_before
 from tftransfer.penalties import Term
 
 Batch = tuple[Any, tf.Tensor, tf.Tensor]
+Given = Batch | tuple[Any, tf.Tensor, tf.Tensor, tf.Tensor]
+"""A batch, or a device's share of it and whether it counts in metrics, see `distribution.shared_out`."""
+
 Below = Callable[[tf.Tensor], list[tf.Tensor]]
 
 
@@ -51,7 +54,7 @@ class Trainee(keras.Model):
     """The part of a network that trains, while it trains; never saved or returned.
 
     Its train step gives each example the same share in the step, also where the last batch of an epoch does not
-    split evenly over the devices: Keras averages the devices' means instead.
+    split evenly over the devices, or has fewer examples than there are: Keras averages the devices' means instead.
 
     Where `micro_batches` is above 1, gradients are added up over so many parts of the batch, of which one at a time is
     in memory, what is frozen included. The step is that of the undivided batch but for rounding: each part counts by
@@ -139,7 +142,8 @@ class Trainee(keras.Model):
 
     def evaluate(self, x: Any = None, *given: Any, callbacks: Any = None, **named: Any) -> Any:
         if self._at_once is None:
-            return super().evaluate(x, *given, callbacks=callbacks, **named)
+            shares = distribution.shared_out(x, self.distribute_strategy)  # Keras takes the number of shares for steps
+            return super().evaluate(shares, *given, callbacks=callbacks, steps=int(x.cardinality()), **named)
         if self._again[0] is not x:
             count = int(x.cardinality())
             self._again = x, iter(x.repeat()), count
@@ -154,7 +158,7 @@ class Trainee(keras.Model):
         return logs
 
     def _repeated(
-        self, step: Callable[[Batch], Any], count: int, guard: Guard | None = None
+        self, step: Callable[[Given], Any], count: int, guard: Guard | None = None
     ) -> Callable[[Any, Any], tuple[Any, dict[str, tf.Tensor]]]:
         """Return a graph that takes steps until so many are done, or too many were skipped; and says the metrics."""
 
@@ -195,7 +199,7 @@ class Trainee(keras.Model):
         Returns:
             One list per metric.
         """
-        iterator = iter(self.distribute_strategy.experimental_distribute_dataset(batches))
+        iterator = iter(distribution.shared_out(batches, self.distribute_strategy))
         self.make_train_function()
         self.stop_training = False
         callbacks.on_train_begin()
@@ -252,11 +256,17 @@ class Trainee(keras.Model):
             inputs = tf.nest.map_structure(_of_any_batch, inputs)
         return inputs, targets, weights
 
-    def test_step(self, data: Batch) -> dict[str, tf.Tensor]:
-        return super().test_step(self._through(self.below_validation, data))
+    def test_step(self, data: Given) -> dict[str, tf.Tensor]:
+        inputs, targets, weights = self._through(self.below_validation, data[:3])
+        outputs = self(inputs, training=False)
+        loss = self.compute_loss(inputs, targets, outputs, weights, training=False)
+        targets, outputs, weights = _counted(data, targets, outputs, weights)
+        count = tf.cast(tf.shape(weights)[0], tf.float32)
+        self._loss_tracker.update_state(loss * self.distribute_strategy.num_replicas_in_sync, sample_weight=count)
+        return self.compute_metrics(inputs, targets, outputs, sample_weight=weights)
 
-    def train_step(self, data: Batch) -> dict[str, tf.Tensor]:
-        inputs, targets, weights = data
+    def train_step(self, data: Given) -> dict[str, tf.Tensor]:
+        inputs, targets, weights = data[:3]
         context = tf.distribute.get_replica_context()
         replicas = context.num_replicas_in_sync
         here = tf.cast(tf.shape(weights)[0], tf.float32)
@@ -275,7 +285,10 @@ class Trainee(keras.Model):
             loss, everywhere, outputs, weights = (  # a step that was skipped counts for nothing
                 tf.where(taken, value, tf.zeros((), value.dtype)) for value in (loss, everywhere, outputs, weights)
             )
+        if len(data) == 4:
+            everywhere *= data[3]
         self._loss_tracker.update_state(loss * replicas, sample_weight=everywhere / replicas)
+        targets, outputs, weights = _counted(data, targets, outputs, weights)
         return self.compute_metrics(inputs, targets, outputs, sample_weight=weights)
 
     def _in_one(self, batch: Batch, key: tf.Tensor, portion: tf.Tensor) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
@@ -385,9 +398,17 @@ class Trainee(keras.Model):
             if not self._compile_metrics.built:
                 _, _, batches = next(iter(iterator))
                 share = keras.tree.map_structure(lambda x: strategy.experimental_local_results(x)[0], next(batches))
-                data_batch = self._through(self.below_validation, share)
+                data_batch = self._through(self.below_validation, share[:3])
             iterator = None
         super()._maybe_symbolic_build(iterator, data_batch)
+
+
+def _counted(data: Given, *parts: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """Return what metrics take of targets, outputs and weights: no row where another device has the same examples."""
+    if len(data) == 3:
+        return parts
+    rows = tf.shape(parts[0])[0] * tf.cast(data[3], tf.int32)
+    return tuple(part[:rows] for part in parts)
 
 
 def _of_any_batch(tensor: tf.Tensor) -> tf.Tensor:
