@@ -1,15 +1,17 @@
 """Steps whose numbers are not finite: nothing of them stays, several in a row lead back, and too many end it."""
 
 import dataclasses
+import io
 
 import keras
 import numpy as np
 import pytest
+from rich.console import Console
 
-from tftransfer import cli, distribution, guard, training
+from tftransfer import checkpoints, cli, distribution, guard, training
 from tftransfer.adapters import Lora
 from tftransfer.averages import Ema
-from tftransfer.callbacks import KeepBest
+from tftransfer.callbacks import KeepBest, TellSkipped
 from tftransfer.data import order
 from tftransfer.errors import DivergedError
 from tftransfer.penalties import L2SP
@@ -205,6 +207,61 @@ def test_an_epoch_without_a_step_has_no_loss(small_network, small_task, small_da
     assert "probe:2stepswereskippedbecausetheirlossorgradientswerenotfinite:step0" in said
 
 
+class _Killed(BaseException):
+    """What stands for the end of the process."""
+
+
+def test_an_epoch_without_a_step_has_no_loss_where_the_run_goes_on_within_it(
+    small_network, small_task, small_data, make_examples, monkeypatch, tmp_path, capsys
+):
+    batches = _batches(2, batch_size=12)
+    data = _marked(small_data, make_examples, [batch[0] for batch in batches])
+    write, hears = (
+        checkpoints.save_progress,
+        keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: None),
+    )
+
+    def tuned(**given):
+        keras.utils.set_random_seed(0)
+        phases, named = (Phase("probe", "head", 2, 0.05),), {"batch_size": 12, "save_every": 0, "quiet": False}
+        return training.fine_tune(
+            _network(small_network), small_task, data, phases, callbacks=[hears], **named, **given
+        )
+
+    def write_and_end(*given, **named):
+        write(*given, **named)
+        raise _Killed
+
+    straight = tuned()
+    assert np.isnan(straight["loss"][0])
+    said = [line for line in capsys.readouterr().out.splitlines() if "skipped because" in line]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_progress", write_and_end)
+        with pytest.raises(_Killed):
+            tuned(output=tmp_path)
+    capsys.readouterr()
+    np.testing.assert_equal(dict(tuned(output=tmp_path)), dict(straight))
+    assert [line for line in capsys.readouterr().out.splitlines() if "skipped because" in line] == said
+
+
+def test_what_was_told_is_not_told_again_by_a_run_that_goes_on():
+    def told(counted, steps_skipped):
+        tell = TellSkipped(counted, quiet=False, console=Console(file=io.StringIO(), width=200))
+        tell.set_params({"steps": 2})
+        tell.on_epoch_begin(0)
+        counted.counters()["skipped"].assign_add(steps_skipped)
+        logs = {"loss": 1.0}
+        tell.on_epoch_end(0, logs)
+        return tell.console.file.getvalue(), np.isnan(logs["loss"])
+
+    before, after = guard.Guard("probe"), guard.Guard("probe")
+    assert told(before, 1) == (f"probe: {before.sentence()}\n", False)
+    for name, variable in before.counters().items():
+        after.counters()[name].assign(variable)
+    assert told(after, 0) == ("", False)
+    assert told(after, 2) == (f"probe: {after.sentence()}\n", True)
+
+
 def test_what_float16_skips_to_find_its_scale_is_no_fault(small_network, small_task, small_data, monkeypatch):
     scales, add = [], Trainee.add_guard
 
@@ -228,7 +285,8 @@ def test_counters_are_all_there_is_to_go_on_from(small_network, small_task, smal
     for _ in range(2):
         training.fine_tune(small_network(), small_task, small_data, (phase,), batch_size=8)
     first, second = trainees
-    given = {"skipped_in_a_row": 2, "skipped": 7, "rollbacks": 1, "moments_since": 2, "rate_factor": 0.5}
+    given = {"skipped_in_a_row": 2, "skipped": 7, "skipped_before": 4, "rollbacks": 1, "moments_since": 2}
+    given["rate_factor"] = 0.5
     assert set(given) | {"skipped_steps"} == set(first.counters())
     for name, value in given.items():
         first.counters()[name].assign(value)

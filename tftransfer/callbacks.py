@@ -111,19 +111,13 @@ class TellSkipped(keras.callbacks.Callback):
         super().__init__()
         self.guard, self.quiet = guard, quiet
         self.console = console or Console()
-        self._before = 0
-        self._told = 0
-
-    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
-        self._before = self.guard.skipped().total
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        total = self.guard.skipped().total
-        if logs is not None and total - self._before >= self.params.get("steps", math.inf):
+        skipped = self.guard.end_epoch()
+        if logs is not None and skipped >= self.params.get("steps", math.inf):
             logs.update({name: math.nan for name in logs if not name.startswith("val_") and name != "learning_rate"})
-        if total > self._told and not self.quiet:
+        if skipped and not self.quiet:
             self.console.print(f"{self.guard.phase}: {self.guard.sentence()}", markup=False, soft_wrap=True)
-        self._told = total
 
 
 class SwapAverages(keras.callbacks.SwapEMAWeights):

@@ -35,7 +35,7 @@ from tftransfer.tensor_files import Kinds
 from tftransfer.trainable import AuditRow, places
 from tftransfer.versions import differences, versions
 
-PHASE, STEP = "tftransfer phase 2", "tftransfer step 1"
+PHASE, STEP = "tftransfer phase 2", "tftransfer step 2"
 FOLDER, FILE = "checkpoints", "state.safetensors"
 KEPT = 2  # of each kind: where one is damaged, the one before it serves
 _NAME = re.compile(r"\d{3}-\d{9}")  # finished phases, and steps of the next one

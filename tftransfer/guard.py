@@ -97,16 +97,18 @@ class Guard:
         self.way_back: Callable[[], list[np.ndarray]] | None = None
         self._in_a_row = _counter(0, "skipped_in_a_row")
         self._total = _counter(0, "skipped")
+        self._before = _counter(0, "skipped_before")  # in the epochs that have ended
         self._steps = _counter([-1] * _LISTED, "skipped_steps")
         self._rollbacks = _counter(0, "rollbacks")
         self._fresh_since = _counter(0, "moments_since")
         self.rate = tf.Variable(1.0, trainable=False, dtype=tf.float32, name="rate_factor")
 
     def counters(self) -> dict[str, tf.Variable]:
-        """Return everything that decides later steps, by name; to set these variables is to go on from there."""
+        """Return everything that a run needs to go on from here, by name: it sets these variables."""
         return {
             "skipped_in_a_row": self._in_a_row,
             "skipped": self._total,
+            "skipped_before": self._before,
             "skipped_steps": self._steps,
             "rollbacks": self._rollbacks,
             "moments_since": self._fresh_since,
@@ -121,6 +123,13 @@ class Guard:
     def sentence(self) -> str:
         """Say in plain words what happened; empty if nothing did."""
         return self.skipped().sentence(self.names)
+
+    def end_epoch(self) -> int:
+        """Return how many steps of the epoch were skipped, also before the run was interrupted; the next one begins."""
+        total = int(self._total.numpy())
+        skipped = total - int(self._before.numpy())
+        self._before.assign(total)
+        return skipped
 
     @property
     def too_many(self) -> bool:

@@ -96,7 +96,7 @@ class Trainee(keras.Model):
             self.optimizer.build(self.trainable_variables)
 
     def counters(self) -> dict[str, tf.Variable]:
-        """Return what was skipped and what that led to: all of it decides later steps, as weights and moments do."""
+        """Return what was skipped and what that led to: a run that goes on needs it as it needs weights and moments."""
         return self.guard.counters() if self.guard else {}
 
     def run_at_once(self, steps: int) -> None:
