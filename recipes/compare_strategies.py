@@ -5,7 +5,7 @@
 
 With `--folds K` strategies are compared by cross-validation on the training split, and the test split is not looked
 at: choose so, then measure the choice without it. Writes comparison.json, comparison.md and comparison.png; the same
-command with the same --out goes on after the last trial of a run that was stopped.
+command with the same --out goes on after the last trial of a run that was stopped, if versions are the same.
 """
 
 from __future__ import annotations

@@ -89,10 +89,18 @@ def test_the_note_names_what_chose_beside_its_epochs(names, said):
     assert "to choose" not in comparison.table(TRIALS, "accuracy").note
 
 
-def test_other_data_and_damage_are_not_gone_on_with(tmp_path):
+def test_other_data_versions_and_damage_are_not_gone_on_with(tmp_path):
     comparison.write(tmp_path, TRIALS, "accuracy", ABOUT)
     with pytest.raises(InputError, match="differs in fingerprint"):
         comparison.begin(tmp_path, {**ABOUT, "fingerprint": "g"})
+    now = {**ABOUT, "versions": {"keras": "3.15", "numpy": "2.4"}}
+    with pytest.raises(InputError, match="is no comparison"):
+        comparison.begin(tmp_path, now)  # which versions it is of is not known
+    comparison.write(tmp_path, TRIALS, "accuracy", {**ABOUT, "versions": {"keras": "3.14", "numpy": "2.4"}})
+    with pytest.raises(InputError, match="differs in versions .keras 3.14 there, 3.15 here.: choose a new folder"):
+        comparison.begin(tmp_path, now)
+    comparison.write(tmp_path, TRIALS, "accuracy", now)
+    assert comparison.begin(tmp_path, now) == TRIALS
     (tmp_path / "comparison.json").write_text('{"trials": [{}]}')
     with pytest.raises(InputError, match="is no comparison"):
         comparison.begin(tmp_path, ABOUT)

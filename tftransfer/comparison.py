@@ -25,6 +25,7 @@ from tftransfer.penalties import Source
 from tftransfer.report import RESULT, Number, Picture, Table
 from tftransfer.shelf import folder_or_temporary
 from tftransfer.tasks import Task
+from tftransfer.versions import differences
 
 JSON, MARKDOWN, PICTURE = "comparison.json", "comparison.md", "comparison.png"
 
@@ -308,19 +309,22 @@ def begin(folder: Path, about: Mapping[str, Any]) -> tuple[Trial, ...]:
     """Return the trials that an earlier call of the same comparison has written down.
 
     Raises:
-        InputError: If the data or the network changed since then, or the file is damaged.
+        InputError: If the data, the network or the versions of packages changed since then, or the file is damaged.
     """
     path = folder / JSON
     if not path.is_file():
         return ()
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name, value in about.items() if found["about"][name] != value and name != "versions"]
+        before = found["about"]
+        changed = [name for name, value in about.items() if before[name] != value]
+        others = differences(before["versions"], about["versions"]) if "versions" in changed else ""
         trials = tuple(Trial(**trial) for trial in found["trials"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no comparison ({error!r}): choose a new folder") from None
     if changed:
-        raise InputError(f"`out` {folder} holds a comparison that differs in {', '.join(changed)}: choose a new folder")
+        told = f"{', '.join(changed)}{others and f' ({others})'}"
+        raise InputError(f"`out` {folder} holds a comparison that differs in {told}: choose a new folder")
     return trials
 
 
