@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 
-from tftransfer import InputError, checkpoints, feeding, training
+from tftransfer import InputError, checkpoints, feeding, recording, training
 from tftransfer.adapters import Lora
 from tftransfer.averages import Ema, WiseFt
 from tftransfer.history import History
@@ -87,6 +87,37 @@ def test_going_on_within_an_epoch_equals_never_having_stopped(tuned, tmp_path, m
             with pytest.raises(_Killed):
                 tuned(**given, output=tmp_path, save_every=0)
     _same(tuned(**given, output=tmp_path, save_every=0), expected)
+
+
+def test_seconds_are_those_of_all_processes(tuned, tmp_path, monkeypatch):
+    """The clock goes on by an hour before each checkpoint and by ten in what is lost after it."""
+    now, moved = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now() + moved[0])
+    record = recording.Recorder._record
+
+    def recorded(self, write):
+        moved[0] += 3600
+        record(self, write)
+
+    strategy = (Phase("probe", "head", 1, 0.05), Phase("all", "all", 1, 0.01))
+    monkeypatch.setattr(recording.Recorder, "_record", recorded)
+    for after in (2, 1):
+        with monkeypatch.context() as patch:
+            _dying(patch, after)
+            with pytest.raises(_Killed):
+                tuned(strategy, output=tmp_path, save_every=0)
+        moved[0] += 36000
+    before = 3 * 3600
+    _, history = tuned(strategy, output=tmp_path, save_every=1e9)
+    assert before <= history.seconds_before < before + 1800
+    first, second = history.phases
+    assert before <= first.seconds < before + 1800
+    assert first.extract_seconds < 1800
+    assert first.save_seconds < 1800
+    assert second.seconds < 1800
+    again = tuned(strategy, output=tmp_path)[1]
+    assert again.seconds_before == first.seconds + second.seconds
+    assert [one.seconds for one in again.phases] == [first.seconds, second.seconds]
 
 
 def test_what_callbacks_found_out_is_kept(tuned, tmp_path, monkeypatch):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from tftransfer import advice, audits, bundles, distribution, runs
 from tftransfer.data.examples import Seen
 from tftransfer.errors import InputError
-from tftransfer.report import Check, Number, Report, Table
+from tftransfer.history import History
+from tftransfer.report import Check, Findings, Number, Report, Table
 
 
 def _prepared(folder, seed=0, quiet=True):
@@ -39,6 +41,13 @@ def test_of_two_runs_prepared_together_one_begins(tmp_path, small_data, seed):
     with pytest.raises(InputError, match="another run"):
         _begin(second, small_data)
     assert bundles.read_manifest(tmp_path / "run")["configuration"]["seed"] == 0
+
+
+def test_a_report_counts_the_seconds_of_the_processes_before(tmp_path, small_data, small_task):
+    history, network = History(), SimpleNamespace(backbone="small")
+    history.seconds_before = 3600.0
+    report = runs._report(_prepared(tmp_path), small_task, small_data, history, network, Findings(), ())
+    assert 3600 < report.seconds["total"] < 3660
 
 
 def test_an_interrupted_run_begins_again(tmp_path, small_data):

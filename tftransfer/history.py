@@ -23,12 +23,14 @@ class PhaseRecord:
         frozen_share: Share of the parameters that ran as constants, in [0, 1].
         epochs: Epochs that were run.
         best_epoch: The epoch of the phase whose weights were kept; 0 if those it began with were better.
-        seconds: What the phase took, in the call that ended it.
+        seconds: What the phase took, over all processes that trained it: of one that was interrupted, what it took up
+            to the checkpoint that the next one went on from.
         tuned_share: Where `WiseFt` stopped between the weights that the phase began with (0) and the tuned ones (1).
         penalty_basis: What a penalty held the network to; empty without one.
         extract_seconds: What computing or finding the frozen part's features took, of `seconds`.
         store: What was kept of them.
-        waited_share: Share of the time in training, validation included, that was spent waiting for training batches.
+        waited_share: Share of the time in training, validation included, that was spent waiting for training batches;
+            of the process that ended the phase alone.
         steps: Steps that were taken.
         save_seconds: What checkpoints within the phase took, of `seconds`.
         skipped: How many steps were skipped, because their numbers were not finite.
@@ -85,7 +87,8 @@ class History(dict[str, list[float]]):
 
     An epoch for which a metric is not known, such as one that a user's callback logs now and then, holds NaN.
     `phases` holds a record for each phase, `adapter` the LoRA adapter that the last phase left, if it has one;
-    `complete` says whether all phases came to their end, `notes` what else happened.
+    `complete` says whether all phases came to their end, `notes` what else happened, `seconds_before` what earlier
+    processes took for the phases, up to the checkpoint that the last one went on from.
     """
 
     def __init__(self) -> None:
@@ -94,6 +97,7 @@ class History(dict[str, list[float]]):
         self.adapter: Adapter | None = None
         self.complete = True
         self.notes: list[str] = []
+        self.seconds_before = 0.0
 
     def add(self, logs: dict[str, list[float]], record: PhaseRecord) -> None:
         """Append one phase."""

@@ -29,6 +29,26 @@ _Variable: TypeAlias = keras.Variable | tf.Variable
 
 
 @dataclass(frozen=True)
+class Spent:
+    """How many seconds a phase has taken, over all processes that trained it.
+
+    Args:
+        total: All in all.
+        extract: Of them, for computing or finding what the frozen part gives.
+        save: Of them, for checkpoints within the phase.
+    """
+
+    total: float = 0.0
+    extract: float = 0.0
+    save: float = 0.0
+
+
+def spent_before(progress: Progress | None) -> Spent:
+    """Return what a phase had taken where it goes on."""
+    return Spent(**progress.told["spent"]) if progress else Spent()
+
+
+@dataclass(frozen=True)
 class Subject:
     """Everything that changes while a phase trains.
 
@@ -230,6 +250,8 @@ class Recorder(keras.callbacks.Callback):
         deadline: Of the monotonic clock. Defaults to none.
         signals: Ask whether the process is to end. Defaults to nobody.
         decided: JSON that is written down too: what was decided when the phase began. Defaults to nothing.
+        began: When this process began with the phase, by the monotonic clock. Defaults to now.
+        extracted: What it took for what the frozen part gives, in seconds. Defaults to 0.
     """
 
     def __init__(
@@ -245,11 +267,16 @@ class Recorder(keras.callbacks.Callback):
         deadline: float = math.inf,
         signals: Signals | None = None,
         decided: Mapping[str, Any] | None = None,
+        began: float | None = None,
+        extracted: float = 0.0,
     ) -> None:
         super().__init__()
         self.set_model(subject.trainee)
         self.out_of_time = False
-        self.seconds = 0.0
+        before = spent_before(began_with)
+        self._began = (time.monotonic() if began is None else began) - before.total
+        self._extracted = before.extract + extracted
+        self._saving = before.save
         self._subject = subject
         self._write = write
         self._phase = phase
@@ -268,6 +295,11 @@ class Recorder(keras.callbacks.Callback):
         if self._progress:
             self._subject.put_back_callbacks(self._progress)
             self.model.stop_training = self._progress.told["stops"]
+
+    @property
+    def spent(self) -> Spent:
+        """How many seconds the phase has taken so far."""
+        return Spent(time.monotonic() - self._began, self._extracted, self._saving)
 
     @property
     def left(self) -> range:
@@ -301,7 +333,8 @@ class Recorder(keras.callbacks.Callback):
     def _record(self, write: Callable[[Progress], None]) -> None:
         began = time.monotonic()
         kinds, told = self._subject.read()
-        write(Progress(self._phase, self.epoch, self.place, self.steps, kinds, {**told, **self._decided}))
+        told = {**told, **self._decided, "spent": vars(self.spent)}
+        write(Progress(self._phase, self.epoch, self.place, self.steps, kinds, told))
         took = time.monotonic() - began
-        self.seconds += took
+        self._saving += took
         self._next = began + took + (max(self._every, took / SHARE) if self._every else 0)

@@ -152,7 +152,10 @@ class Report:
         data: `name`, the counts `train`, `validation`, `test`, and `quarantined`, a list of dicts with `file`
             and `reason`; also `found` and `splits` (how each split came to be) where known.
         metrics: Measured on the test split.
-        seconds: How long each part took: `decode`, `extract`, `train`, `total`, ....
+        seconds: How long each part took: `decode` reading the data in the process that ended the run, `extract`
+            computing or finding what the frozen part gives and `train` all else in the phases, over all processes that
+            trained it; `total` is the whole of the last process and the phases of those before it. Of a process that
+            was interrupted, what was lost after its last checkpoint is in none of them.
         checks: Their outcomes.
         versions: Of Python and the libraries.
         seed: The run's seed.

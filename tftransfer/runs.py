@@ -403,7 +403,7 @@ def _report(
             "decode": data.seconds,
             "extract": sum(record.extract_seconds for record in history.phases),
             "train": sum(record.seconds - record.extract_seconds for record in history.phases),
-            "total": time.monotonic() - run.began,
+            "total": history.seconds_before + time.monotonic() - run.began,
         },
         checks=findings.checks,
         versions=versions(),

@@ -56,7 +56,7 @@ from tftransfer.metrics import LossError
 from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD, Moment, own, renamed
 from tftransfer.penalties import Source
 from tftransfer.planning import below_the_head, check_call, check_strategy, functional, plan
-from tftransfer.recording import Recorder, Subject
+from tftransfer.recording import Recorder, Subject, spent_before
 from tftransfer.shelf import Shelf, shelf_at
 from tftransfer.soundness import check_outputs
 from tftransfer.strategies import Phase, Strategy
@@ -357,6 +357,7 @@ def _run_phases(run: _Run, strategy: Strategy, found: checkpoints.Found) -> Hist
     """Train the phases that are left, and write down after each what a later call goes on from."""
     carried, history = _begin(run) if found.kept is None else _go_on(run, strategy, found.kept)
     history.notes += found.notes
+    history.seconds_before = sum(record.seconds for record in history.phases) + spent_before(found.progress).total
     for note in found.notes:
         literal_console(stderr=True).print(note, soft_wrap=True)
     first = len(history.phases)
@@ -411,13 +412,13 @@ def _run_phase(
     if progress:
         start = list(tensor_files.in_order(progress.kinds.get("start", {})))
     subject = Subject(trainee, run.model, keep, run.callbacks, start)
-    recorder = _recorder(run, number, steps, history, subject, progress, division)
+    recorder = _recorder(run, number, steps, history, subject, progress, division, began, feed.seconds)
     fitting = time.monotonic()
     logs = _fitted(run, phase, steps, feed, keep, trainee, recorder)
     fitting = time.monotonic() - fitting
     history.complete = not recorder.out_of_time
     tuned_share = _interpolate(phase, trainee, start, feed.validation)
-    seconds = time.monotonic() - began
+    spent = recorder.spent
     record = PhaseRecord(
         phase=phase,
         audit=audit,
@@ -425,13 +426,13 @@ def _run_phase(
         epochs=len(logs["loss"]),
         steps=recorder.steps,
         best_epoch=keep.kept_epoch,
-        seconds=seconds,
+        seconds=spent.total,
         tuned_share=tuned_share,
         penalty_basis=_penalty_basis(run, phase),
-        extract_seconds=feed.seconds,
+        extract_seconds=spent.extract,
         store=feed.summary,
         waited_share=feed.waited() / fitting,
-        save_seconds=recorder.seconds,
+        save_seconds=spent.save,
         skipped=guard.skipped().total,
         rollbacks=guard.skipped().rollbacks,
         faults=guard.sentence(),
@@ -450,6 +451,8 @@ def _recorder(
     subject: Subject,
     progress: checkpoints.Progress | None,
     division: memory.Division,
+    began: float,
+    extracted: float,
 ) -> Recorder:
     """Return the callback that writes the phase down, with everything put back that an earlier call has left."""
     if progress:
@@ -470,6 +473,8 @@ def _recorder(
         deadline=run.deadline,
         signals=run.signals,
         decided={"division": vars(division), "most_frozen": steps.most_frozen},
+        began=began,
+        extracted=extracted,
     )
 
 
