@@ -1,21 +1,29 @@
 import io
 import math
+import os
+import signal
+import sys
+import threading
 
 import keras
 import numpy as np
 import pytest
 from rich.console import Console
 
+from tftransfer import training
 from tftransfer.callbacks import (
     HeedStop,
     KeepBest,
     LearningRateLog,
-    Progress,
+    ProgressBar,
     SwapAverages,
     callback_list,
     hears_of_batches,
     looks_at_batches,
 )
+from tftransfer.strategies import Phase
+
+_HIDE_CURSOR, _SHOW_CURSOR, _ERASE_LINE = "\x1b[?25l", "\x1b[?25h", "\x1b[2K"
 
 
 @pytest.fixture
@@ -109,13 +117,73 @@ def test_the_rate_is_in_the_logs(line):
 
 def test_progress_leaves_one_line_per_epoch(line):
     out = io.StringIO()
-    progress = Progress("probe", 2, Console(file=out, width=200))
+    progress = ProgressBar("probe", 2, Console(file=out, width=200))
     data = np.ones((4, 1), np.float32)
     line.fit(data, data, epochs=2, validation_data=(data, data), callbacks=[progress], verbose=0)
     lines = out.getvalue().splitlines()
     assert [text.split("  ")[0] for text in lines] == ["probe: epoch 1 of 2", "probe: epoch 2 of 2"]
     first = [part.split()[0] for part in lines[0].split("  ")[1:-1]]
     assert first == ["loss", "val_loss"]
+
+
+def test_a_bar_that_is_closed_leaves_nothing_behind(line):
+    out, streams, threads = io.StringIO(), (sys.stdout, sys.stderr), threading.enumerate()
+    bar = ProgressBar("[probe]", 1, Console(file=out, width=80, force_terminal=True))
+    bar.set_params({"steps": 4})
+    bar.on_epoch_begin(0)
+    bar.on_train_batch_end(1)
+    bar.close()
+    written = out.getvalue()
+    assert "[probe]: epoch 1 of 1" in written
+    assert written.rindex(_SHOW_CURSOR) > written.rindex(_HIDE_CURSOR)
+    assert written.endswith(_ERASE_LINE)
+    assert (sys.stdout, sys.stderr) == streams
+    for thread in set(threading.enumerate()).difference(threads):
+        thread.join(5)
+        assert not thread.is_alive()
+    bar.close()
+    bar.on_train_batch_end(2)
+    assert out.getvalue() == written
+
+
+@pytest.mark.parametrize("output", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finds_the_bar_closed(small_network, small_task, small_data, monkeypatch, tmp_path, output, number):
+    """What it does may be to end the process."""
+
+    class Signal(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            assert sys.stdout is not stdout
+            os.kill(os.getpid(), number)
+
+    def ends(number, frame):
+        seen.append(sys.stdout is stdout and out.getvalue().endswith(_ERASE_LINE))
+        raise KeyboardInterrupt
+
+    out, stdout, seen = io.StringIO(), sys.stdout, []
+    monkeypatch.setattr(training, "literal_console", lambda *_, **__: Console(file=out, force_terminal=True))
+    before, phase = signal.signal(number, ends), Phase("probe", "head", 1)
+    given = {"callbacks": [Signal()], "quiet": False, "output": tmp_path if output else None}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            training.fine_tune(small_network(), small_task, small_data, (phase,), batch_size=8, **given)
+        assert signal.getsignal(number) is ends
+    finally:
+        signal.signal(number, before)
+    assert seen == [True]
+
+
+def test_an_error_finds_the_bar_closed(small_network, small_task, small_data, monkeypatch):
+    def fails(batch, logs):
+        raise RuntimeError("a callback failed")
+
+    out, stdout = io.StringIO(), sys.stdout
+    monkeypatch.setattr(training, "literal_console", lambda *_, **__: Console(file=out, force_terminal=True))
+    failing = [keras.callbacks.LambdaCallback(on_train_batch_end=fails)]
+    with pytest.raises(RuntimeError, match="a callback failed"):
+        training.fine_tune(small_network(), small_task, small_data, (Phase("probe"),), callbacks=failing, quiet=False)
+    assert sys.stdout is stdout
+    assert out.getvalue().endswith(_ERASE_LINE)
 
 
 def test_users_callbacks_see_the_whole_model_and_ours_the_part_that_trains(line):

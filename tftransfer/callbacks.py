@@ -11,8 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tftransfer.errors import InputError
 from tftransfer.guard import Guard
@@ -209,8 +208,8 @@ class LearningRateLog(keras.callbacks.Callback):
             logs["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
 
 
-class Progress(keras.callbacks.Callback):
-    """Show a bar while an epoch runs and leave one line behind when it ends.
+class ProgressBar(keras.callbacks.Callback):
+    """Show a bar while an epoch runs and leave one line behind when it ends; close it where training may be broken off.
 
     Args:
         name: What the phase is called.
@@ -224,22 +223,29 @@ class Progress(keras.callbacks.Callback):
         self.last_epoch = last_epoch
         self.console = console or Console()
         self._began = 0.0
-        self._bar: Bar | None = None
+        self._bar: Progress | None = None
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self._began = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Bar(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        title = TextColumn("{task.description}", markup=False)
+        columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        hidden = self.console.quiet or not self.console.is_terminal
+        self._bar = Progress(*columns, console=self.console, transient=True, disable=hidden)
         self._task = self._bar.add_task(self._title(epoch), total=self.params.get("steps"))
         self._bar.start()
+
+    def close(self) -> None:
+        """Take the bar away, and give back the cursor and the standard streams that it has taken."""
+        bar, self._bar = self._bar, None
+        if bar:
+            bar.stop()
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         if self._bar:
             self._bar.update(self._task, completed=batch + 1)
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        if self._bar:
-            self._bar.stop()
+        self.close()
         shown = {name: value for name, value in (logs or {}).items() if name not in _NOT_SHOWN}
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in sorted(shown.items(), key=_training_first))
         seconds = f"{time.monotonic() - self._began:.1f} s"

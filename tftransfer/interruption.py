@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,6 +16,8 @@ _TOGETHER = 1.0  # seconds within which signals count as one
 
 class Signals:
     """Holds signals back while a step runs; used as a context, outside of which they do what they did before.
+
+    Before one has its effect, which may be the end of the process, `closing` is called.
 
     A second Ctrl-C is never held back, nor another signal that comes again after a second: whoever sends it means it.
 
@@ -26,6 +29,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.came: int | None = None
+        self.closing: Callable[[], None] = lambda: None
         self._holds = False
         self._heard_at = 0.0
         self._before: dict[int, Any] = {}
@@ -69,8 +73,8 @@ class Signals:
             self.came = number
             return
         self._restore()
-        self.came = None
-        signal.raise_signal(number)
+        self.came = number
+        self._deliver()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -80,4 +84,5 @@ class Signals:
     def _deliver(self) -> None:
         came, self.came = self.came, None
         if came is not None:
+            self.closing()
             signal.raise_signal(came)

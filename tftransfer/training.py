@@ -39,7 +39,7 @@ from tftransfer.callbacks import (
     Forgiving,
     KeepBest,
     LearningRateLog,
-    Progress,
+    ProgressBar,
     SwapAverages,
     TellSkipped,
     callback_list,
@@ -192,7 +192,9 @@ def fine_tune(
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locks.held(folder))
-            run = dataclasses.replace(run, call=call, signals=stack.enter_context(Signals()))
+            run = dataclasses.replace(run, call=call)
+        if folder or not quiet:
+            stack.enter_context(run.signals)
         found = _earlier(folder, call, resume)
         stack.enter_context(prefix.nodes_as_they_were(model))
         history = _run_phases(run, strategy, found)
@@ -544,9 +546,13 @@ def _fitted(
     recorder: Recorder,
 ) -> dict[str, list[float]]:
     """Train what trains, and return one list per metric."""
-    callbacks = _callbacks(run, phase, keep, trainee, recorder, steps.per_epoch)
-    run.signals.hold()
-    with distribution.shared_statistics(run.model, divided=steps.micro_batches > 1):
+    bar = ProgressBar(phase.name, recorder.epochs.stop, literal_console(run.quiet))
+    callbacks = _callbacks(run, phase, keep, trainee, recorder, bar, steps.per_epoch)
+    run.signals.closing = bar.close
+    if run.output:
+        run.signals.hold()
+    divided = steps.micro_batches > 1
+    with contextlib.closing(bar), distribution.shared_statistics(run.model, divided=divided):
         return trainee.train(
             feed.training,
             feed.validation,
@@ -701,7 +707,13 @@ def _optimizer(
 
 
 def _callbacks(
-    run: _Run, phase: Phase, keep: KeepBest, trainee: Trainee, recorder: Recorder, per_epoch: int
+    run: _Run,
+    phase: Phase,
+    keep: KeepBest,
+    trainee: Trainee,
+    recorder: Recorder,
+    bar: ProgressBar,
+    per_epoch: int,
 ) -> keras.callbacks.CallbackList:
     ours: list[keras.callbacks.Callback] = [LearningRateLog(), keep]
     if trainee.guard:
@@ -711,8 +723,7 @@ def _callbacks(
     if run.output:
         board = keras.callbacks.TensorBoard(str(run.output / "logs"), write_graph=False)
         ours.append(Forgiving(board, partial(run.tell_unwritten, "logs/")))
-    if not run.quiet:
-        ours.append(Progress(phase.name, recorder.epochs.stop))
+    ours.append(bar)
     params = {"epochs": recorder.epochs.stop, "steps": per_epoch}
     return callback_list(ours, run.callbacks, trainee, run.model, params, (recorder,))
 
