@@ -207,6 +207,22 @@ def test_an_epoch_without_a_step_has_no_loss(small_network, small_task, small_da
     assert "probe:2stepswereskippedbecausetheirlossorgradientswerenotfinite:step0" in said
 
 
+def test_a_skipped_step_counts_in_no_metric(small_network, small_task, small_data, make_examples, trainees):
+    """Accuracy knows of no weights."""
+    counted = []
+
+    def note(batch, logs):
+        counts = {v.path.rpartition("/")[0]: float(v) for v in trainees[0].metrics_variables if "count" in v.path}
+        counted.append(counts)
+
+    data = _marked(small_data, make_examples, _batches(1, batch_size=12)[0][:1])
+    hears = keras.callbacks.LambdaCallback(on_train_batch_end=note)
+    phase = Phase("probe", "head", 1, 0.05)
+    training.fine_tune(_network(small_network), small_task, data, (phase,), batch_size=12, callbacks=[hears])
+    assert [set(counts.values()) for counts in counted] == [{0.0}, {12.0}]
+    assert {"loss", "accuracy"} <= set(counted[0])
+
+
 class _Killed(BaseException):
     """What stands for the end of the process."""
 

@@ -260,7 +260,8 @@ class Trainee(keras.Model):
         inputs, targets, weights = self._through(self.below_validation, data[:3])
         outputs = self(inputs, training=False)
         loss = self.compute_loss(inputs, targets, outputs, weights, training=False)
-        targets, outputs, weights = _counted(data, targets, outputs, weights)
+        if len(data) == 4:
+            targets, outputs, weights = _if_counted(data[3], targets, outputs, weights)
         count = tf.cast(tf.shape(weights)[0], tf.float32)
         self._loss_tracker.update_state(loss * self.distribute_strategy.num_replicas_in_sync, sample_weight=count)
         return self.compute_metrics(inputs, targets, outputs, sample_weight=weights)
@@ -278,17 +279,14 @@ class Trainee(keras.Model):
         gradients, loss, outputs = (self._in_parts if self.micro_batches > 1 else self._in_one)(
             batch, key, share / replicas
         )
+        counts = data[3] if len(data) == 4 else tf.ones(())
         if self.guard is None:
             self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
-        else:
+        else:  # a step that was skipped counts for nothing
             taken = self.guard.apply(self.optimizer, gradients, self.trainable_weights, loss, before)
-            loss, everywhere, outputs, weights = (  # a step that was skipped counts for nothing
-                tf.where(taken, value, tf.zeros((), value.dtype)) for value in (loss, everywhere, outputs, weights)
-            )
-        if len(data) == 4:
-            everywhere *= data[3]
-        self._loss_tracker.update_state(loss * replicas, sample_weight=everywhere / replicas)
-        targets, outputs, weights = _counted(data, targets, outputs, weights)
+            loss, counts = (tf.where(taken, value, tf.zeros((), value.dtype)) for value in (loss, counts))
+        self._loss_tracker.update_state(loss * replicas, sample_weight=everywhere * counts / replicas)
+        targets, outputs, weights = _if_counted(counts, targets, outputs, weights)
         return self.compute_metrics(inputs, targets, outputs, sample_weight=weights)
 
     def _in_one(self, batch: Batch, key: tf.Tensor, portion: tf.Tensor) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
@@ -403,11 +401,9 @@ class Trainee(keras.Model):
         super()._maybe_symbolic_build(iterator, data_batch)
 
 
-def _counted(data: Given, *parts: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """Return what metrics take of targets, outputs and weights: no row where another device has the same examples."""
-    if len(data) == 3:
-        return parts
-    rows = tf.shape(parts[0])[0] * tf.cast(data[3], tf.int32)
+def _if_counted(counts: tf.Tensor, *parts: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """Return targets, outputs and weights for metrics: no row if they don't count; not all metrics heed weights."""
+    rows = tf.shape(parts[0])[0] * tf.cast(counts, tf.int32)
     return tuple(part[:rows] for part in parts)
 
 
