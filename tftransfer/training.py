@@ -152,13 +152,7 @@ def fine_tune(
     model = functional(model)
     check_call(model, task, data, batch_size, callbacks)
     check_strategy(model, strategy, task, adapter)
-    check(cache in feeding.CACHES, "cache", f"one of {', '.join(feeding.CACHES)}", cache)
-    check(cache_dtype in ("float32", "float16"), "cache_dtype", "float32 or float16", cache_dtype)
-    check(frozen_dtype in ("float32", "bfloat16"), "frozen_dtype", "float32 or bfloat16", frozen_dtype)
-    can = frozen_dtype == "float32" or constants.has_bfloat16()
-    check(
-        can, "frozen_dtype", "float32 here: bfloat16 needs a processor with AVX512-BF16 or AMX, and no GPU", "bfloat16"
-    )
+    _check_kept(cache, cache_dtype, frozen_dtype)
     for name, seconds in (("time_limit", time_limit), ("save_every", save_every)):
         fits = seconds is None or (is_number(seconds) and seconds >= 0)
         check(fits, name, "a number of seconds from 0", seconds)
@@ -202,6 +196,16 @@ def fine_tune(
             _conclude(run, folder, history)
         history.notes += run.unwritten.values()
     return history
+
+
+def _check_kept(cache: str, cache_dtype: str, frozen_dtype: str) -> None:
+    """Refuse what cannot be kept, or computed here."""
+    check(cache in feeding.CACHES, "cache", f"one of {', '.join(feeding.CACHES)}", cache)
+    check(cache_dtype in ("float32", "float16"), "cache_dtype", "float32 or float16", cache_dtype)
+    check(frozen_dtype in ("float32", "bfloat16"), "frozen_dtype", "float32 or bfloat16", frozen_dtype)
+    can = frozen_dtype == "float32" or constants.has_bfloat16()
+    needed = "float32 here: bfloat16 needs a processor with AVX512-BF16 or AMX, and no GPU"
+    check(can, "frozen_dtype", needed, "bfloat16")
 
 
 def _conclude(run: _Run, folder: Path, history: History) -> None:
@@ -405,10 +409,7 @@ def _run_phase(
     feed = _fed(run, phase, steps, parts, below, later, trainee)
     matters = _moments_matter(strategy, number)
     keep = KeepBest(trainee, phase.patience, remember=lambda: _state(run, trainee) if matters else {"moments": {}})
-    before = trainee.evaluate(feed.validation, return_dict=True, verbose=0)
-    if not math.isfinite(before["loss"]):
-        check_outputs(trainee.answer, feed.validation, run.data.validation.names)
-    keep.consider(0, before["loss"], before["loss_error"])
+    _consider_beginning(run, trainee, keep, feed.validation)
     guard = _guarded(trainee, keep)
     start = trainee.get_weights() if isinstance(phase.average, WiseFt) else []
     if progress:
@@ -443,6 +444,14 @@ def _run_phase(
     )
     history.add(logs, record)
     return dataclasses.replace(carried, **keep.kept)
+
+
+def _consider_beginning(run: _Run, trainee: Trainee, keep: KeepBest, validation: tf.data.Dataset) -> None:
+    """Let the weights that a phase begins with count among those that may be kept."""
+    before = trainee.evaluate(validation, return_dict=True, verbose=0)
+    if not math.isfinite(before["loss"]):
+        check_outputs(trainee.answer, validation, run.data.validation.names)
+    keep.consider(0, before["loss"], before["loss_error"])
 
 
 def _recorder(
