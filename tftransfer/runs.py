@@ -329,7 +329,7 @@ def finish(
         history.adapter.save(run.folder / ADAPTER)
     pictures = samples(data)
     bundles.write_samples(run.folder, pictures)
-    version, verification = serving.publish(model, task, run.folder / "serving", pictures)
+    version, verification = serving.publish(model, task, run.folder / "serving", pictures, reuse=True)
     findings += Findings(checks=verification.checks)
     report = _report(run, task, data, history, network, findings, (*chosen.reasons, *history.notes))
     provenance = {

@@ -39,7 +39,7 @@ def write(path: Path, kinds: Kinds, format_name: str, **described: Any) -> None:
         OSError: If it cannot be written.
     """
     tensors = {f"{kind}:{name}": np.asarray(t, order="C") for kind, part in kinds.items() for name, t in part.items()}
-    text = json.dumps({**described, "format": format_name, "sha256": _digest(tensors)}, allow_nan=False)
+    text = json.dumps({**described, "format": format_name, "sha256": digest_of(tensors)}, allow_nan=False)
     staged = path.with_name(f".{path.name}.staged")
     try:
         save_file(tensors, staged, {_KEY: text})
@@ -66,7 +66,7 @@ def read(path: Path, format_name: str) -> tuple[dict[str, Any], Kinds]:
         raise InputError(f"{path} cannot be read as {format_name!r}: {error}") from None
     if described.get("format") != format_name:
         raise InputError(f"{path} is no file of this kind: expected {format_name!r} in its metadata")
-    if described["sha256"] != _digest(tensors):
+    if described["sha256"] != digest_of(tensors):
         raise InputError(f"{path} is damaged: its tensors are not those that were written")
     kinds: dict[str, dict[str, np.ndarray]] = {}
     for name, value in tensors.items():
@@ -137,7 +137,8 @@ def sync_tree(folder: Path) -> None:
         sync(Path(path))
 
 
-def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+def digest_of(tensors: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 over names, shapes, types and values of tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].shape} {tensors[name].dtype};".encode())

@@ -4,10 +4,11 @@ import os
 import platform
 import shutil
 
+import psutil
 import pytest
 import tensorflow as tf
 
-from tftransfer import InputError, constants, serving
+from tftransfer import InputError, constants, serving, tasks
 from tftransfer.serving import publication
 
 PASSED = serving.Verification(()).with_check("look", True)
@@ -88,10 +89,13 @@ def test_an_error_leaves_the_older_versions_alone(problem, tmp_path):
 
 def test_what_ended_processes_left_is_gone_after_the_next_and_nothing_else(tmp_path):
     node = platform.node()
-    ended, alive, elsewhere, old = (f".new-{one}-0" for one in (f"{node}-4194305", f"{node}-1", "x-4194305", "x-7"))
-    for name in (ended, alive, elsewhere, old):
+    processes = (f"{node}-4194305", f"{node}-1", "x-4194305", "x-7", f"{node}-{os.getpid()}")
+    ended, alive, elsewhere, old, of_our_number = (f".new-{one}-0" for one in processes)
+    for name in (ended, alive, elsewhere, old, of_our_number):
         build_in(tmp_path / name)
     os.utime(tmp_path / old, (0, 0))
+    before_we_began = psutil.Process().create_time() - 60
+    os.utime(tmp_path / of_our_number, (before_we_began, before_we_began))
     publication.publish_directory(build, tmp_path, lambda _: PASSED)
     assert sorted(os.listdir(tmp_path)) == sorted([alive, elsewhere, "1"])
 
@@ -182,6 +186,9 @@ def test_a_fault_of_the_optimiser_keeps_the_variables(model, task, pictures, tmp
     version, verification = serving.publish(model, task, tmp_path, pictures, repeats=2)
     assert version
     assert "optimiser failed (InternalError)" in verification.checks[-1].metrics["reason"]
+    again, found = serving.publish(model, task, tmp_path, pictures, repeats=2, reuse=True)
+    assert again == version
+    assert found.checks[-1] == verification.checks[-1]
 
 
 def test_the_server_may_be_another_user(tmp_path):
@@ -204,6 +211,58 @@ def test_publish_exports_and_verifies(model, task, pictures, tmp_path):
     assert verification.passed
     assert (version / "saved_model.pb").is_file()
     assert os.listdir(tmp_path) == ["1"]
+
+
+@pytest.mark.slow
+def test_the_same_network_is_verified_and_not_published_again(network, task, pictures, tmp_path):
+    first, found = serving.publish(network(), task, tmp_path, pictures, repeats=2, reuse=True)
+    again, found_again = serving.publish(network(), task, tmp_path, pictures, repeats=2, reuse=True)
+    assert again == first
+    assert [check.name for check in found_again.checks] == [check.name for check in found.checks]
+    assert found_again.passed
+
+
+@pytest.fixture
+def publish_quickly(monkeypatch, tmp_path):
+    """Return a function that publishes what is no SavedModel and is not verified."""
+    monkeypatch.setattr(publication, "export_savedmodel", lambda model, task, folder, **_: build(folder) or "")
+    monkeypatch.setattr(publication, "prove", lambda *_: PASSED)
+    monkeypatch.setattr(publication.scanning, "check", lambda _: None)
+
+    def publish(model, task, samples=(b"picture",), *, reuse=True, top_k=0):
+        return serving.publish(model, task, tmp_path, samples, warm_up_sizes=(), reuse=reuse, top_k=top_k)[0].name
+
+    return publish
+
+
+def test_what_the_newest_version_was_exported_from_is_no_version_more(publish_quickly, network, task, tmp_path):
+    assert publish_quickly(network(), task) == "1"
+    (tmp_path / f".new-{platform.node()}-4194305-0").mkdir()
+    assert publish_quickly(network(), task) == "1"
+    assert os.listdir(tmp_path) == ["1"]
+    assert publish_quickly(network(seed=1), task) == "2"
+    assert publish_quickly(network(seed=1), task) == "2"
+    assert publish_quickly(network(), task) == "3", "a server answers with the newest"
+
+
+@pytest.mark.parametrize("change", ["task", "samples", "top_k", "file", "missing", "unscanned", "failed", "reuse"])
+def test_what_differs_is_the_next_version(publish_quickly, network, task, tmp_path, flip_a_bit, monkeypatch, change):
+    def refuse(folder):
+        raise InputError("no SavedModel")
+
+    publish_quickly(network(), task)
+    given = {"top_k": {"top_k": 2}, "samples": {"samples": (b"another",)}, "reuse": {"reuse": False}}
+    if change == "task":
+        task = tasks.SingleLabel(tuple(reversed(task.labels)))
+    if change == "file":
+        flip_a_bit(tmp_path / "1" / "saved_model.pb")
+    if change == "missing":
+        (tmp_path / "1" / "variables" / "variables.index").unlink()
+    if change == "unscanned":
+        monkeypatch.setattr(publication.scanning, "check", refuse)
+    if change == "failed":
+        monkeypatch.setattr(publication, "prove", lambda folder, *_: FAILED if folder.name == "1" else PASSED)
+    assert publish_quickly(network(), task, **given.get(change, {})) == "2"
 
 
 @pytest.mark.usefixtures("without_c_library")

@@ -16,15 +16,17 @@ from pathlib import Path
 import keras
 import psutil
 
-from tftransfer import errors, soundness, tensor_files
+from tftransfer import errors, scanning, soundness, tensor_files
 from tftransfer.errors import InputError
-from tftransfer.serving import warm_up
+from tftransfer.serving import origin, warm_up
 from tftransfer.serving.export import export_savedmodel
+from tftransfer.serving.origin import Origin
 from tftransfer.serving.verification import Verification, made_up_pictures, prove
 from tftransfer.tasks import Task
 
 KEPT_VERSIONS = 5
 _HIDDEN = ".new-"  # no server takes it for a version
+_CLOCK_STEP = 1.0  # seconds: the start of a process is known to a hundredth, and the system's clock is corrected
 _SECONDS_LEFT = 24 * 60 * 60  # after which another machine's process is taken to have ended
 
 
@@ -40,6 +42,7 @@ def publish(
     top_k: int = 0,
     keep: int = KEPT_VERSIONS,
     warm_up_sizes: Sequence[int] = warm_up.BATCH_SIZES,
+    reuse: bool = False,
 ) -> tuple[Path | None, Verification]:
     """Export a network, verify the SavedModel and publish it as the next version.
 
@@ -54,6 +57,8 @@ def publish(
         keep: How many versions stay, the newest ones. Defaults to 5.
         warm_up_sizes: Batch sizes of the requests that a model server answers before any other, see `warm_up.write`;
             none for no such file. Defaults to 1 and 8.
+        reuse: Whether the newest version is verified again, and none is added, if it is this very network's, exported
+            with the same options from the same samples. Defaults to False.
 
     Returns:
         The version's folder, or None if it did not pass and was not published; and what was checked.
@@ -63,24 +68,45 @@ def publish(
             written.
     """
     soundness.check_weights(model)
-    kept = ""
+    options = {"logits": from_logits, "optimise": optimise, "top_k": top_k, "warm_up": list(warm_up_sizes)}
+    source, kept = origin.source_of(model, task, samples, **options), ""
 
     def build(directory: Path, constant: bool) -> None:
         nonlocal kept
         kept += export_savedmodel(model, task, directory, from_logits=from_logits, optimise=constant, top_k=top_k)
         if warm_up_sizes:
             warm_up.write(directory, samples or made_up_pictures(), warm_up_sizes)
+        origin.write(directory, Origin(source, kept))
 
     def check(directory: Path) -> Verification:
         found = prove(directory, samples, model, task, from_logits, repeats)
         return found.with_check("graph of constants", None, {"reason": kept}) if kept else found
 
-    version, found = publish_directory(partial(build, constant=optimise), serving_dir, check, keep)
-    if version is None and optimise and not kept:
+    if reuse and (newest := _newest_from(source, Path(serving_dir))):
+        version, kept = newest
+        if (found := check(version)).passed:
+            return version, found
+        kept = ""
+    published, found = publish_directory(partial(build, constant=optimise), serving_dir, check, keep)
+    if published is None and optimise and not kept:
         kept = f"with constants {'; '.join(found.failed)} failed, so variables are kept"
         again = publish_directory(partial(build, constant=False), serving_dir, check, keep)
         return again if again[0] else (None, found)
-    return version, found
+    return published, found
+
+
+def _newest_from(source: str, parent: Path) -> tuple[Path, str] | None:
+    """Return the newest version and why its variables were kept, if it is whole and was exported from this."""
+    newest = newest_version(parent)
+    was = origin.read(newest) if newest and source else None
+    if newest is None or was is None or was.source != source:
+        return None
+    _tidy(parent)
+    try:
+        scanning.check(newest)  # another process has written it
+    except InputError:
+        return None
+    return newest, was.kept
 
 
 def publish_directory(
@@ -207,10 +233,21 @@ def _tidy(parent: Path) -> None:
     """Remove what processes of this machine that have ended left, and whatever is older than a day."""
     for left in parent.glob(f"{_HIDDEN}*"):
         node, _, process = left.name.removeprefix(_HIDDEN).rpartition("-")[0].rpartition("-")
-        ended = node == (platform.node() or "here") and process.isdecimal() and not psutil.pid_exists(int(process))
+        here = node == (platform.node() or "here") and process.isdecimal()
         with contextlib.suppress(OSError):
-            if ended or time.time() - left.stat().st_mtime > _SECONDS_LEFT:
+            made = left.stat().st_mtime
+            if (here and _ended(int(process), made)) or time.time() - made > _SECONDS_LEFT:
                 shutil.rmtree(left)
+
+
+def _ended(process: int, made: float) -> bool:
+    """Whether the process that made something then has ended; another one may have its number, in containers mostly."""
+    try:
+        return psutil.Process(process).create_time() > made + _CLOCK_STEP
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
 
 
 @contextlib.contextmanager
