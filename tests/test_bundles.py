@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -59,6 +60,79 @@ def test_a_changed_file_is_named(tmp_path, small_network, small_task):
     _saved(tmp_path, small_network(), small_task)
     (tmp_path / "report.json").write_text("{}")
     assert integrity.changed_files(tmp_path, bundles.read_manifest(tmp_path)) == ["report.json"]
+
+
+def test_what_a_process_that_was_killed_before_its_manifest_left_is_no_other_run(tmp_path):
+    (tmp_path / ".probe").mkdir()
+    for name in (".lock", ".manifest.json.staged"):
+        (tmp_path / name).touch()
+    assert not bundles.claim(tmp_path, CONFIGURATION)
+    bundles.begin(tmp_path, CONFIGURATION)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+class _Killed(BaseException):
+    """Nobody catches it."""
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_run_killed_while_its_manifest_is_written_is_sealed_or_written_again(tmp_path, monkeypatch, complete):
+    def dying_at(place):
+        calls = iter(range(place))
+
+        def dying(function):
+            def call(*given, **named):
+                if next(calls, None) is None:
+                    raise _Killed
+                return function(*given, **named)
+
+            return call
+
+        for module, name in ((Path, "write_text"), (Path, "unlink"), (os, "replace"), (os, "fsync")):
+            monkeypatch.setattr(module, name, dying(getattr(module, name)))
+
+    for place in range(20):
+        folder = tmp_path / str(place)
+        bundles.begin(folder, CONFIGURATION)
+        bundles.finish(folder, CONFIGURATION, complete=False, current="1")
+        dying_at(place)
+        try:
+            bundles.finish(folder, CONFIGURATION, complete=complete, current="2")
+        except _Killed:
+            monkeypatch.undo()
+        else:
+            break
+        bundles.read_manifest(folder)  # which refuses one with a wrong seal
+        if bundles.claim(folder, CONFIGURATION):
+            bundles.settle(folder)
+        else:
+            bundles.finish(folder, CONFIGURATION, complete=complete, current="2")
+        assert {path.name for path in folder.iterdir()} == {"manifest.json", "manifest.sha256"}
+        assert integrity.check_seal(folder).passed
+        assert bundles.read_manifest(folder)["current"] == "2"
+    assert place >= 9
+
+
+def test_an_export_killed_while_the_manifest_is_written_is_noted_by_the_next_call(written_run, monkeypatch):
+    def killed(path):
+        raise _Killed
+
+    _publish(written_run, "3")
+    monkeypatch.setattr(bundles, "_put_in_place", killed)
+    with pytest.raises(_Killed):
+        bundles.refresh(written_run, "serving/3")
+    monkeypatch.undo()
+    assert not (written_run / "manifest.sha256").exists()
+    bundles.settle(written_run)
+    assert integrity.check_seal(written_run).passed
+    assert bundles.read_manifest(written_run)["current"] == "3"
+    assert not list(written_run.glob(".*"))
+
+
+def test_a_seal_that_somebody_removed_is_not_put_back(written_run):
+    (written_run / "manifest.sha256").unlink()
+    bundles.settle(written_run)
+    assert not (written_run / "manifest.sha256").exists()
 
 
 def test_leftovers_of_an_interrupted_export_are_not_part_of_a_run(tmp_path):
@@ -251,23 +325,6 @@ def test_a_changed_manifest_is_refused(tmp_path, small_network, small_task):
             use(tmp_path)
     (tmp_path / "manifest.sha256").unlink()
     assert bundles.read_manifest(tmp_path)["labels"] == ["rot", "green", "blue"]
-
-
-def test_an_interruption_leaves_no_wrong_seal(tmp_path, small_network, small_task, monkeypatch):
-    _saved(tmp_path, small_network(), small_task)
-    write = bundles.write_text
-
-    def stop(path, text):
-        if path.name == "manifest.sha256":
-            raise KeyboardInterrupt
-        write(path, text)
-
-    monkeypatch.setattr(bundles, "write_text", stop)
-    (tmp_path / "serving" / "2").mkdir(parents=True)
-    (tmp_path / "serving" / "2" / "saved_model.pb").write_text("graph")
-    with pytest.raises(KeyboardInterrupt):
-        bundles.refresh(tmp_path, "serving/2")
-    assert bundles.read_manifest(tmp_path)["current"] == "2"
 
 
 def test_names_that_are_not_utf8_are_written_and_read_back(tmp_path):

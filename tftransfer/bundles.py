@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ SAMPLES = "samples"
 REPORT, HTML = "report.json", "report.html"
 CARD = "MODEL_CARD.md"
 _GROWING = ("checkpoints", "logs", "history.csv")
+_PROBE = ".probe"
 _PATTERN_CHARACTERS = frozenset("[]*?\\")
 
 
@@ -62,7 +62,8 @@ def claim(folder: Path, configuration: Mapping[str, Any]) -> bool:
     """
     _check_path(folder)
     _check_writable(folder)
-    if not folder.exists() or all(path.name == locks.FILE for path in folder.iterdir()):
+    of_begun = (locks.FILE, _PROBE, _staged(folder / MANIFEST).name)  # what is there before the manifest is
+    if not folder.exists() or all(path.name in of_begun for path in folder.iterdir()):
         return False
     if not (folder / MANIFEST).is_file():
         raise InputError(f"`out` {folder} is not empty and holds no run: choose a new folder")
@@ -281,10 +282,30 @@ def put_in_report(folder: Path, table: Table) -> None:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    # Whoever is interrupted between the steps leaves a manifest without a seal, never one with a wrong seal.
+    # Whoever is interrupted between the steps leaves a manifest without a seal, never one with a wrong seal, and beside
+    # it what `settle` goes on with.
+    _stage(folder / MANIFEST, _json(manifest))
+    _stage(folder / SEAL, integrity.seal_of(_staged(folder / MANIFEST)))
     (folder / SEAL).unlink(missing_ok=True)
-    write_json(folder / MANIFEST, manifest)
-    write_text(folder / SEAL, integrity.seal_of(folder / MANIFEST))
+    _put_in_place(folder / MANIFEST)
+    _put_in_place(folder / SEAL)
+
+
+def settle(folder: Path) -> None:
+    """Seal the manifest of a finished run where the process that wrote it was killed in between, and tidy up after it.
+
+    A manifest whose seal somebody has removed stays without one. A folder that is in use is left alone.
+    """
+    manifest, seal = folder / MANIFEST, folder / SEAL
+    with contextlib.suppress(InputError), locks.held(folder), _locked(folder):
+        if _staged(seal).is_file() and not seal.is_file():
+            said = _staged(seal).read_text(encoding="utf-8")
+            if _staged(manifest).is_file() and said == integrity.seal_of(_staged(manifest)):
+                _put_in_place(manifest)
+            if said == integrity.seal_of(manifest):
+                _put_in_place(seal)
+        for path in (manifest, seal):
+            _staged(path).unlink(missing_ok=True)
 
 
 def load(folder: str | os.PathLike[str], *, trust: bool = False) -> Bundle:
@@ -422,10 +443,21 @@ def write_text(path: Path, text: str) -> None:
     Names of files that are not UTF-8 hold characters that UTF-8 lacks; they are written as `\\udcXX`, which is what
     JSON reads.
     """
-    staged = path.with_name(f".{path.name}.staged")
-    staged.write_text(text, encoding="utf-8", errors="backslashreplace")
-    tensor_files.sync(staged)
-    os.replace(staged, path)
+    _stage(path, text)
+    _put_in_place(path)
+
+
+def _staged(path: Path) -> Path:
+    return path.with_name(f".{path.name}.staged")
+
+
+def _stage(path: Path, text: str) -> None:
+    _staged(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+    tensor_files.sync(_staged(path))
+
+
+def _put_in_place(path: Path) -> None:
+    os.replace(_staged(path), path)
     tensor_files.sync(path.parent)
 
 
@@ -453,7 +485,9 @@ def _check_writable(folder: Path) -> None:
     if not existing.is_dir():
         raise InputError(f"`out` {folder} cannot be a folder: {existing} is a file")
     try:
-        with tempfile.TemporaryDirectory(dir=existing):
-            pass
+        with contextlib.suppress(FileExistsError):  # another process tries too, or was killed when it did
+            (existing / _PROBE).mkdir()
+        with contextlib.suppress(FileNotFoundError):
+            (existing / _PROBE).rmdir()
     except OSError as error:
         raise InputError(f"`out` {folder} cannot be written: {error.strerror}") from None

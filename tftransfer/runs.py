@@ -90,6 +90,8 @@ class Run:
 def prepare(name: str, options: argparse.Namespace) -> Run:
     """Decide on a run's folder and refuse one that holds something else; nothing is written yet.
 
+    A run that was killed when all but its manifest's seal was written is finished by this.
+
     Args:
         name: The recipe's name.
         options: Its parsed options, with `out` and `quiet`, and `resume` and `time_limit` if it has them.
@@ -104,6 +106,8 @@ def prepare(name: str, options: argparse.Namespace) -> Run:
     if resume and not again:
         raise InputError(f"`resume`: {folder} holds no run: leave `--resume` out to begin one there")
     finished = bundles.claim(folder, configuration)
+    if finished:
+        bundles.settle(folder)
     decisions: dict[str, Any] = {}
     if again and not finished:
         with locks.held(folder):
