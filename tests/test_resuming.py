@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 
-from tftransfer import InputError, checkpoints, feeding, recording, training
+from tftransfer import InputError, checkpoints, feeding, recording, sealed_folders, training
 from tftransfer.adapters import Lora
 from tftransfer.averages import Ema, WiseFt
 from tftransfer.history import History
@@ -340,6 +340,31 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tuned, tmp
     assert f"{names[-1]} is damaged (state.safetensors is not the file" in " ".join(capsys.readouterr().err.split())
     assert found[1].notes[1:] == ["Training goes on from the one before."]
     _same(found, tuned(strategy))
+
+
+def test_where_nothing_can_be_set_aside_or_removed_training_goes_on(tuned, tmp_path, monkeypatch, capsys):
+    def read_only(folder):
+        raise OSError(30, "Read-only file system")
+
+    strategy = (Phase("probe", "head", 2, 0.05),)
+    _dying(monkeypatch, 3)
+    with pytest.raises(_Killed):
+        tuned(strategy, output=tmp_path, save_every=0)
+    monkeypatch.undo()
+    file = tmp_path / "checkpoints" / "000-000000006" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    monkeypatch.setattr(sealed_folders, "_hide", read_only)
+    monkeypatch.setattr(sealed_folders, "set_aside", read_only)
+    found = tuned(strategy, output=tmp_path)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "is damaged (state.safetensors is not the file that was written) and cannot be set aside (Read-only" in told
+    assert told.count("older checkpoints cannot be removed (Read-only file system): training goes on") == 1
+    assert found[1].notes[1] == "Training goes on from the one before."
+    assert "older checkpoints could not be removed" in found[1].notes[2]
+    monkeypatch.undo()
+    _same(found, tuned(strategy))
+    tuned(strategy, output=tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["001-000000000"]
 
 
 def test_other_versions_are_named(tuned, tmp_path, monkeypatch):

@@ -279,11 +279,19 @@ def _tidy(parent: Path) -> None:
 
 
 def finish(folder: Path) -> None:
-    """Remove what nobody needs once all phases are done; the end of the last one stays."""
-    parent = folder / FOLDER
+    """Remove what nobody needs once all phases are done; the end of the last one stays.
+
+    Raises:
+        OSError: If some of it cannot be removed; the rest is.
+    """
+    parent, failed = folder / FOLDER, []
     for path in (*(parent / name for name in _names(parent)[:-1]), *parent.glob(f"{sealed_folders.DAMAGED}*")):
-        with contextlib.suppress(OSError):
+        try:
             sealed_folders.remove(path)
+        except OSError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 def _name(phase: int, steps: int) -> str:
@@ -299,22 +307,24 @@ def _names(parent: Path) -> list[str]:
 def latest(folder: Path, call: Call) -> Found:
     """Read where the same call was when it ended; what is damaged is set aside, and the one before it serves.
 
+    Where nothing can be written, what is damaged stays where it is, and is not read either.
+
     Raises:
         InputError: If the folder holds another call; says what differs.
         ScanError: If a scan finds something in a file.
     """
     parent = folder / FOLDER
     sealed_folders.sweep(parent)
-    before = _names(parent)
-    notes = [note for name in before if (note := _without_damage(parent / name))]
-    whole = _names(parent)
+    damaged = {name: note for name in _names(parent) if (note := _without_damage(parent / name))}
+    notes, whole = [*damaged.values()], [name for name in _names(parent) if name not in damaged]
     if notes:
         notes.append("Training goes on from the one before." if whole else "Training begins anew.")
     for name in reversed(whole):
         phase = int(name[:3])
         end = _name(phase, 0)
-        if phase and end not in whole:
-            sealed_folders.remove(parent / name)  # what it began with is damaged
+        if phase and end not in whole:  # what it began with is damaged
+            with contextlib.suppress(OSError):
+                sealed_folders.remove(parent / name)
             continue
         kept = _kept(*_read(parent / end, PHASE, call), call.strategy) if phase else None
         return Found(kept, None if name == end else _progress(*_read(parent / name, STEP, call)), tuple(notes))
@@ -326,16 +336,23 @@ def _without_damage(path: Path) -> str:
     try:
         sealed_folders.check(path)
     except DamageError as error:
-        aside = sealed_folders.set_aside(path)
-        return f"{path} is damaged ({error}) and set aside as {aside.name}."
+        try:
+            done = f"set aside as {sealed_folders.set_aside(path).name}"
+        except OSError as why:
+            done = f"cannot be set aside ({why.strerror})"
+        return f"{path} is damaged ({error}) and {done}."
     return ""
 
 
 def clear(folder: Path) -> None:
-    """Remove all there is of an earlier call."""
+    """Remove all there is of an earlier call, the newest first: where that fails, one can go on from what is left.
+
+    Raises:
+        OSError: If it cannot be removed. A later call would take it for its own, so nothing may begin then.
+    """
     parent = folder / FOLDER
     sealed_folders.sweep(parent)
-    for path in (*(parent / name for name in _names(parent)), *parent.glob(f"{sealed_folders.DAMAGED}*")):
+    for path in (*(parent / name for name in reversed(_names(parent))), *parent.glob(f"{sealed_folders.DAMAGED}*")):
         sealed_folders.remove(path)
 
 

@@ -29,7 +29,8 @@ class DamageError(Exception):
 def write(target: Path, build: Callable[[Path], None]) -> None:
     """Write a folder's files through to the disk, with a list of them, and move it to its place.
 
-    An older folder there goes first. Whatever fails, nothing half-written bears the name.
+    It takes the place of an older folder there. Whatever fails, nothing half-written bears the name, and what bore it
+    still does.
 
     Args:
         target: Its place; the folder around it exists.
@@ -44,12 +45,23 @@ def write(target: Path, build: Callable[[Path], None]) -> None:
         scratch.mkdir()
         build(scratch)
         _seal(scratch)
-        remove(target)
-        os.rename(scratch, target)
+        _replace(scratch, target)
         tensor_files.sync(target.parent)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _replace(scratch: Path, target: Path) -> None:
+    older = _hide(target) if target.exists() else None
+    try:
+        os.rename(scratch, target)
+    except BaseException:
+        if older:
+            os.rename(older, target)
+        raise
+    if older:
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def check(folder: Path) -> None:
@@ -88,15 +100,20 @@ def set_aside(folder: Path) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder if it is there, out of sight first: half of one must never bear its name."""
-    if not folder.exists():
-        return
-    if not folder.name.startswith(_HIDDEN):
-        hidden = folder.with_name(f"{_HIDDEN}old-{folder.name}")
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.rename(folder, hidden)
-        folder = hidden
-    shutil.rmtree(folder)
+    """Remove a folder if it is there, out of sight first: half of one must never bear its name.
+
+    Raises:
+        OSError: If it cannot be put out of sight; what is left there of its files is for `sweep`.
+    """
+    if folder.exists():
+        shutil.rmtree(folder if folder.name.startswith(_HIDDEN) else _hide(folder), ignore_errors=True)
+
+
+def _hide(folder: Path) -> Path:
+    hidden = folder.with_name(f"{_HIDDEN}old-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(folder, hidden)
+    return hidden
 
 
 def sweep(parent: Path) -> None:

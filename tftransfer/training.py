@@ -214,8 +214,12 @@ def _conclude(run: _Run, folder: Path, history: History) -> None:
         history.write_csv(folder / "history.csv")
     except OSError as error:
         run.tell_unwritten("history.csv", error)
-    if history.complete:
+    if not history.complete:
+        return
+    try:
         checkpoints.finish(folder)
+    except OSError as error:
+        run.tell_unwritten("older checkpoints", error, "removed")
 
 
 def _earlier(folder: Path | None, call: checkpoints.Call, resume: bool) -> checkpoints.Found:
@@ -285,13 +289,13 @@ class _Run:
         except OSError as error:
             self.tell_unwritten("a checkpoint", error)
 
-    def tell_unwritten(self, what: str, error: Exception) -> None:
+    def tell_unwritten(self, what: str, error: Exception, done: str = "written") -> None:
         """Say once that something cannot be written, which does not end training."""
         key = what, getattr(error, "errno", None)
         if key not in self.unwritten:
             reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-            self.unwritten[key] = f"While training, {what} could not be written ({reason}); training went on."
-            literal_console(stderr=True).print(f"{what} cannot be written ({reason}): training goes on", soft_wrap=True)
+            self.unwritten[key] = f"While training, {what} could not be {done} ({reason}); training went on."
+            literal_console(stderr=True).print(f"{what} cannot be {done} ({reason}): training goes on", soft_wrap=True)
 
     def place(self, number: int) -> tuple[int, int]:
         """Return a phase's number for every seed, and how many steps of it an earlier call has done."""
