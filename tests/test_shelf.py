@@ -160,6 +160,35 @@ def test_a_temporary_folder_that_takes_memory_is_none(tmp_path, monkeypatch, kin
     assert not list(tmp_path.iterdir())
 
 
+HOLDS = """
+import sys, tempfile, time
+from tftransfer import shelf
+tempfile.tempdir, shelf.is_memory = sys.argv[1], lambda folder: False
+with shelf.folder_or_temporary(None, needed=True) as folder:
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_temporary_folder_of_a_killed_process_is_removed_by_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(shelves.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shelves, "is_memory", lambda folder: False)
+    (tmp_path / "tftransfer-notes").mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        left = other.stdout.readline().strip()
+        os.utime(left, (0, 0))
+        with shelves.folder_or_temporary(None, needed=True):
+            assert os.path.isdir(left), "its process is running"
+        other.kill()
+    os.utime(left)
+    with shelves.folder_or_temporary(None, needed=True):
+        assert os.path.isdir(left), "it may have been made just now"
+    os.utime(left, (0, 0))
+    with shelves.folder_or_temporary(None, needed=True):
+        assert not os.path.exists(left)
+    assert [path.name for path in tmp_path.iterdir()] == ["tftransfer-notes"]
+
+
 def test_only_a_folder_of_its_own_is_touched(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(bytes(10_000))

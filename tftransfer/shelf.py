@@ -6,9 +6,11 @@ Who needs an item for longer copies it: any process may remove it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +30,8 @@ _MAGIC = b"tftransfer item\n"
 _HEADER = len(_MAGIC) + 24  # length and CRC-32 of what follows, in digits
 _BLOCK = 4096  # bytes of which a disk gives a file whole ones
 _IN_MEMORY = ("tmpfs", "ramfs")  # file systems that are no disk
+_TEMPORARY = "tftransfer-features-"
+_NEW = 60.0  # seconds for which a temporary folder may be waiting for its lock
 _SPARE = 2**28  # bytes that stay free on the disk
 PathLike = str | os.PathLike[str]
 
@@ -195,7 +199,7 @@ def is_memory(folder: Path) -> bool:
 def folder_or_temporary(folder: PathLike | None, *, needed: bool) -> Iterator[PathLike | None]:
     """Give a folder, and where there is none but one is needed, a temporary one that is removed at the end.
 
-    A folder that takes memory is none.
+    A folder that takes memory is none. Temporary ones that processes which were killed have left are removed before.
 
     Example:
         >>> with folder_or_temporary("kept", needed=True) as folder:
@@ -206,8 +210,28 @@ def folder_or_temporary(folder: PathLike | None, *, needed: bool) -> Iterator[Pa
     if place is None:
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="tftransfer", dir=place, ignore_cleanup_errors=True) as temporary:
-        yield temporary
+    _remove_abandoned(Path(place))
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=place, ignore_cleanup_errors=True) as temporary:
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # some file systems have no locks, and there nobody removes it
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield temporary
+        finally:
+            os.close(descriptor)
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Remove temporary folders that no process holds."""
+    for left in place.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):  # another user's, or held
+            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(descriptor).st_mtime > _NEW:
+                    shutil.rmtree(left)
+            finally:
+                os.close(descriptor)
 
 
 def _temporary_place() -> str | None:
