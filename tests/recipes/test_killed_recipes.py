@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 _BEGIN = """
-    import hashlib, json, os, re, runpy, shutil, signal, sys, zipfile
+    import hashlib, json, os, random, re, runpy, shutil, signal, sys, time, zipfile
     from functools import partial
     from pathlib import Path
     from tftransfer import cli
@@ -52,7 +52,7 @@ _BEGIN = """
         sys.argv = [*COMMAND, "--out", str(folder), *more]
         runpy.run_path(recipe, run_name="__main__")
 
-    def ended(folder, kill=lambda *step: None, after_training=True, *more):
+    def ended(folder, kill=lambda *step: None, after_training=True, *more, seconds=None):
         process = os.fork()
         if not process:
             code = 1
@@ -62,6 +62,9 @@ _BEGIN = """
                 code = end.code
             finally:
                 os._exit(code)
+        if seconds is not None:
+            time.sleep(seconds)
+            os.kill(process, signal.SIGKILL)
         status = os.waitpid(process, 0)[1]
         assert os.WIFSIGNALED(status) or status == 0, (status, folder)
         return not os.WIFSIGNALED(status)
@@ -103,6 +106,23 @@ _AT_EVERY_CHANGE_AFTER_TRAINING = """
             break
         fallen += 1
         assert ended(folder)
+        assert left(folder) == left(straight), fallen
+        shutil.rmtree(folder)
+    print(fallen)
+"""
+
+_AT_RANDOM_AFTER_TRAINING = """
+    straight, trained, folder = parent / "straight", parent / "trained", parent / "run"
+    assert not ended(trained, lambda *step: die())
+    shutil.copytree(trained, straight)
+    took = -time.monotonic()
+    assert ended(straight)
+    took += time.monotonic()
+    generator, fallen = random.Random(3), 0
+    while fallen < int(sys.argv[3]):
+        shutil.copytree(trained, folder)
+        while not ended(folder, seconds=generator.uniform(0.3, 1.1) * took):
+            fallen += 1
         assert left(folder) == left(straight), fallen
         shutil.rmtree(folder)
     print(fallen)
@@ -156,6 +176,11 @@ def recipe(repository):
 @pytest.mark.slow
 def test_killed_at_every_change_of_its_folder_after_training(recipe, tmp_path):
     assert _run(_AT_EVERY_CHANGE_AFTER_TRAINING, recipe, tmp_path) >= 30
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_after_training(recipe, tmp_path):
+    assert _run(_AT_RANDOM_AFTER_TRAINING, recipe, tmp_path, 10) >= 10
 
 
 @pytest.mark.slow
