@@ -16,6 +16,7 @@ from tftransfer.data import Data, Examples, Pictures
 from tftransfer.errors import InputError
 from tftransfer.history import History
 from tftransfer.optimizers import LayerwiseAdamW, LayerwiseSGD
+from tftransfer.serving import export
 from tftransfer.strategies import Phase
 
 DEMO = ("MobileNet-0.25", "demo")
@@ -37,6 +38,9 @@ SLOW = (  # one row of each other family, and the demo's with random weights
 )
 THREE = [pytest.param(pair, id=pair[0]) for pair in QUICK]
 NETWORKS = [*THREE, *(pytest.param((name, None), id=f"{name}-random", marks=pytest.mark.slow) for name in SLOW)]
+# A graph session rewrites these otherwise than a function (with ConvNeXt, Keras has XLA compile convolutions): the same
+# SavedModel equals Keras bit for bit where TensorFlow 2 loads it, and within rounding where a session does.
+REWRITTEN = ("ConvNeXtTiny", "DenseNet121", "EfficientNetV2B0")
 # What takes longest runs by default on the demo's network alone.
 LONG = [NETWORKS[0], *(pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) for p in NETWORKS[1:])]
 # By default without the largest: `test_depth.py` loads a ConvNeXt too.
@@ -351,11 +355,10 @@ def test_saves_and_loads(network, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("optimise", "most"),
-    [pytest.param(True, 1e-5, id="constants", marks=pytest.mark.slow), pytest.param(False, 0.0, id="variables")],
+    "optimise", [pytest.param(True, id="constants", marks=pytest.mark.slow), pytest.param(False, id="variables")]
 )
 @_on(LONG)
-def test_exports_what_was_trained(network, tmp_path, optimise, most):
+def test_exports_what_was_trained(network, built, tmp_path, optimise):
     """By three loaders: as a graph of constants within 1e-5, as the recipes do, with its variables bit for bit.
 
     Batches of 33 against single pictures may differ in the last bit: sums are shared out over threads otherwise.
@@ -365,11 +368,18 @@ def test_exports_what_was_trained(network, tmp_path, optimise, most):
     assert version.name == "1"
     assert all(check.name != "graph of constants" for check in verification.checks)
     loaders = ("graph session equals Keras", "C library equals graph session")
-    differences = [check.metrics["maximum difference"] for check in verification.checks if check.name in loaders]
-    assert len(differences) == 2
-    # Keras has XLA compile some of ConvNeXt's convolutions, which a graph session does otherwise.
-    compiled = any("downsampling" in layer.name for layer in network._flatten_layers())
-    assert max(differences) <= (max(most, 1e-6) if compiled else most), verification.lines()
+    with_keras, with_session = (
+        check.metrics["maximum difference"] for name in loaders for check in verification.checks if check.name == name
+    )
+    rounded = optimise or built[0][0] in REWRITTEN
+    assert with_keras <= (1e-5 if rounded else 0.0), verification.lines()
+    assert with_session <= (1e-5 if optimise else 0.0), verification.lines()
+    if not optimise:
+        pictures = np.random.default_rng(1).uniform(0, 255, (4, *network.input_shape[1:])).astype(np.float32)
+        served = tf.saved_model.load(version).signatures["tensor"](tf.constant(pictures))
+        trained = export.answers_of(network, TASK)(tf.constant(pictures))
+        for name, values in trained.items():
+            np.testing.assert_array_equal(values, served[name])
 
 
 @pytest.mark.slow

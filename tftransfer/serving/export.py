@@ -130,7 +130,8 @@ def answers_of(
     shape = (None, *image_size(model), 3)
 
     def answer(image: tf.Tensor) -> dict[str, tf.Tensor]:
-        return task.answers(run(image), logits)
+        # A session does not trust the shape of what it is fed, and would rewrite the network otherwise than Keras does.
+        return task.answers(run(tf.ensure_shape(image, shape)), logits)
 
     # One function for both signatures: the network is traced, and stored in the file, once.
     return tf.function(answer, input_signature=[tf.TensorSpec(shape, tf.float32)], autograph=False)
