@@ -52,9 +52,12 @@ QUICK = [("MobileNet-0.25", "head"), ("MobileNet-0.25", "last:1")]
 # With seed 0 the input of a ReLU lies within rounding of zero, where one step jumps: by 7e-3 also when the features of
 # the network itself are moved by 1e-6.
 SEEDS = {"ResNet50V2": 3, "NASNetMobile": 1}
-# From smaller pictures its last features are single pixels, whose variance over a few pictures is so small that rounding
+# With Xception's many ReLUs that is so with any seed.
+JUMPS = {"Xception": 5e-3}
+# From smaller pictures its last features are single pixels, whose variance over a few pictures is small, and rounding
 # becomes 2.5e-4 in a step.
 SIDES = {"EfficientNetV2B0": 96}
+SHARED_OUT = ("ConvNeXtTiny", "Xception")  # the last bits of their features depend on how many pictures come together
 RANDOM_DEPTH = ("EfficientNetB0", "EfficientNetV2B0")  # stock `fit` leaves out branches of what is frozen
 
 
@@ -135,12 +138,16 @@ def test_folded_features_and_one_step_are_those_of_the_network(build, data, monk
         stepped.append(model.get_weights())
     for before, ours, theirs in zip(build(name).get_weights(), *stepped, strict=True):
         moved = np.linalg.norm(theirs.astype(np.float64) - before)
-        assert np.linalg.norm(ours.astype(np.float64) - theirs) <= ROUNDING * max(np.linalg.norm(theirs), moved)
+        most = JUMPS.get(name, ROUNDING) * max(np.linalg.norm(theirs), moved)
+        assert np.linalg.norm(ours.astype(np.float64) - theirs) <= most
 
 
 @pytest.mark.parametrize(("name", "selector"), _cases(QUICK[:1], but=RANDOM_DEPTH))
 def test_unfolded_features_train_to_the_bits_of_stock_fit(build, data, monkeypatch, name, selector):
-    """Kept or computed in every step: without folding nothing differs from `fit` on the whole network."""
+    """Kept or computed in every step: without folding nothing differs from `fit` on the whole network.
+
+    But what is kept was computed for all examples at once, where sums may be shared out over threads otherwise.
+    """
     monkeypatch.setattr(feeding, "_PAYS", 0.0)
     monkeypatch.setattr(constants, "as_constant_function", _with_variables)
     model = build(name, dropout=0.0)
@@ -165,8 +172,11 @@ def test_unfolded_features_train_to_the_bits_of_stock_fit(build, data, monkeypat
     model.compile(optimizers.LayerwiseSGD(phase.learning_rate, weight_decay=0.0), loss, jit_compile=False)
     model.fit(order.batches(source.train, 4, seed=0, phase=0, steps=3), shuffle=False, verbose=0)
     for kept, computed, stock in zip(*ended, model.get_weights(), strict=True):
-        np.testing.assert_array_equal(kept, computed)
-        np.testing.assert_array_equal(kept, stock)
+        np.testing.assert_array_equal(computed, stock)
+        if name in SHARED_OUT:
+            assert np.linalg.norm(kept - stock) <= 1e-6 * np.linalg.norm(stock)
+        else:
+            np.testing.assert_array_equal(kept, stock)
 
 
 def _with_variables(frozen: keras.Model, chunk: int | None = None):
