@@ -113,6 +113,13 @@ def test_memory_stays_flat_and_the_readme_says_so(repository):
     assert many - few <= 0.1 * few + found["setting"]["budget_mib"]
 
 
+def test_checkpoints_take_as_little_time_as_is_asked(repository):
+    text = " ".join((repository / "README.md").read_text(encoding="utf-8").split())
+    found = json.loads((repository / "benchmarks" / "results" / "checkpoints.json").read_text())
+    assert f"trained on flowers: {found['share']:.2%} of the time" in text
+    assert found["share"] <= 0.02
+
+
 def test_wrong_labels_are_found_as_often_as_is_asked(repository):
     shares = json.loads((repository / "benchmarks" / "results" / "labels_flowers.json").read_text())["shares"]
     for share, asked in (("5%", 0.60), ("10%", 0.70), ("20%", 0.75)):
