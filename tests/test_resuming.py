@@ -52,7 +52,7 @@ def tuned(small_network, small_task, small_data):
 
 
 def _same(one, other):
-    for first, second in zip(one[0].weights, other[0].weights, strict=True):
+    for first, second in zip(one[0].variables, other[0].variables, strict=True):
         np.testing.assert_array_equal(first.numpy(), second.numpy())
     assert dict(one[1]) == dict(other[1])
     assert [(r.epochs, r.best_epoch) for r in one[1].phases] == [(r.epochs, r.best_epoch) for r in other[1].phases]
@@ -87,6 +87,12 @@ def test_going_on_within_an_epoch_equals_never_having_stopped(tuned, tmp_path, m
             with pytest.raises(_Killed):
                 tuned(**given, output=tmp_path, save_every=0)
     _same(tuned(**given, output=tmp_path, save_every=0), expected)
+
+
+@pytest.mark.parametrize("name", ["between weights", "LoRA"])
+def test_a_call_with_nothing_left_to_train_gives_what_training_gave(tuned, tmp_path, name):
+    trained = tuned(STRATEGIES[name], output=tmp_path)
+    _same(tuned(STRATEGIES[name], output=tmp_path), trained)
 
 
 def test_seconds_are_those_of_all_processes(tuned, tmp_path, monkeypatch):

@@ -317,6 +317,7 @@ def _begin(run: _Run) -> tuple[_Carried, History]:
 def _go_on(run: _Run, strategy: Strategy, kept: checkpoints.Kept) -> tuple[_Carried, History]:
     """Set the model to where the last finished phase left it."""
     kept.restore(run.model)
+    _set_generators(run.model, kept.generators)
     phase = strategy[len(kept.history.phases) - 1]
     attached = None
     if kept.factors and phase.adapter:
@@ -380,7 +381,9 @@ def _run_phases(run: _Run, strategy: Strategy, found: checkpoints.Found) -> Hist
         carried = _run_phase(run, strategy, number, history, carried, found.progress if number == first else None)
         if not history.complete:
             break
+        _set_generators(run.model, carried.generators)  # of the same moment as the weights that stay, if one is known
         moments = renamed(carried.moments, trainable.places(run.model))
+        carried = dataclasses.replace(carried, generators=_generators(run.model))
         left = (carried.attached, carried.base, moments, carried.generators)
         run.try_to_save(partial(_save_phase, model=run.model, history=history, left=left))
         run.signals.release()
@@ -589,8 +592,7 @@ def _below(run: _Run, parts: prefix.Cut, chunk: int) -> constants.Constants | No
 
 def _state(run: _Run, trainee: keras.Model) -> dict[str, Any]:
     """Return what there is beside the weights, for somebody who goes on from here."""
-    generators = tuple(variable.numpy() for variable in trainable.generators(run.model))
-    return {"moments": own(trainee.optimizer).moments(), "generators": generators}
+    return {"moments": own(trainee.optimizer).moments(), "generators": _generators(run.model)}
 
 
 def _moments_matter(strategy: Strategy, number: int) -> bool:
@@ -739,6 +741,16 @@ def _callbacks(
     ours.append(bar)
     params = {"epochs": recorder.epochs.stop, "steps": per_epoch}
     return callback_list(ours, run.callbacks, trainee, run.model, params, (recorder,))
+
+
+def _generators(model: keras.Model) -> tuple[np.ndarray, ...]:
+    return tuple(variable.numpy() for variable in trainable.generators(model))
+
+
+def _set_generators(model: keras.Model, states: Sequence[np.ndarray]) -> None:
+    """Give random layers states that were kept, if any were."""
+    for variable, state in zip(trainable.generators(model), states, strict=False):
+        variable.assign(state)
 
 
 def _seed_generators(run: _Run, number: int) -> None:
