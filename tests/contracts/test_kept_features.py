@@ -52,7 +52,7 @@ QUICK = [("MobileNet-0.25", "head"), ("MobileNet-0.25", "last:1")]
 # With seed 0 the input of a ReLU lies within rounding of zero, where one step jumps: by 7e-3 also when the features of
 # the network itself are moved by 1e-6.
 SEEDS = {"ResNet50V2": 3, "NASNetMobile": 1}
-# With Xception's many ReLUs that is so with any seed.
+# With Xception's many ReLUs that was so with each of six seeds.
 JUMPS = {"Xception": 5e-3}
 # From smaller pictures its last features are single pixels, whose variance over a few pictures is small, and rounding
 # becomes 2.5e-4 in a step.
