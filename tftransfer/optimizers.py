@@ -83,6 +83,16 @@ class _Layerwise(keras.optimizers.Optimizer):
     def _apply_weight_decay(self, variables: list[keras.Variable]) -> None:
         """Do nothing: Keras would decay every variable at the global rate; `update_step` does it at its own."""
 
+    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
+        """Sum gradients over devices, if there are several: to do so registers a gradient for good.
+
+        It would hold the graph of every step that was ever traced.
+        """
+        context = tf.distribute.get_replica_context()
+        if context and context.num_replicas_in_sync == 1:
+            return grads_and_vars
+        return super()._all_reduce_sum_gradients(grads_and_vars)
+
     def _slots(self) -> Sequence[Sequence[keras.Variable]]:
         """Return the lists of moments, each in the order of the variables."""
         raise NotImplementedError
