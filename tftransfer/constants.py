@@ -23,6 +23,7 @@ from tftransfer import features
 _ON, _OFF = rewriter_config_pb2.RewriterConfig.ON, rewriter_config_pb2.RewriterConfig.OFF
 _PROCESSOR = "/job:localhost/replica:0/task:0/device:CPU:0"
 _BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")  # of processors that multiply such numbers
+_COMPILED = "_XlaMustCompile"
 _MOST_BYTES = 2**30  # of constants in a graph; Protocol Buffers end at 2 GiB
 Run = Callable[..., list[tf.Tensor]]
 
@@ -92,7 +93,7 @@ def as_portable_function(network: keras.Model) -> Run:
     return lambda *batch: list(infer(*(tf.cast(part, spec.dtype) for part, spec in zip(batch, signature, strict=True))))
 
 
-def as_convertible_function(network: keras.Model) -> Run:
+def as_convertible_function(network: keras.Model, *, simple: bool = False) -> Run:
     """Turn a network in inference mode into a graph of constants for a converter, which folds and fuses by itself.
 
     Nothing in it depends on how large the batch is: a converter would keep what computes shapes, and split the graph
@@ -100,6 +101,8 @@ def as_convertible_function(network: keras.Model) -> Run:
 
     Args:
         network: A functional model.
+        simple: Whether nothing may be left that few converters know: functions to be compiled, and Erfc. Defaults to
+            False.
 
     Returns:
         A function from a batch of inputs, of any size, to the list of outputs.
@@ -109,7 +112,9 @@ def as_convertible_function(network: keras.Model) -> Run:
     """
     signature = _any_batch(network)
     graph = _graph_of_constants(network, signature)
-    infer = _function_of(replace(graph, definition=_without_sizes(graph, signature)), signature)
+    definition = _without_sizes(graph, signature)
+    definition = _without_erfc(_without_compiling(definition)) if simple else definition
+    infer = _function_of(replace(graph, definition=definition), signature)
     return lambda *batch: list(infer(*batch))
 
 
@@ -308,6 +313,30 @@ def _without_sizes(graph: _Graph, signature: list[tf.TensorSpec]) -> GraphDef:
     for one in definition.node:
         one.attr.pop("_gradient_op_type", None)  # of swish; a SavedModel would look for it in vain
     return definition
+
+
+def _without_compiling(graph: GraphDef) -> GraphDef:
+    """Let functions that TensorFlow was to compile, as Keras' grouped convolutions, be taken apart like others."""
+    for one in (
+        *graph.library.function,
+        *(node for body in (graph, *graph.library.function) for node in _nodes_of(body)),
+    ):
+        one.attr.pop(_COMPILED, None)
+    return _with_own_functions(graph)
+
+
+def _without_erfc(graph: GraphDef) -> GraphDef:
+    """Write 1 - Erf(x) for Erfc(x), which GELU needs near 0 only."""
+    for node in [node for node in graph.node if node.op == "Erfc"]:
+        one, erf = (
+            graph.node.add(name=f"{node.name}/one", op="Const"),
+            graph.node.add(name=f"{node.name}/erf", op="Erf"),
+        )
+        one.attr["dtype"].type = erf.attr["T"].type = node.attr["T"].type
+        one.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(1, tf.as_dtype(node.attr["T"].type)))
+        erf.input.extend(node.input)
+        node.op, node.input[:] = "Sub", [one.name, erf.name]
+    return graph
 
 
 def _sizes_of_reshapes(graph: _Graph, signature: list[tf.TensorSpec]) -> dict[str, np.ndarray]:

@@ -42,6 +42,27 @@ def test_every_task_is_answered_as_by_keras(task, model, tmp_path):
     assert (source.name, source.shape[1:], source.type) == ("image", [16, 24, 3], "tensor(float)")
 
 
+def test_grouped_convolutions_and_gelu_are_written_out(tmp_path):
+    """Keras has TensorFlow compile the one, and TensorFlow computes the other by Erfc: tf2onnx knows neither."""
+    keras.utils.set_random_seed(0)
+    pictures = keras.Input((16, 24, 3))
+    x = keras.layers.Conv2D(12, 2, strides=2)(keras.layers.Rescaling(1 / 255)(pictures))
+    x = keras.layers.Activation("gelu")(keras.layers.Conv2D(12, 7, padding="same", groups=12)(x))
+    outputs = keras.layers.Dense(3, name="logits")(keras.layers.GlobalAveragePooling2D()(x))
+    model = keras.Model(pictures, outputs)
+    serving.export_onnx(model, TASKS[0], tmp_path / "a.onnx")
+    given = np.random.default_rng(0).uniform(0, 255, (2, 16, 24, 3)).astype(np.float32)
+    (expected,) = keras_answers(model, TASKS[0], None, [given])
+    answers = onnx.open_file(tmp_path / "a.onnx")(given)
+    np.testing.assert_allclose(answers["probabilities"], expected["probabilities"], rtol=1e-5)
+
+
+def test_pictures_that_a_file_cannot_answer_are_refused(model, task, tmp_path):
+    serving.export_onnx(model, task, tmp_path / "a.onnx")
+    with pytest.raises(InputError, match="a.onnx cannot be run by ONNX Runtime"):
+        onnx.open_file(tmp_path / "a.onnx")(np.zeros((1, 3, 3, 3), np.float32))
+
+
 def test_a_file_is_published_if_it_answers_as_keras(model, network, task, pictures, tmp_path):
     model.save(tmp_path / "model.keras")
     evidence = files.Evidence(samples=pictures)

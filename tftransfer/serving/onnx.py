@@ -53,7 +53,7 @@ def export_onnx(
     """
     converter, checker = _module("tf2onnx"), _module("onnx.checker")
     network = portable.in_float32(model)
-    answer = portable.graph_of(network, task, from_logits)
+    answer = portable.graph_of(network, task, from_logits, simple=True)
     logging.getLogger("tf2onnx").setLevel(logging.ERROR)
     try:
         content, _ = converter.convert.from_function(answer, input_signature=answer.input_signature, opset=OPSET)
@@ -93,7 +93,14 @@ def open_file(path: str | os.PathLike[str], threads: int = 1) -> Answer:
     check(threads >= 1, "threads", "a whole number from 1", threads)
     session = _session(Path(path), threads)
     (source,), names = session.get_inputs(), [output.name for output in session.get_outputs()]
-    return lambda pictures: dict(zip(names, session.run(names, {source.name: pictures}), strict=True))
+
+    def answer(pictures: np.ndarray) -> dict[str, np.ndarray]:
+        try:
+            return dict(zip(names, session.run(names, {source.name: pictures}), strict=True))
+        except Exception as error:  # its own classes share no other base
+            raise InputError(f"{path} cannot be run by ONNX Runtime: {_first_line(error)}") from None
+
+    return answer
 
 
 def _session(path: Path, threads: int = 1) -> Any:

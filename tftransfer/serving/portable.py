@@ -27,13 +27,14 @@ def output_name(task: Task) -> str:
     return "values" if task.kind == "regression" else "probabilities"
 
 
-def graph_of(model: keras.Model, task: Task, from_logits: bool | None = None) -> Any:
+def graph_of(model: keras.Model, task: Task, from_logits: bool | None = None, *, simple: bool = False) -> Any:
     """Return the network as a `tf.function` of constants that a converter can read.
 
     Args:
         model: The trained network, from pixels in [0, 255] to numbers, computing in float32.
         task: What the outputs mean.
         from_logits: Whether the network gives logits. Defaults to what its last layer says.
+        simple: As for `constants.as_convertible_function`. Defaults to False.
 
     Returns:
         From `image`, `(batch, height, width, 3)` float32, to a dict with the one output that `output_name` says,
@@ -47,7 +48,7 @@ def graph_of(model: keras.Model, task: Task, from_logits: bool | None = None) ->
     pictures = tf.TensorSpec((None, *image_size(model), 3), tf.float32, name=INPUT)
     logits = builders.outputs_are_logits(model) if from_logits is None else from_logits
     try:
-        infer = constants.as_convertible_function(model)
+        infer = constants.as_convertible_function(model, simple=simple)
     except constants.NotConstant as why:
         raise InputError(f"the network cannot be converted: {why}") from None
 
