@@ -116,6 +116,28 @@ def estimate_batch_norm():
     return _estimate_batch_norm
 
 
+def _with_scales(model: keras.Model) -> keras.Model:
+    """Give normalisation scales and offsets, and convolutions biases, as they are in networks that were trained.
+
+    With the ones and zeros that networks begin with folding has little to do; and random networks blow each rounding up
+    by a thousand times, as scales are too large for that in trained ones.
+    """
+    generator = np.random.default_rng(0)
+    for layer in model._flatten_layers():
+        ranges = {"gamma": (0.2, 0.6), "beta": (-0.2, 0.6), "bias": (-0.1, 0.1)}
+        for name, (low, high) in ranges.items():
+            variable = getattr(layer, name, None)
+            if isinstance(variable, keras.Variable):
+                variable.assign(generator.uniform(low, high, variable.shape))
+    return model
+
+
+@pytest.fixture(scope="session")
+def with_scales():
+    """Return the function that gives a model of random weights scales and offsets as trained ones have."""
+    return _with_scales
+
+
 def _small_network(num_classes: int = 3, dropout: float = 0.0) -> keras.Model:
     layers = keras.layers
     inputs = keras.Input((32, 32, 3), name="image")

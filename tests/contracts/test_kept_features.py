@@ -57,7 +57,7 @@ def _cases(quick: list[tuple[str, str]], but: tuple[str, ...] = ()) -> list:
 
 
 @pytest.fixture(scope="module")
-def build(estimate_batch_norm):
+def build(with_scales, estimate_batch_norm):
     """Return a function that gives a network of one name, built once, with the weights that it was built with."""
     held: dict[tuple[str, float], tuple[keras.Model, list[np.ndarray]]] = {}
 
@@ -67,28 +67,12 @@ def build(estimate_batch_norm):
             keras.utils.set_random_seed(0)
             size = max(backbones.backbone(name).smallest_size, 32)
             model = builders.image_classifier(name, 3, image_size=size, weights=None, dropout=dropout)
-            held[name, dropout] = estimate_batch_norm(_with_scales(model)), model.get_weights()
+            held[name, dropout] = estimate_batch_norm(with_scales(model)), model.get_weights()
         model, weights = held[name, dropout]
         model.set_weights(weights)
         return model
 
     return get
-
-
-def _with_scales(model: keras.Model) -> keras.Model:
-    """Give normalisation scales and offsets, and convolutions biases, as they are in networks that were trained.
-
-    With the ones and zeros that networks begin with folding has little to do; and random networks blow each rounding up
-    by a thousand times, as scales are too large for that in trained ones.
-    """
-    generator = np.random.default_rng(0)
-    for layer in model._flatten_layers():
-        ranges = {"gamma": (0.2, 0.6), "beta": (-0.2, 0.6), "bias": (-0.1, 0.1)}
-        for name, (low, high) in ranges.items():
-            variable = getattr(layer, name, None)
-            if isinstance(variable, keras.Variable):
-                variable.assign(generator.uniform(low, high, variable.shape))
-    return model
 
 
 @pytest.fixture
@@ -207,10 +191,10 @@ def _with_variables(frozen: keras.Model, chunk: int | None = None):
 
 
 @pytest.mark.parametrize("name", ["MobileNet-0.25", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)])
-def test_features_that_are_kept_are_the_networks(data, estimate_batch_norm, name):
+def test_features_that_are_kept_are_the_networks(data, with_scales, estimate_batch_norm, name):
     keras.utils.set_random_seed(0)
     size = max(backbones.backbone(name).smallest_size, 32)
-    network = estimate_batch_norm(_with_scales(backbones.build(name, (size, size), None)))
+    network = estimate_batch_norm(with_scales(backbones.build(name, (size, size), None)))
     examples = data(size).train
     ours = inference.pooled_features(network, examples).values[0]
     pictures = np.stack([examples.pictures.load(index) for index in range(10)]).astype(np.float32)

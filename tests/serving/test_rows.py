@@ -24,12 +24,12 @@ def _rows():
 
 
 @pytest.fixture(scope="module", params=_rows())
-def row(request, estimate_batch_norm):
+def row(request, with_scales, estimate_batch_norm):
     """A network with random weights whose answers differ, five pictures, and what it answers."""
     name = request.param
     side = max(64, backbones.backbone(name).smallest_size)  # tf2onnx gets maps of one pixel wrong (ConvNeXt)
     keras.utils.set_random_seed(0)
-    model = estimate_batch_norm(builders.image_classifier(name, 3, image_size=side, weights=None))
+    model = estimate_batch_norm(with_scales(builders.image_classifier(name, 3, image_size=side, weights=None)))
     generator = np.random.default_rng(0)
     coarse = generator.uniform(0, 255, (5, 1, 1, 3)) + generator.uniform(-60, 60, (5, 4, 4, 3))
     pictures = np.clip(tf.image.resize(coarse, (side, side), "bicubic").numpy(), 0, 255)
