@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tftransfer import training
 from tftransfer.data import load, reading, room
 from tftransfer.errors import InputError
+from tftransfer.strategies import Phase
 
 
 @pytest.fixture
@@ -45,6 +47,16 @@ def test_a_second_run_decodes_when_it_is_asked_for_pictures(folder, tmp_path, de
     assert any("wrong.jpg" in note for note in second.splits["notes"])
     np.testing.assert_array_equal(_pixels(first), _pixels(second))
     assert sorted(decoded) == list(range(26))
+
+
+def test_a_second_run_that_finds_all_features_decodes_nothing(folder, tmp_path, decoded, small_network):
+    for expected in (26, 0):
+        decoded.clear()
+        kept = {"cache_dir": tmp_path / "kept"}
+        data, task = load(folder, image_size=(32, 32), **kept)
+        history = training.fine_tune(small_network(2), task, data, (Phase("probe", "head", 3, 1e-3),), **kept)
+        assert history.phases[0].store.startswith("kept")
+        assert len(decoded) == expected
 
 
 def test_another_content_name_or_damage_is_a_miss(folder, tmp_path, decoded):

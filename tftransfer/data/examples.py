@@ -22,6 +22,7 @@ class Pictures:
             pictures is then not kept beyond the run.
         at_once: Whether `load` takes `(n,)` indices as well and returns `(n, height, width, 3)`: pictures that are
             kept decoded. Defaults to False.
+        checked: Whether it is known that all pixels are finite, without a look at them. Defaults to False.
     """
 
     names: tuple[str, ...]
@@ -29,6 +30,7 @@ class Pictures:
     image_size: tuple[int, int]
     digests: tuple[str, ...] = ()
     at_once: bool = False
+    checked: bool = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -93,6 +95,7 @@ class Examples:
             first.image_size,
             first.digests + second.digests if known else (),
             at_once=first.at_once and second.at_once,
+            checked=first.checked and second.checked,
         )
         targets = np.concatenate([self.targets, others.targets])
         return Examples(both, targets, np.concatenate([self.weights, others.weights]))

@@ -229,7 +229,7 @@ def _unlabelled(listing: Listing, read: Read) -> Examples:
     every = np.arange(len(read.usable))
     names = tuple(listing.names[number] for number in read.usable)
     load = random_access(listing.reader, read, every)
-    pictures = Pictures(names, load, read.image_size, read.hashes, at_once=read.pixels is not None)
+    pictures = Pictures(names, load, read.image_size, read.hashes, at_once=read.pixels is not None, checked=True)
     return Examples(pictures, np.zeros(len(every), np.int32), np.ones(len(every), np.float32))
 
 
@@ -443,7 +443,7 @@ def _examples(listing: Listing, task: Task, read: Read, targets: np.ndarray, num
     names = tuple(listing.names[read.usable[number]] for number in numbers)
     digests = tuple(read.hashes[number] for number in numbers)
     load = random_access(listing.reader, read, numbers)
-    pictures = Pictures(names, load, read.image_size, digests, at_once=read.pixels is not None)
+    pictures = Pictures(names, load, read.image_size, digests, at_once=read.pixels is not None, checked=True)
     return Examples(pictures, own, task.example_weights(own).astype(np.float32))
 
 
