@@ -1,5 +1,6 @@
 """What a run remembers of its pictures for later ones."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -52,6 +53,7 @@ def test_a_second_run_decodes_when_it_is_asked_for_pictures(folder, tmp_path, de
 def test_a_second_run_that_finds_all_features_decodes_nothing(folder, tmp_path, decoded, small_network):
     for expected in (26, 0):
         decoded.clear()
+        keras.utils.set_random_seed(0)
         kept = {"cache_dir": tmp_path / "kept"}
         data, task = load(folder, image_size=(32, 32), **kept)
         history = training.fine_tune(small_network(2), task, data, (Phase("probe", "head", 3, 1e-3),), **kept)
